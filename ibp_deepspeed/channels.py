@@ -1,0 +1,264 @@
+"""One-directional channels between neighbouring stages: receives posted ahead, sends that never block.
+
+A message is one flat byte tensor: the payload (one tensor of a shape both ends know) and a header of three integers,
+so that a boundary costs one message a micro-batch and the receiver can prove what it was given. Activations and
+gradients have a process group each, so that neither can hold up the other.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ibp_deepspeed.errors import InterlockingError
+
+Header = tuple[int, int, int]
+_HEADER_BYTES = 24
+_META_LENGTH = 16
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class BoundaryError(InterlockingError):
+    """What crosses a boundary is not one floating tensor of a constant shape."""
+
+
+class PeerLostError(InterlockingError):
+    """A neighbouring stage ended or its connection broke."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of what crosses a boundary."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: object, stage: int) -> TensorSpec:
+        """The spec of a stage's output.
+
+        Raises:
+            BoundaryError: it is not one floating tensor.
+        """
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
+            seen = f"a {tensor.dtype} tensor" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise BoundaryError(
+                f"stage {stage} passes {seen} to the next stage; a boundary carries exactly one floating tensor of "
+                f"hidden states: make masks, positions and tables again where they are needed."
+            )
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    @property
+    def payload_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def new_frame(self, device: torch.device) -> Tensor:
+        """An uninitialised message: payload padded to 8 bytes, then the header."""
+        padded = -(-self.payload_bytes // 8) * 8
+        return torch.empty(padded + _HEADER_BYTES, dtype=torch.uint8, device=device)
+
+    def payload(self, frame: Tensor) -> Tensor:
+        """The payload of a frame, as a view."""
+        return frame[: self.payload_bytes].view(self.dtype).view(self.shape)
+
+    @staticmethod
+    def header(frame: Tensor) -> Tensor:
+        """The three integers of a frame, as a view. Shape [3], int64."""
+        return frame[-_HEADER_BYTES:].view(torch.int64)
+
+    def encode(self) -> Tensor:
+        """The spec as the first message of an activation channel. Shape [16], int64."""
+        values = [_DTYPES.index(self.dtype), len(self.shape), *self.shape]
+        return torch.tensor(values + [0] * (_META_LENGTH - len(values)), dtype=torch.int64)
+
+    @classmethod
+    def decode(cls, meta: Tensor) -> TensorSpec:
+        """The inverse of :meth:`encode`."""
+        dtype, ndim, *shape = meta.tolist()
+        return cls(tuple(shape[:ndim]), _DTYPES[dtype])
+
+
+class SendChannel:
+    """Messages to one neighbour.
+
+    A background thread waits for the messages in order, so that their memory is given back as soon as they are
+    received, and keeps the count that backpressure asks for.
+
+    Args:
+        group: process group of this direction alone.
+        peer: global rank of the receiver.
+        device: where messages live.
+        name: for error messages, such as ``activations from stage 0 to stage 1``.
+        announce: whether the first message tells the receiver the shape.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device, name: str, *, announce: bool) -> None:
+        self.group, self.peer, self.device, self.name, self.announce = group, peer, device, name, announce
+        self.spec: TensorSpec | None = None
+        self.bytes_sent = 0
+        self._pending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._changed = threading.Condition()
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def send(self, spec: TensorSpec, tensor: Tensor, header: Header) -> None:
+        """Copy ``tensor`` into a message and start sending it; returns at once.
+
+        Raises:
+            BoundaryError: the shape or dtype differs from the first message's.
+            PeerLostError: an earlier message could not be delivered.
+        """
+        if self.spec is None:
+            self.spec = spec
+            if self.announce:
+                self._post(spec.encode().to(self.device))
+        elif spec != self.spec:
+            raise BoundaryError(
+                f"{self.name} changed from {self.spec} to {spec}: every micro-batch needs the same shape, pad or "
+                f"drop the odd one."
+            )
+        frame = spec.new_frame(self.device)
+        spec.payload(frame).copy_(tensor)
+        spec.header(frame).copy_(torch.tensor(header, dtype=torch.int64))
+        self._post(frame)
+
+    def wait_in_flight(self, at_most: int, timeout: float | None = None) -> bool:
+        """Wait until no more than ``at_most`` messages are on their way; False if ``timeout`` seconds pass first."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while len(self._pending) > at_most and self._error is None:
+                remaining = None if deadline is None else deadline - time.monotonic()
+                if remaining is not None and remaining <= 0:
+                    return False
+                self._changed.wait(remaining)
+        self._raise_error()
+        return True
+
+    def _post(self, message: Tensor) -> None:
+        self._raise_error()
+        work = dist.isend(message, self.peer, group=self.group)
+        assert work is not None
+        self.bytes_sent += message.numel() * message.element_size()
+        with self._changed:
+            self._pending.append((work, message))
+            self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._reap, name=f"reap {self.name}", daemon=True)
+            self._thread.start()
+
+    def _reap(self) -> None:
+        """Wait for the oldest message, drop it, tell whoever waits; for ever."""
+        while True:
+            with self._changed:
+                while not self._pending:
+                    self._changed.wait()
+                work, _ = self._pending[0]
+            try:
+                _wait_on_host(work)
+            except Exception as error:
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            del work
+            with self._changed:
+                self._pending.popleft()
+                self._changed.notify_all()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise PeerLostError(f"lost the connection for {self.name}: {_first_line(self._error)}") from self._error
+
+
+class ReceiveChannel:
+    """Messages from one neighbour, in order; ``ahead`` receives are always posted.
+
+    Args:
+        group: process group of this direction alone.
+        peer: global rank of the sender.
+        device: where messages live.
+        name: for error messages.
+        ahead: receives posted beyond the one in use.
+        spec: shape of the messages; None waits for the sender's announcement.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        peer: int,
+        device: torch.device,
+        name: str,
+        *,
+        ahead: int,
+        spec: TensorSpec | None = None,
+    ) -> None:
+        self.group, self.peer, self.device, self.name, self.ahead = group, peer, device, name, ahead
+        self.spec = spec
+        self._posted: deque[tuple[dist.Work, Tensor]] = deque()
+        if spec is not None:
+            self._post_ahead(spec)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Wait for the next message.
+
+        Returns:
+            its payload and its header [3], views of memory that the caller now owns.
+
+        Raises:
+            PeerLostError: the sender ended or the connection broke.
+        """
+        if self.spec is None:
+            self.spec = self._receive_spec()
+            self._post_ahead(self.spec)
+        self._post(self.spec)
+        work, frame = self._posted.popleft()
+        self._wait(work)
+        return self.spec.payload(frame), self.spec.header(frame)
+
+    def _receive_spec(self) -> TensorSpec:
+        meta = torch.empty(_META_LENGTH, dtype=torch.int64, device=self.device)
+        work = dist.irecv(meta, self.peer, group=self.group)
+        assert work is not None
+        self._wait(work)
+        return TensorSpec.decode(meta.cpu())
+
+    def _post_ahead(self, spec: TensorSpec) -> None:
+        while len(self._posted) < self.ahead:
+            self._post(spec)
+
+    def _post(self, spec: TensorSpec) -> None:
+        frame = spec.new_frame(self.device)
+        try:
+            work = dist.irecv(frame, self.peer, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        assert work is not None
+        self._posted.append((work, frame))
+
+    def _wait(self, work: dist.Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> PeerLostError:
+        return PeerLostError(f"lost the connection for {self.name}: {_first_line(error)}")
+
+
+def _wait_on_host(work: dist.Work) -> None:
+    """Block this thread until a message is delivered; ``Work.wait`` does not for accelerators' own back ends."""
+    work.wait()
+    if torch.cuda.is_available() and dist.get_backend() == "nccl":
+        while not work.is_completed():
+            time.sleep(1e-4)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

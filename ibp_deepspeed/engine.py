@@ -1,0 +1,442 @@
+"""The engine: follows the checked schedule, and owns scale, channels and losses."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import logger
+from torch import Tensor
+
+from ibp_deepspeed import schedule
+from ibp_deepspeed.boundaries import Boundaries
+from ibp_deepspeed.channels import TensorSpec
+from ibp_deepspeed.check import checked_schedules
+from ibp_deepspeed.config import InterlockingConfig
+from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.live import LiveMicroBatch
+from ibp_deepspeed.loss_board import LossBoard
+from ibp_deepspeed.module import InterlockedPipelineModule
+from ibp_deepspeed.strategy import Strategy
+
+_FLUSH_SECONDS = 30.0
+
+
+class DataError(InterlockingError, ValueError):
+    """A stage has no data, or other data than its neighbour."""
+
+
+class InterlockedPipelineEngine(PipelineEngine):
+    """Trains an :class:`InterlockedPipelineModule`. Made by :func:`ibp_deepspeed.initialize`.
+
+    Streams across batches: a stage starts its next batch as soon as its own optimizer step is done, and waits for
+    another stage only where the mathematics does. Every loss is divided by M once, where it is computed; DeepSpeed's
+    scaling hooks are not used.
+
+    Attributes:
+        interlocking: the configuration.
+        strategy: which losses train this trunk.
+        recomputations: how often the trunk was run again for activation checkpointing.
+    """
+
+    module: InterlockedPipelineModule
+
+    def __init__(self, *args: Any, interlocking: InterlockingConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.interlocking = interlocking
+        self.strategy = Strategy.from_config(interlocking, self.num_stages, self.module.has_aux_heads)
+        self.pipe_buffers: dict[str, list[Any]] = {"live": []}
+        self.recomputations = 0
+        # The stage is checkpointed by hand (live.py): DeepSpeed's functions recompute at every product.
+        wanted = self.module.activation_checkpoint_interval > 0
+        self.module.activation_checkpoint_interval = 0
+        self._recompute = wanted and self.strategy.distance(self.stage_id) > 0
+        self._trunk_parameters = self.module.trunk_parameters()
+        self._set_schedule()
+        self.boundaries = Boundaries(self.grid, self.device, self._channel_depth)
+        self._board = self._make_board()
+        self._headers: list[tuple[Tensor, list[int]]] = []
+        self._loss_sum: Tensor | None = None
+        self._failed = False
+        atexit.register(self._flush_at_exit)
+
+    # What DeepSpeed's hooks ask for
+
+    def _set_schedule(self) -> None:
+        depth = self.strategy.channel_depth(self.micro_batches, self.interlocking.channel_depth)
+        self._channel_depth = depth
+        self._schedule = checked_schedules(self.strategy, self.micro_batches, depth)[self.stage_id]
+
+    def _train_schedule(self) -> schedule.InterlockedTrainSchedule:
+        """Overrides PipelineEngine's: the object that was checked."""
+        return self._schedule
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Overrides PipelineEngine's: another number of micro-batches needs another schedule."""
+        super().set_train_batch_size(train_batch_size)
+        self._set_schedule()
+
+    def set_dataloader(self, loader: Any) -> None:
+        """Overrides PipelineEngine's: every stage reads data, for its labels."""
+        self.training_dataloader = loader
+        self.data_iterator = iter(loader)
+
+    def set_dataiterator(self, iterator: Any) -> None:
+        """Overrides PipelineEngine's: every stage reads data, for its labels."""
+        self.training_dataloader = None
+        self.data_iterator = iterator
+
+    def reset_activation_shape(self) -> None:
+        """Overrides PipelineEngine's.
+
+        Raises:
+            InterlockingError: always; receives for the next batch are posted already.
+        """
+        raise InterlockingError("the shape of hidden states can't change while training streams: pad to one shape.")
+
+    # Public
+
+    def train_batch(self, data_iter: Any = None) -> Tensor:
+        """Train this stage on the next batch.
+
+        Args:
+            data_iter: iterator of micro-batches (inputs, labels) or (inputs, labels, sample ids), the same on every
+                stage; M are taken. None goes on with the last one.
+
+        Returns:
+            this stage's loss: the mean over its micro-batches and data-parallel ranks, detached (NaN for a stage
+            without a head). No other stage is waited for to compute it.
+
+        Raises:
+            DataError: no data, or another stage sees other samples.
+            PeerLostError: a neighbouring stage is gone.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_batch() needs gradients enabled; use eval_batch() for evaluation")
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        self.module.train()
+        self._loss_sum = None
+        self._compute_loss = True
+        try:
+            self._exec_schedule(self._train_schedule())
+            loss = self._mean_loss(self._loss_sum, self.micro_batches)
+            if not self.interlocking.streaming:
+                dist.barrier()
+        except BaseException:
+            self._failed = True
+            raise
+        if self.grid.get_data_parallel_rank() == 0:
+            self._board.publish(self.stage_id, self.global_steps, loss)
+        self._report()
+        return loss
+
+    def latest_losses(self) -> tuple[Tensor, int] | None:
+        """On rank 0: the newest complete set of all K losses [K] and its batch's number (from 1); else None."""
+        return self._board.latest() if self.global_rank == 0 else None
+
+    @torch.no_grad()
+    def eval_batch(self, data_iter: Any, num_micro_batches: int | None = None) -> Tensor:  # type: ignore[override]
+        """Held-out losses of all exits; a synchronisation of the whole pipeline.
+
+        Args:
+            data_iter: as for :meth:`train_batch`; the training iterator is kept.
+            num_micro_batches: how many to take (default M).
+
+        Returns:
+            the K losses, means over micro-batches and data-parallel ranks, on every rank (NaN: no head). Shape [K],
+            float64.
+        """
+        training_iterator, training_loader = self.data_iterator, self.training_dataloader
+        self.data_iterator = data_iter
+        was_training = self.module.training
+        self.module.eval()
+        count = num_micro_batches or self.micro_batches
+        link = self.boundaries.evaluation_link()
+        total: Tensor | None = None
+        try:
+            for m in range(count):
+                loss = self._eval_micro_batch(m, link)
+                total = loss if total is None or loss is None else total + loss
+            losses = torch.zeros(self.num_stages, dtype=torch.float64, device=self.device)
+            losses[self.stage_id] = self._mean_loss(total, count)
+            dist.all_reduce(losses, group=self.grid.get_pipe_parallel_group())
+            self._check_samples()
+        except BaseException:
+            self._failed = True
+            raise
+        finally:
+            self.data_iterator, self.training_dataloader = training_iterator, training_loader
+            self.module.train(was_training)
+        return losses.cpu()
+
+    def close(self) -> None:
+        """Wait until the neighbours have all messages. Happens by itself at the end of the process."""
+        if not self._failed:
+            self.boundaries.flush(_FLUSH_SECONDS)
+
+    def _flush_at_exit(self) -> None:
+        if getattr(sys, "last_value", None) is None:
+            self.close()
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> None:
+        """Overrides PipelineEngine's only to flush first: a checkpoint is a synchronisation anyway."""
+        self.boundaries.flush(None)
+        return super().module_state_dict(exclude_frozen_parameters)
+
+    # Instructions
+
+    def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
+        live = LiveMicroBatch(self.module.trunk, recompute=self._recompute)
+        live.inputs, live.labels, live.sample_checksum = self._load()
+        self.pipe_buffers["live"][buffer_id] = live
+
+    def _exec_recv_activations(self, buffer_id: int, micro_batch: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        hidden, header = self.boundaries.receive_activation()
+        self._headers.append((header, [self.global_steps, micro_batch, live.sample_checksum]))
+        live.inputs = hidden.requires_grad_(self.strategy.sends_gradients(self.stage_id))
+
+    def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        self.boundaries.wait_for_credit()
+        if self.is_last_stage():
+            live.loss = self._loss_of(live.forward(product_follows=True), live.labels)
+            self._add_loss(live.loss)
+        else:
+            live.forward(product_follows=self.strategy.crosses(self.stage_id, self.stage_id))
+
+    def _exec_send_activations(self, buffer_id: int, micro_batch: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        spec = TensorSpec.of(live.outputs, self.stage_id)
+        header = (self.global_steps, micro_batch, live.sample_checksum)
+        self.boundaries.send_activation(spec, live.outputs.detach(), header)
+
+    def _exec_aux_loss(self, buffer_id: int, micro_batch: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        k = self.stage_id
+        hidden = live.outputs.detach().requires_grad_(len(self.strategy.users(k)) > 0)
+        assert self.module.aux_head is not None
+        loss = self._loss_of(self.module.aux_head(hidden), live.labels)
+        self._add_loss(loss)
+        with self._accumulating():
+            (loss / self.micro_batches).backward()
+        if hidden.grad is not None:
+            live.cotangents[k] = hidden.grad
+        if not self.strategy.crosses(k, k):
+            live.drop_graph()
+
+    def _exec_relay_grad(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        gradient, header = self.boundaries.receive_gradient()
+        self._headers.append((header, [self.global_steps, micro_batch, loss]))
+        live.cotangents[loss] = gradient
+
+    def _exec_input_product(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        live.input_product(loss)
+        if loss == self.stage_id:
+            live.drop_graph()
+
+    def _exec_send_grad(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        gradient = live.input_gradients.pop(loss)
+        self.boundaries.send_gradient(gradient, (self.global_steps, micro_batch, loss))
+
+    def _exec_interlocked_backward(self, buffer_id: int, micro_batch: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        k, reach = self.stage_id, self.strategy.reach(self.stage_id)
+        weights = self.strategy.weights(k)
+        both = self.strategy.update_gives_input_gradient(k)
+        with self._accumulating():
+            if self.is_last_stage():
+                assert live.loss is not None
+                scaled = live.loss * (weights[k] / self.micro_batches)
+                scaled.backward(inputs=None if both else self._trunk_parameters or None)
+            else:
+                live.update(weights, None if both else self._trunk_parameters)
+        if both:
+            live.input_gradients[reach] = live.input_gradient(weights[reach])
+        self.recomputations += live.recomputations
+        self._free(live)
+
+    def _exec_reduce_grads(self) -> None:
+        """Overrides PipelineEngine's: alone in its group and without a partitioned optimizer nothing is to do."""
+        self._check_samples()
+        if self.module.tied_comms:
+            self._exec_reduce_tied_grads()
+        if self.is_data_parallel or self.zero_optimization():
+            super()._exec_reduce_grads()
+
+    _INSTRUCTION_MAP = {
+        schedule.LoadMicroBatch: _exec_load_micro_batch,
+        schedule.RecvActivation: _exec_recv_activations,
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.SendActivation: _exec_send_activations,
+        schedule.AuxLoss: _exec_aux_loss,
+        schedule.RelayGrad: _exec_relay_grad,
+        schedule.RecvGrad: _exec_relay_grad,
+        schedule.InputProduct: _exec_input_product,
+        schedule.SendGrad: _exec_send_grad,
+        schedule.InterlockedBackward: _exec_interlocked_backward,
+        schedule.ReduceGrads: _exec_reduce_grads,
+        schedule.OptimizerStep: PipelineEngine._exec_optimizer_step,
+    }
+
+    # Pieces
+
+    def _load(self) -> tuple[Any, Any, int]:
+        """The next micro-batch: inputs (first stage only), labels (stages with a loss only), sample checksum."""
+        if self.data_iterator is None:
+            raise DataError(f"stage {self.stage_id} was given no data: every rank needs a data_iter.")
+        try:
+            batch = self._next_batch()
+        except StopIteration:
+            raise DataError(
+                f"the data of stage {self.stage_id} ended in batch {self.global_steps + 1}: give a repeating iterator."
+            ) from None
+        if not isinstance(batch, list | tuple) or len(batch) not in (2, 3):
+            raise DataError(f"a micro-batch must be (inputs, labels) or (inputs, labels, ids), not {type(batch)}.")
+        inputs, labels = batch[0], batch[1]
+        checksum = _checksum(batch[2] if len(batch) == 3 else labels)
+        has_loss = self.strategy.has_loss(self.stage_id)
+        return (
+            _to_device(inputs, self.device) if self.is_first_stage() else None,
+            _to_device(labels, self.device) if has_loss else None,
+            checksum,
+        )
+
+    def _loss_of(self, outputs: Any, labels: Any) -> Tensor:
+        return outputs if self.module.loss_fn is None else self.module.loss_fn(outputs, labels)
+
+    def _add_loss(self, loss: Tensor) -> None:
+        loss = loss.detach()
+        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+
+    def _mean_loss(self, total: Tensor | None, count: int) -> Tensor:
+        """Mean over micro-batches and over the stage's data-parallel ranks."""
+        if total is None:
+            return torch.full((), float("nan"), device=self.device)
+        mean = total.detach() / count
+        if self.is_data_parallel:
+            dist.all_reduce(mean, group=self.grid.get_data_parallel_group())
+            mean /= self.grid.get_data_parallel_world_size()
+        return mean
+
+    @contextmanager
+    def _accumulating(self) -> Iterator[None]:
+        """Around every backward pass into parameters: head and trunk come at different times, and each pass must
+        reach the fp32 gradients that BF16_Optimizer keeps, once."""
+        if self.using_bf16_optimizer:
+            self.optimizer.clear_lp_grads(set_to_none=True)
+        self._running_engine_backward = True
+        try:
+            yield
+        finally:
+            self._running_engine_backward = False
+        if self.using_bf16_optimizer:
+            self.optimizer.update_hp_grads()
+
+    @staticmethod
+    def _free(live: LiveMicroBatch) -> None:
+        live.inputs = live.labels = live.outputs = live.loss = None
+        live.cotangents.clear()
+
+    def _eval_micro_batch(self, micro_batch: int, link: Any) -> Tensor | None:
+        inputs, labels, checksum = self._load()
+        if not self.is_first_stage():
+            inputs, header = link.receive()
+            self._headers.append((header, [-1, micro_batch, checksum]))
+        outputs = self.module.trunk(inputs)
+        if self.is_last_stage():
+            return self._loss_of(outputs, labels)
+        link.send(TensorSpec.of(outputs, self.stage_id), outputs, (-1, micro_batch, checksum))
+        return None if self.module.aux_head is None else self._loss_of(self.module.aux_head(outputs), labels)
+
+    def _check_samples(self) -> None:
+        """Compare what came with the messages of a batch with what this stage expected, in one transfer."""
+        if not self._headers:
+            return
+        seen = torch.stack([header for header, _ in self._headers]).tolist()
+        expected = [row for _, row in self._headers]
+        self._headers.clear()
+        for got, want in zip(seen, expected, strict=True):
+            if got != want:
+                self._fail_samples(got, want)
+
+    def _fail_samples(self, got: list[int], want: list[int]) -> NoReturn:
+        if got[:2] != want[:2]:
+            raise DataError(
+                f"stage {self.stage_id} is at batch {want[0] + 1}, micro-batch {want[1]}, its neighbour sent batch "
+                f"{got[0] + 1}, micro-batch {got[1]}: call train_batch and eval_batch in the same order on every rank."
+            )
+        raise DataError(
+            f"stages {self.stage_id - 1} and {self.stage_id} look at different samples in batch {want[0] + 1}, "
+            f"micro-batch {want[1]}: give every stage the same data in the same order."
+        )
+
+    # Optimizer, reports
+
+    def clip_fp32_gradients(self) -> None:
+        """Overrides DeepSpeedEngine's, whose norm spans the pipeline: clip by the norm of clip_scope.
+
+        Gradients are averaged over data-parallel ranks already, so the norm needs no reduction there.
+        """
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if not gradients:
+            return
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.interlocking.clip_scope == "global":
+            squared = norm.square()
+            dist.all_reduce(squared, group=self.grid.get_pipe_parallel_group())
+            norm = squared.sqrt()
+        self._global_grad_norm = norm
+        torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.gradient_clipping(), norm)
+
+    def _make_board(self) -> LossBoard:
+        store = dist.distributed_c10d._get_default_store()
+        engine_number = store.add(f"ibp_engines/{self.global_rank}", 1)  # the same on all ranks
+        store = dist.PrefixStore(f"ibp_losses/{engine_number}", store.clone())  # type: ignore[attr-defined]
+        batches_ahead = self.num_stages * (self._channel_depth // self.micro_batches + 2)
+        return LossBoard(store, self.num_stages, window=batches_ahead + 4)
+
+    def _report(self) -> None:
+        """Print and log what is known on rank 0 at the print interval; nobody waits."""
+        interval = self.steps_per_print()
+        if self.global_rank != 0 or interval is None or self.global_steps % interval:
+            return
+        latest = self.latest_losses()
+        if latest is None:
+            return
+        losses, batch = latest
+        text = " ".join(f"{loss:.4f}" for loss in losses.tolist())
+        logger.info(f"batch {batch}: losses of stages 0 … {self.num_stages - 1}: {text}")
+        if self.monitor.enabled:
+            samples = batch * self.train_batch_size()
+            events = [(f"Train/Exits/stage_{k}_loss", loss, samples) for k, loss in enumerate(losses.tolist())]
+            self.monitor.write_events(events)
+
+
+def _checksum(value: Any) -> int:
+    """CRC-32 over the bytes of all tensors in a nest of lists and tuples."""
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return zlib.crc32(data.tobytes())
+    if isinstance(value, list | tuple):
+        return zlib.crc32(b"".join(_checksum(item).to_bytes(4, "little") for item in value))
+    return zlib.crc32(repr(value).encode())
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(_to_device(item, device) for item in value)
+    return value

@@ -1,0 +1,187 @@
+"""``initialize``: deepspeed.initialize for interlocked pipelines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+from ibp_deepspeed.config import ConfigError, InterlockingConfig
+from ibp_deepspeed.engine import InterlockedPipelineEngine
+from ibp_deepspeed.module import InterlockedPipelineModule, ModuleError
+
+
+def initialize(
+    args: Any = None,
+    model: InterlockedPipelineModule | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+) -> tuple[InterlockedPipelineEngine, Any, Any, Any]:
+    """As ``deepspeed.initialize``, for an :class:`InterlockedPipelineModule`.
+
+    Args:
+        args: namespace with ``deepspeed_config``, unless ``config`` is given.
+        model: the module; its ``interlocking`` or the configuration's block decides the strategy.
+        optimizer: optimizer or callable, instead of the configuration's.
+        model_parameters: what to optimize (default: everything on this stage).
+        training_data: data set for DeepSpeed's loader.
+        lr_scheduler: scheduler or callable, instead of the configuration's.
+        distributed_port: rendezvous port when no launcher set one.
+        dist_init_required: as in DeepSpeed.
+        collate_fn: for ``training_data``.
+        config: DeepSpeed configuration, a path or a mapping.
+
+    Returns:
+        engine, optimizer, data loader, learning-rate scheduler.
+
+    Raises:
+        ConfigError: a configuration that can't be trained with.
+        ModuleError: a model that can't be trained with this strategy.
+    """
+    if not isinstance(model, InterlockedPipelineModule):
+        raise ModuleError(f"initialize needs an InterlockedPipelineModule, not a {type(model).__name__}.")
+    settings = load_config(config if config is not None else getattr(args, "deepspeed_config", None))
+    interlocking = resolve_interlocking(settings, model)
+    check_deepspeed_settings(settings)
+    _check_module(model, interlocking)
+    deepspeed.init_distributed(
+        get_accelerator().communication_backend_name(),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
+    grid = model.mpu()
+    mpu = grid if interlocking.clip_scope == "global" else StageGrid(grid)
+    without_block = {key: value for key, value in settings.items() if key != "interlocking"}
+    if _enabled(settings, "bf16") and _zero_stage(settings) == 1:
+        # DeepSpeed would sum the micro-batches of a batch in bf16
+        without_block.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    engine = InterlockedPipelineEngine(
+        interlocking=interlocking,
+        args=args if config is None and hasattr(args, "local_rank") else None,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=without_block,
+        config_class=DeepSpeedConfig(without_block, mpu),
+    )
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+class StageGrid(PipelineParallelGrid):
+    """DeepSpeed's grid with each stage alone in its "model-parallel" group.
+
+    The optimizers reduce norms and overflow flags over that group, which in a pipeline is the whole pipeline: a
+    barrier a batch, and one norm for losses that have nothing to do with each other.
+    """
+
+    def __init__(self, grid: PipelineParallelGrid) -> None:
+        self.__dict__.update(grid.__dict__)
+
+    def get_model_parallel_group(self) -> Any:
+        """Overrides PipelineParallelGrid's: this rank alone (its rank and world size keep naming checkpoints)."""
+        return self.slice_proc_group
+
+
+def load_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Read a DeepSpeed configuration.
+
+    Raises:
+        ConfigError: there is none, or it is no JSON object.
+    """
+    if config is None:
+        raise ConfigError("no DeepSpeed configuration was given: use --deepspeed_config FILE or config=….")
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"can't read the configuration {path}: {error.strerror}.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is no JSON: {error.msg} in line {error.lineno}.") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(settings).__name__}.")
+    return settings
+
+
+def resolve_interlocking(
+    settings: Mapping[str, Any], model: InterlockedPipelineModule | None = None
+) -> InterlockingConfig:
+    """The block of the configuration or of the module; both, and different, is an error."""
+    block = settings.get("interlocking")
+    given = model.interlocking if model is not None else None
+    if block is None:
+        return given or InterlockingConfig()
+    parsed = InterlockingConfig.parse(block)
+    if given is not None and given != parsed:
+        raise ConfigError(
+            f"the module's interlocking {given.model_dump(exclude_unset=True)} differs from the configuration's "
+            f"{parsed.model_dump(exclude_unset=True)}: give one of them."
+        )
+    return parsed
+
+
+def check_deepspeed_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse what does not combine with interlocking.
+
+    Raises:
+        ConfigError: fp16, torch_autocast, ZeRO 2 or 3, offloading.
+    """
+    if _enabled(settings, "fp16"):
+        raise ConfigError(
+            'fp16 is not supported, because every stage would need a loss scale of its own: use "bf16": '
+            '{"enabled": true} or fp32.'
+        )
+    if _enabled(settings, "torch_autocast"):
+        raise ConfigError('torch_autocast is not supported: use "bf16": {"enabled": true} or fp32.')
+    zero, stage = settings.get("zero_optimization", {}), _zero_stage(settings)
+    if stage not in (0, 1):
+        raise ConfigError(f"ZeRO stage {stage} does not work with pipelines: use stage 0 or 1.")
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(zero, Mapping) and zero.get(key):
+            raise ConfigError(f"zero_optimization.{key} is not supported with pipelines of losses: remove it.")
+
+
+def _zero_stage(settings: Mapping[str, Any]) -> Any:
+    zero = settings.get("zero_optimization", {})
+    return zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+
+
+def _enabled(settings: Mapping[str, Any], key: str) -> bool:
+    block = settings.get(key, {})
+    return bool(block.get("enabled", False)) if isinstance(block, Mapping) else bool(block)
+
+
+def _check_module(model: InterlockedPipelineModule, interlocking: InterlockingConfig) -> None:
+    stages = model.num_stages
+    tied = model.tied_across_stages()
+    width = interlocking.width_for(stages)
+    if not model.has_aux_heads and not (width >= stages and interlocking.mode == "furthest"):
+        raise ModuleError(
+            f"width {width} of {stages} stages in mode {interlocking.mode} needs a head for every stage: give "
+            f'aux_head, or use strategy "global" in mode "furthest".'
+        )
+    if tied and width < stages:
+        raise ModuleError(
+            f"layer {tied[0]!r} is tied across stages, which width {width} of {stages} stages can't train: untie it, "
+            f'or use strategy "global".'
+        )
+    if model.dynamic_shape:
+        raise ModuleError("dynamic_shape is not supported, because receives are posted ahead: pad to one shape.")

@@ -1,0 +1,65 @@
+"""Losses of all stages on rank 0, without a stage ever waiting for another.
+
+Each stage writes its newest losses under a key of the job's key-value store, from a background thread; rank 0 reads
+the keys when it wants to print. Nothing is lost if nobody reads, and nothing grows.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class LossBoard:
+    """The newest losses of K stages.
+
+    Args:
+        store: key-value store of the job; the board uses keys ``<prefix>/<stage>``.
+        stages: K.
+        window: how many batches of losses a stage keeps visible; at least as many as the first stage can be ahead
+            of the last one.
+    """
+
+    def __init__(self, store: dist.Store, stages: int, window: int) -> None:
+        self.store, self.stages, self.window = store, stages, window
+        self._queue: queue.SimpleQueue[tuple[int, int, Tensor]] = queue.SimpleQueue()
+        self._recent: dict[int, float] = {}
+        self._thread: threading.Thread | None = None
+
+    def publish(self, stage: int, batch: int, loss: Tensor) -> None:
+        """Make a stage's loss of a batch visible; returns at once."""
+        self._queue.put((stage, batch, loss))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write, name="loss board", daemon=True)
+            self._thread.start()
+
+    def latest(self) -> tuple[Tensor, int] | None:
+        """The newest batch of which all K losses are known: losses [K] (float64) and the batch's number."""
+        keys = [str(stage) for stage in range(self.stages)]
+        if not self.store.check(keys):
+            return None
+        rows = [dict(json.loads(value)) for value in self.store.multi_get(keys)]
+        common = set.intersection(*(set(row) for row in rows))
+        if not common:
+            return None
+        batch = max(common)
+        return torch.tensor([row[batch] for row in rows], dtype=torch.float64), batch
+
+    def _write(self) -> None:
+        while True:
+            entries = [self._queue.get()]
+            while not self._queue.empty():
+                entries.append(self._queue.get())
+            for _, batch, loss in entries:
+                self._recent[batch] = float(loss)
+            for batch in sorted(self._recent)[: -self.window]:
+                del self._recent[batch]
+            try:
+                self.store.set(str(entries[0][0]), json.dumps(list(self._recent.items())))
+            except RuntimeError:  # the store ended with the job: nobody is left to read
+                return

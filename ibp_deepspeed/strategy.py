@@ -1,0 +1,134 @@
+"""Which losses train which trunk, what crosses which boundary, and how much is live.
+
+The one place where the mathematics of interlocking backpropagation (Gomez et al., JMLR 2022, section 3)
+becomes numbers. Schedule, engine, reference and tests ask it; none of them works it out again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ibp_deepspeed.config import ConfigError, InterlockingConfig, Mode
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Interlocking of ``width`` N over ``stages`` K.
+
+    Attributes:
+        stages: K, the number of pipeline stages.
+        width: N: 1 is local learning, 2 pairwise, N ≥ K ordinary backpropagation.
+        mode: ``furthest``: trunk k is trained by the loss of stage reach(k) alone; ``window``: by the weighted
+            sum of the losses of stages k … reach(k).
+        hop_slack: slots that a gradient may take beyond one for each stage it travels.
+        window_weights: N weights of the losses of stages k, k+1, … (None: equal, summing to 1).
+        aux_heads: whether stages before the last have a loss of their own.
+    """
+
+    stages: int
+    width: int
+    mode: Mode = "furthest"
+    hop_slack: int = 0
+    window_weights: tuple[float, ...] | None = None
+    aux_heads: bool = True
+
+    def __post_init__(self) -> None:
+        if self.stages < 1 or self.width < 1 or self.hop_slack < 0:
+            raise ValueError(f"stages and width must be at least 1 and hop_slack at least 0: {self}")
+        if self.mode not in ("furthest", "window"):
+            raise ValueError(f"mode must be furthest or window, not {self.mode!r}")
+        if not self.aux_heads and not self.is_backpropagation:
+            raise ValueError(
+                f"only backpropagation (width >= stages, mode furthest) works without heads, not width {self.width} "
+                f"of {self.stages} stages in mode {self.mode}"
+            )
+
+    @classmethod
+    def from_config(cls, config: InterlockingConfig, stages: int, aux_heads: bool = True) -> Strategy:
+        """The strategy that a configuration means on ``stages`` stages."""
+        return cls(stages, config.width_for(stages), config.mode, config.hop_slack, config.window_weights, aux_heads)
+
+    @property
+    def is_backpropagation(self) -> bool:
+        """Whether every trunk is trained by the last loss alone."""
+        return self.width >= self.stages and self.mode == "furthest"
+
+    @property
+    def hop(self) -> int:
+        """Slots between a gradient's use on one stage and on the stage before it."""
+        return 1 + self.hop_slack
+
+    def reach(self, stage: int) -> int:
+        """The furthest stage whose loss trains trunk ``stage``."""
+        return min(stage + self.width - 1, self.stages - 1)
+
+    def distance(self, stage: int) -> int:
+        """reach(k) - k: how many boundaries the update gradient of trunk k crosses."""
+        return self.reach(stage) - stage
+
+    def weights(self, stage: int) -> dict[int, float]:
+        """Loss index → its weight in the gradient of trunk ``stage``.
+
+        Near the last stage given weights are cut and rescaled to keep their sum.
+        """
+        reach = self.reach(stage)
+        if self.mode == "furthest":
+            return {reach: 1.0}
+        count = reach - stage + 1
+        if self.window_weights is None:
+            return {loss: 1.0 / count for loss in range(stage, reach + 1)}
+        kept = self.window_weights[:count]
+        scale = sum(self.window_weights) / sum(kept)
+        return {stage + i: weight * scale for i, weight in enumerate(kept)}
+
+    def has_loss(self, stage: int) -> bool:
+        """Whether a stage computes a loss."""
+        return self.aux_heads or stage == self.stages - 1
+
+    def users(self, loss: int) -> range:
+        """The trunks that loss ``loss`` trains (contiguous, empty if there is none)."""
+        first = loss - self.width + 1
+        if self.mode == "window" or loss == self.stages - 1:
+            return range(max(0, first), loss + 1)
+        return range(first, first + 1) if first >= 0 else range(0)
+
+    def crosses(self, loss: int, stage: int) -> bool:
+        """Whether dL_loss/dh travels from ``stage`` to ``stage`` - 1: only if a trunk before ``stage`` uses it."""
+        users = self.users(loss)
+        return stage <= loss and len(users) > 0 and users[0] < stage
+
+    def incoming(self, stage: int) -> list[int]:
+        """The losses whose gradient ``stage`` receives for each micro-batch, nearest first."""
+        return [loss for loss in range(stage + 1, self.reach(stage) + 1) if self.crosses(loss, stage + 1)]
+
+    def sends_gradients(self, stage: int) -> bool:
+        """Whether ``stage`` sends any gradient to the stage before it."""
+        return any(self.crosses(loss, stage) for loss in range(stage, self.stages))
+
+    def update_gives_input_gradient(self, stage: int) -> bool:
+        """Whether the update's backward pass of ``stage`` also yields the gradient that goes upstream.
+
+        It does when the trunk is trained by one loss; a weighted sum of several needs a product of its own for
+        the last of them, because what travels is the gradient of one loss, unweighted.
+        """
+        return len(self.weights(stage)) == 1 and self.crosses(self.reach(stage), stage)
+
+    def live_micro_batches(self, stage: int, micro_batches: int) -> int:
+        """The most micro-batches whose activations ``stage`` holds at once."""
+        return min(micro_batches, self.distance(stage) * self.hop + 1)
+
+    def channel_depth(self, micro_batches: int, requested: int | None = None) -> int:
+        """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
+
+        Raises:
+            ConfigError: the requested depth is below what the schedule keeps live.
+        """
+        least = self.live_micro_batches(0, micro_batches)
+        if requested is None:
+            return max(2 * micro_batches, self.distance(0) * self.hop + 1)
+        if requested < least:
+            raise ConfigError(
+                f'"interlocking.channel_depth" is {requested}, the least for width {self.width} with hop_slack '
+                f"{self.hop_slack} on {self.stages} stages is {least}."
+            )
+        return requested

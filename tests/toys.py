@@ -1,0 +1,82 @@
+"""Small pipelines that every rank, and the reference, build alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec
+from torch import Tensor, nn
+
+from ibp_deepspeed import InterlockedPipelineModule, InterlockedReference
+
+WIDTH = 6
+
+
+class Layer(nn.Module):
+    """A linear map and a tanh, initialised from its seed alone."""
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64).to(dtype) * 0.6)
+        self.bias = nn.Parameter(torch.randn(WIDTH, generator=generator, dtype=torch.float64).to(dtype) * 0.1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.dropout(torch.tanh(hidden @ self.weight.T + self.bias))
+
+
+class Head(Layer):
+    """A linear readout."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.weight.T + self.bias
+
+
+def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
+    return (outputs - labels).square().mean()
+
+
+def layer_specs(stages: int, dtype: torch.dtype, dropout: float = 0.0) -> list[LayerSpec]:
+    """Two layers a stage, the last one linear."""
+    count = 2 * stages
+    specs = [LayerSpec(Layer, seed, dtype, dropout) for seed in range(count - 1)]
+    return [*specs, LayerSpec(Head, count - 1, dtype)]
+
+
+def make_module(
+    stages: int,
+    interlocking: Any = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    heads: bool = True,
+    dropout: float = 0.0,
+) -> InterlockedPipelineModule:
+    bounds = list(range(0, 2 * stages + 1, 2))
+    return InterlockedPipelineModule(
+        layer_specs(stages, dtype, dropout),
+        num_stages=stages,
+        loss_fn=loss_fn,
+        aux_head=(lambda stage: Head(100 + stage, dtype)) if heads else None,
+        interlocking=interlocking,
+        partition_method=bounds,
+    )
+
+
+def make_reference(
+    stages: int, interlocking: Any, dtype: torch.dtype = torch.float32, *, heads: bool = True
+) -> InterlockedReference:
+    layers = [spec.build() for spec in layer_specs(stages, dtype)]
+    trunks = [nn.Sequential(*layers[2 * k : 2 * k + 2]) for k in range(stages)]
+    aux_heads = [Head(100 + k, dtype) for k in range(stages - 1)] if heads else None
+    return InterlockedReference(trunks, aux_heads, loss_fn, interlocking)
+
+
+def micro_batches(
+    batch: int, count: int, dtype: torch.dtype = torch.float32, rank: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """``count`` micro-batches of 4 samples, the same wherever they are made."""
+    generator = torch.Generator().manual_seed(1000 * batch + 17 * rank + 5)
+    rows = torch.randn(count, 2, 4, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    return [(pair[0], pair[1]) for pair in rows]

@@ -1,0 +1,132 @@
+"""Train a list of small cases with the engine and with the reference, side by side, in every process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from ibp_deepspeed import InterlockedReference, initialize
+from tests.launch import report
+from tests.toys import make_module, make_reference, micro_batches
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
+OPTIMIZERS = {
+    "sgd": {"type": "SGD", "params": {"lr": 0.3, "momentum": 0.9}},
+    "adamw": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.01, "torch_adam": True}},
+}
+
+
+def run_case(case: dict[str, Any]) -> dict[str, float]:
+    stages, count = case["stages"], case["micro_batches"]
+    dtype, heads = DTYPES[case.get("dtype", "fp32")], case.get("heads", True)
+    replicas = dist.get_world_size() // stages
+    engine = make_engine(case, stages, count, dtype, heads, replicas)
+    reference = make_reference(stages, case["interlocking"], dtype, heads=heads)
+    rank = engine.grid.get_data_parallel_rank()
+    parameters = [p for k in range(stages) for p in reference.parameters(k)]
+    optimizers = [reference_optimizer(case, reference.parameters(k)) for k in range(stages)]
+    worst = {"gradient": 0.0, "parameter": 0.0, "loss": 0.0, "eval": 0.0}
+    gradients = record_first_gradients(engine)
+    for step in range(case.get("steps", 5)):
+        rows = [micro_batches(step, count, dtype, r) for r in range(replicas)]
+        loss = engine.train_batch(iter(rows[rank]))
+        losses = reference.accumulate([pair for row in rows for pair in row])
+        clip_reference(case, reference, stages)
+        if (
+            step == 0
+            and not case.get("zero")
+            and case.get("dtype") != "bf16"
+            and replicas == 1
+            and not case.get("clip")
+        ):
+            worst["gradient"] = compare(gradients, [p.grad for p in reference.parameters(engine.stage_id)])
+        for optimizer in optimizers:
+            optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        if heads or engine.is_last_stage():
+            expected = losses[engine.stage_id].item()
+            worst["loss"] = max(worst["loss"], abs(loss.item() - expected) / abs(expected))
+        if case.get("eval") and step == 2:
+            worst["eval"] = compare_evaluation(engine, reference, count, dtype, rank, replicas)
+    worst["parameter"] = compare(list(engine.module.parameters()), reference.parameters(engine.stage_id))
+    worst["recomputations"] = float(engine.recomputations)
+    engine.close()
+    return worst
+
+
+def make_engine(case: dict[str, Any], stages: int, count: int, dtype: torch.dtype, heads: bool, replicas: int) -> Any:
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": count,
+        "train_batch_size": 4 * count * replicas,
+        "optimizer": OPTIMIZERS[case.get("optimizer", "sgd")],
+        "gradient_clipping": case.get("clip", 0.0),
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": case.get("zero", 0)},
+        "bf16": {"enabled": case.get("dtype") == "bf16"},
+        "pipeline": {"activation_checkpoint_interval": int(case.get("checkpoint", False))},
+        "interlocking": case["interlocking"],
+    }
+    module = make_module(stages, dtype=dtype, heads=heads)
+    return initialize(model=module, config=config)[0]
+
+
+def reference_optimizer(case: dict[str, Any], parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if case.get("optimizer", "sgd") == "sgd":
+        return torch.optim.SGD(parameters, lr=0.3, momentum=0.9)
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01)
+
+
+def clip_reference(case: dict[str, Any], reference: InterlockedReference, stages: int) -> None:
+    """The norm of one stage, or of all of them together."""
+    if not case.get("clip"):
+        return
+    scopes = [reference.parameters(k) for k in range(stages)]
+    if case["interlocking"].get("clip_scope") == "global":
+        scopes = [[p for scope in scopes for p in scope]]
+    for scope in scopes:
+        torch.nn.utils.clip_grad_norm_(scope, case["clip"])
+
+
+def record_first_gradients(engine: Any) -> list[torch.Tensor]:
+    """Gradients at the first optimizer step (only where DeepSpeed leaves them in ``.grad``)."""
+    gradients: list[torch.Tensor] = []
+    step = engine.optimizer.step
+
+    def recording_step(*args: Any, **kwargs: Any) -> Any:
+        parameters = list(engine.module.parameters())
+        if not gradients and all(p.grad is not None for p in parameters):
+            gradients.extend(p.grad.clone() for p in parameters if p.grad is not None)
+        return step(*args, **kwargs)
+
+    engine.optimizer.step = recording_step
+    return gradients
+
+
+def compare(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor | None]) -> float:
+    """Largest relative error of a tensor, by norm."""
+    assert len(got) == len(want) > 0 and all(b is not None for b in want)
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(got, want, strict=True) if b is not None]
+    errors = [(a - b).norm() / b.norm() for a, b in pairs]
+    return max(float(e) for e in errors)
+
+
+def compare_evaluation(engine: Any, reference: Any, count: int, dtype: torch.dtype, rank: int, replicas: int) -> float:
+    rows = [micro_batches(99, count + 1, dtype, r) for r in range(replicas)]
+    got = engine.eval_batch(iter(rows[rank]), num_micro_batches=count + 1)
+    want = reference.evaluate([pair for row in rows for pair in row])
+    assert got.shape == want.shape and torch.equal(got.isnan(), want.isnan())
+    return float(((got - want).abs() / want.abs()).nan_to_num().max())
+
+
+if __name__ == "__main__":
+    deepspeed.init_distributed("gloo")
+    deepspeed.utils.logger.setLevel("ERROR")
+    report([run_case(case) for case in json.loads(sys.argv[1])])
