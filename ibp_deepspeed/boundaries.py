@@ -72,6 +72,12 @@ class Boundaries:
             if channel is not None:
                 channel.wait_in_flight(0, timeout)
 
+    def close(self) -> None:
+        """End the background threads; nothing can be sent any more."""
+        for channel in (self.down, self.up):
+            if channel is not None:
+                channel.close()
+
     def evaluation_link(self) -> EvaluationLink:
         """Channels for one evaluation, which may have another shape than training."""
         return EvaluationLink(
@@ -124,3 +130,8 @@ class EvaluationLink:
         """h_{k-1} and its header [3]."""
         assert self._above is not None
         return self._above.take()
+
+    def close(self) -> None:
+        """End the background thread."""
+        if self._down is not None:
+            self._down.close()

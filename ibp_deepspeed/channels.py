@@ -106,6 +106,7 @@ class SendChannel:
         self._pending: deque[tuple[dist.Work, Tensor]] = deque()
         self._changed = threading.Condition()
         self._error: Exception | None = None
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     def send(self, spec: TensorSpec, tensor: Tensor, header: Header) -> None:
@@ -141,6 +142,12 @@ class SendChannel:
         self._raise_error()
         return True
 
+    def close(self) -> None:
+        """Let the background thread end once everything is delivered."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
     def _post(self, message: Tensor) -> None:
         self._raise_error()
         work = dist.isend(message, self.peer, group=self.group)
@@ -154,11 +161,13 @@ class SendChannel:
             self._thread.start()
 
     def _reap(self) -> None:
-        """Wait for the oldest message, drop it, tell whoever waits; for ever."""
+        """Wait for the oldest message, drop it, tell whoever waits; until closed."""
         while True:
             with self._changed:
-                while not self._pending:
+                while not self._pending and not self._closed:
                     self._changed.wait()
+                if not self._pending:
+                    return
                 work, _ = self._pending[0]
             try:
                 _wait_on_host(work)

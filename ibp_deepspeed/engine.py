@@ -173,14 +173,18 @@ class InterlockedPipelineEngine(PipelineEngine):
             self._failed = True
             raise
         finally:
+            link.close()
             self.data_iterator, self.training_dataloader = training_iterator, training_loader
             self.module.train(was_training)
         return losses.cpu()
 
     def close(self) -> None:
-        """Wait until the neighbours have all messages. Happens by itself at the end of the process."""
+        """Wait until the neighbours have all messages, then end; happens by itself at the end of the process."""
+        atexit.unregister(self._flush_at_exit)
         if not self._failed:
             self.boundaries.flush(_FLUSH_SECONDS)
+        self.boundaries.close()
+        self._board.close()
 
     def _flush_at_exit(self) -> None:
         if getattr(sys, "last_value", None) is None:

@@ -27,7 +27,7 @@ class LossBoard:
 
     def __init__(self, store: dist.Store, stages: int, window: int) -> None:
         self.store, self.stages, self.window = store, stages, window
-        self._queue: queue.SimpleQueue[tuple[int, int, Tensor]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, int, Tensor] | None] = queue.SimpleQueue()
         self._recent: dict[int, float] = {}
         self._thread: threading.Thread | None = None
 
@@ -37,6 +37,10 @@ class LossBoard:
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name="loss board", daemon=True)
             self._thread.start()
+
+    def close(self) -> None:
+        """End the background thread after what is queued."""
+        self._queue.put(None)
 
     def latest(self) -> tuple[Tensor, int] | None:
         """The newest batch of which all K losses are known: losses [K] (float64) and the batch's number."""
@@ -51,15 +55,14 @@ class LossBoard:
         return torch.tensor([row[batch] for row in rows], dtype=torch.float64), batch
 
     def _write(self) -> None:
-        while True:
-            entries = [self._queue.get()]
-            while not self._queue.empty():
-                entries.append(self._queue.get())
-            for _, batch, loss in entries:
-                self._recent[batch] = float(loss)
-            for batch in sorted(self._recent)[: -self.window]:
-                del self._recent[batch]
+        while (entry := self._queue.get()) is not None:
+            stage, batch, loss = entry
+            self._recent[batch] = float(loss)
+            for old in sorted(self._recent)[: -self.window]:
+                del self._recent[old]
+            if not self._queue.empty():
+                continue
             try:
-                self.store.set(str(entries[0][0]), json.dumps(list(self._recent.items())))
+                self.store.set(str(stage), json.dumps(list(self._recent.items())))
             except RuntimeError:  # the store ended with the job: nobody is left to read
                 return

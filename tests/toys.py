@@ -24,6 +24,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.weight.dtype)  # the engine's bf16 casts weights, not data
         return self.dropout(torch.tanh(hidden @ self.weight.T + self.bias))
 
 

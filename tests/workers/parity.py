@@ -58,7 +58,16 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     worst["parameter"] = compare(list(engine.module.parameters()), reference.parameters(engine.stage_id))
     worst["recomputations"] = float(engine.recomputations)
     engine.close()
+    destroy_groups()
     return worst
+
+
+def destroy_groups() -> None:
+    """Give back the threads and sockets of a case before the next one."""
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def make_engine(case: dict[str, Any], stages: int, count: int, dtype: torch.dtype, heads: bool, replicas: int) -> Any:

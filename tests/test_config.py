@@ -1,0 +1,86 @@
+"""Configurations: what is accepted, and the one sentence for what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ibp_deepspeed import ConfigError, InterlockingConfig, Strategy
+from ibp_deepspeed.initialize import check_deepspeed_settings, load_config
+
+
+@pytest.mark.parametrize(
+    ("block", "sentence"),
+    [
+        ({"startegy": "local"}, 'unknown key "interlocking.startegy" \\(did you mean "strategy"\\?\\)'),
+        (
+            {"aux_head": {"chunk_token": 3}},
+            'unknown key "interlocking.aux_head.chunk_token" \\(did you mean "chunk_tokens"',
+        ),
+        ({"strategy": "nwise", "width": 0}, '"interlocking.width".*greater than or equal to 1, got 0'),
+        ({"strategy": "nwise", "width": -2}, "got -2"),
+        ({"strategy": "nwise"}, "needs a width"),
+        ({"strategy": "pairwise", "width": 3}, "has width 2, not 3"),
+        ({"strategy": "global", "width": 3}, "takes no width"),
+        ({"strategy": "sideways"}, "'local', 'pairwise', 'nwise' or 'global', got 'sideways'"),
+        ({"hop_slack": -1}, "got -1"),
+        ({"window_weights": [1, 1]}, "are for mode"),
+        ({"mode": "window", "window_weights": [1.0]}, "has 1 values, the width is 2"),
+        ({"mode": "window", "window_weights": [0.0, 1.0]}, "the first above 0"),
+        ({"mode": "window", "window_weights": [1.0, float("nan")]}, "finite"),
+        ("local", "must be an object"),
+    ],
+)
+def test_wrong_blocks_get_one_sentence(block: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        InterlockingConfig.parse(block)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_and_widths() -> None:
+    config = InterlockingConfig.parse(None)
+    assert (config.mode, config.streaming, config.hop_slack, config.clip_scope) == ("furthest", True, 0, "stage")
+    assert [InterlockingConfig(strategy=s).width_for(5) for s in ("local", "pairwise", "global")] == [1, 2, 5]
+    assert InterlockingConfig(strategy="nwise", width=3).width_for(2) == 2
+
+
+def test_weights_near_the_last_stage_keep_their_sum() -> None:
+    strategy = Strategy(4, 3, "window", window_weights=(2.0, 1.0, 1.0))
+    assert strategy.weights(0) == {0: 2.0, 1: 1.0, 2: 1.0}
+    assert strategy.weights(2) == pytest.approx({2: 8 / 3, 3: 4 / 3})
+    assert strategy.weights(3) == {3: 4.0}
+    assert Strategy(4, 3, "window").weights(2) == {2: 0.5, 3: 0.5}
+
+
+def test_channel_depth() -> None:
+    assert Strategy(4, 2).channel_depth(4) == 8
+    assert Strategy(4, 4, hop_slack=2).channel_depth(1) == 10
+    with pytest.raises(ConfigError, match="channel_depth.* is 1, the least .* is 3"):
+        Strategy(4, 3).channel_depth(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"fp16": {"enabled": True}}, "fp16 is not supported.*bf16"),
+        ({"zero_optimization": {"stage": 2}}, "ZeRO stage 2 does not work with pipelines: use stage 0 or 1"),
+        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+    ],
+)
+def test_what_does_not_combine_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check_deepspeed_settings(settings)
+
+
+def test_unreadable_configurations(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match="no DeepSpeed configuration"):
+        load_config(None)
+    with pytest.raises(ConfigError, match="can't read"):
+        load_config(tmp_path / "none.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"a": 1,\n}')
+    with pytest.raises(ConfigError, match="no JSON.*line 2"):
+        load_config(broken)

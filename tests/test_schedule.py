@@ -1,0 +1,193 @@
+"""The schedule of every width fits together, and the checker notices when one does not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ibp_deepspeed import InterlockedTrainSchedule, Strategy
+from ibp_deepspeed.check import check_schedules, checked_schedules
+from ibp_deepspeed.schedule import (
+    ForwardPass,
+    InputProduct,
+    InterlockedBackward,
+    OptimizerStep,
+    PipeInstruction,
+    RecvGrad,
+    RelayGrad,
+    SendGrad,
+)
+from ibp_deepspeed.simulate import simulate
+from ibp_deepspeed.walk import Costs, ScheduleError, Walk
+
+MODES = ("furthest", "window")
+
+
+@pytest.mark.parametrize("stages", range(1, 9))
+def test_every_small_schedule_is_proved(stages: int) -> None:
+    """K, M ≤ 8, N ≤ K, slack ≤ 2, both modes, at the least channel depth (a larger one only waits less)."""
+    for micro_batches, width, slack, mode in itertools.product(range(1, 9), range(1, stages + 1), range(3), MODES):
+        strategy = Strategy(stages, width, mode, slack)
+        checked_schedules(strategy, micro_batches, strategy.live_micro_batches(0, micro_batches))
+    checked_schedules(Strategy(stages, stages, aux_heads=False), 8)
+
+
+def test_one_stage_of_a_checked_set_is_the_public_schedule() -> None:
+    checked = checked_schedules(Strategy(4, 2, "window", 1), 3)[1]
+    public = InterlockedTrainSchedule(3, 4, 1, 2, hop_slack=1, mode="window")
+    assert [repr(step) for step in checked] == [repr(step) for step in public]
+
+
+class Edited(InterlockedTrainSchedule):
+    """A schedule with a mistake made in one stage's list of instructions."""
+
+    edit: Callable[[list[PipeInstruction]], list[PipeInstruction]]
+
+    def steps(self) -> Iterator[list[PipeInstruction]]:
+        yield self.edit([instruction for step in super().steps() for instruction in step])
+
+
+def drop(kind: type, count: int = 1) -> Callable[[list[PipeInstruction]], list[PipeInstruction]]:
+    def edit(program: list[PipeInstruction]) -> list[PipeInstruction]:
+        victims = [i for i in program if isinstance(i, kind)][:count]
+        return [i for i in program if i not in victims]
+
+    return edit
+
+
+def swap(kind: type) -> Callable[[list[PipeInstruction]], list[PipeInstruction]]:
+    """Exchange the first two instructions of a kind."""
+
+    def edit(program: list[PipeInstruction]) -> list[PipeInstruction]:
+        first, second = [n for n, i in enumerate(program) if isinstance(i, kind)][:2]
+        program[first], program[second] = program[second], program[first]
+        return program
+
+    return edit
+
+
+def repeat(kind: type) -> Callable[[list[PipeInstruction]], list[PipeInstruction]]:
+    def edit(program: list[PipeInstruction]) -> list[PipeInstruction]:
+        at = next(n for n, i in enumerate(program) if isinstance(i, kind))
+        return [*program[: at + 1], program[at], *program[at + 1 :]]
+
+    return edit
+
+
+def forwards_first(program: list[PipeInstruction]) -> list[PipeInstruction]:
+    """GPipe's order: needs no more messages, but holds every micro-batch."""
+    late = (RecvGrad, RelayGrad, InterlockedBackward)
+    head = [i for i in program if not isinstance(i, (*late, OptimizerStep)) and type(i).__name__ != "ReduceGrads"]
+    return head + [i for i in program if i not in head]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (drop(SendGrad), "the channel holds|deadlock"),
+        (drop(InterlockedBackward), "in use|reduces after|not computed|live micro-batches"),
+        (repeat(InterlockedBackward), "not live"),
+        (swap(SendGrad), "not computed|the channel holds"),
+        (drop(OptimizerStep), "the optimizer steps 0 times"),
+        (repeat(OptimizerStep), "after the optimizer step"),
+        (drop(InputProduct), "was not computed"),
+        (drop(RecvGrad), "not here|the channel holds|nobody receives|without the gradient"),
+        (forwards_first, "in use|live micro-batches"),
+    ],
+)
+def test_the_checker_finds_a_mistake_and_shows_it(edit: Callable[..., list[PipeInstruction]], message: str) -> None:
+    strategy = Strategy(4, 2, "window")
+    schedules = [InterlockedTrainSchedule(4, 4, k, 2, mode="window") for k in range(4)]
+    wrong = Edited(4, 4, 2, 2, mode="window")
+    wrong.edit = edit
+    schedules[2] = wrong
+    with pytest.raises(ScheduleError, match=message) as caught:
+        check_schedules(schedules, strategy, strategy.channel_depth(4))
+    lines = str(caught.value).splitlines()
+    rows = [line for line in lines if line.startswith("stage ") and " | " in line]
+    assert len(rows) == 4, "the grid has a row a stage"
+    assert sum(row.count(">>") for row in rows) == 1, "exactly one step is marked"
+
+
+def test_a_channel_too_shallow_deadlocks_in_the_walk() -> None:
+    """Depth 0 lets nobody start: the walk says who waits instead of hanging."""
+    schedules = [InterlockedTrainSchedule(2, 3, k, 2) for k in range(3)]
+    with pytest.raises(ScheduleError, match="deadlock"):
+        Walk(schedules, channel_depth=0).run()
+
+
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "width", "expected"),
+    [(4, 1, 1, 3.1), (4, 1, 2, 6.1), (4, 1, 3, 9.1), (4, 4, 1, 3.1), (4, 4, 2, 4.1), (8, 4, 1, 3.1), (8, 4, 2, 4.1)],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_simulated_times_of_narrow_widths(
+    stages: int, micro_batches: int, width: int, expected: float, mode: str
+) -> None:
+    """The table of docs/how-it-works.md; with one micro-batch and N = 3 the modes differ in the last stages."""
+    if (micro_batches, width, mode) == (1, 3, "window"):
+        expected = 8.1  # the second product of stage K-2 goes up before its update
+    assert simulate(Strategy(stages, width, mode), micro_batches).micro_batch_time == pytest.approx(expected, abs=0.01)  # type: ignore[arg-type]
+
+
+def test_simulated_times_of_wide_and_slow_pipelines() -> None:
+    assert simulate(Strategy(8, 3), 4).micro_batch_time == pytest.approx(5.1, abs=0.01)
+    backpropagation = Strategy(8, 8, aux_heads=False)
+    assert simulate(backpropagation, 4).micro_batch_time == pytest.approx(8.35, abs=0.01)  # (M + K - 1) · 3 / M + head
+    slow = Costs(latency=2.0)
+    assert simulate(Strategy(8, 2, hop_slack=1), 16, slow).micro_batch_time == pytest.approx(4.34, abs=0.02)
+    assert simulate(backpropagation, 16, slow).micro_batch_time == pytest.approx(9.33, abs=0.02)
+
+
+def test_depth_costs_nothing_at_narrow_widths() -> None:
+    """K = 64, M = 8: local and pairwise stay at their work, 1F1B does not."""
+    assert simulate(Strategy(64, 1), 8, batches=16).micro_batch_time == pytest.approx(3.1, abs=0.01)
+    assert simulate(Strategy(64, 2), 8, batches=16).micro_batch_time == pytest.approx(4.1, abs=0.01)
+    assert simulate(Strategy(64, 64, aux_heads=False), 8, batches=4).micro_batch_time > 26
+
+
+def test_idle_share_and_live_micro_batches() -> None:
+    prediction = simulate(Strategy(8, 2), 4)
+    assert max(prediction.idle[1:-1]) < 1e-6 and prediction.limit == pytest.approx(4.1)
+    assert prediction.live == [2] * 7 + [1]
+    assert simulate(Strategy(8, 8), 16).live == [8, 7, 6, 5, 4, 3, 2, 1]
+    blocked = simulate(Strategy(4, 1), 4, streaming=False)
+    assert blocked.micro_batch_time > simulate(Strategy(4, 1), 4).micro_batch_time
+
+
+@given(
+    stages=st.integers(1, 12),
+    width=st.integers(1, 14),
+    mode=st.sampled_from(MODES),
+    weights=st.lists(st.floats(0.1, 2.0), min_size=14, max_size=14),
+)
+@settings(deadline=None, max_examples=60)
+def test_strategy_tables_agree_with_their_definition(stages: int, width: int, mode: str, weights: list[float]) -> None:
+    given_weights = tuple(weights[:width]) if mode == "window" else None
+    strategy = Strategy(stages, width, mode, window_weights=given_weights)  # type: ignore[arg-type]
+    for k in range(stages):
+        reach = min(k + width - 1, stages - 1)
+        assert strategy.reach(k) == reach
+        table = strategy.weights(k)
+        assert list(table) == ([reach] if mode == "furthest" else list(range(k, reach + 1)))
+        total = sum(given_weights) if given_weights else 1.0
+        assert sum(table.values()) == pytest.approx(total)
+        for loss in range(stages):
+            assert (k in strategy.users(loss)) == (loss in table)
+            crosses = loss >= k and any(loss in strategy.weights(i) for i in range(k))
+            assert strategy.crosses(loss, k) == crosses
+    assert not Strategy(stages, 1).sends_gradients(stages - 1), "local learning sends no gradient at all"
+
+
+def test_forward_comes_first_in_its_slot() -> None:
+    """1F1B's order at N = K: the forward pass of a slot, then the gradient that arrives in it."""
+    program = [i for step in InterlockedTrainSchedule(6, 3, 0, 3).steps() for i in step]
+    order = [(type(i), i.micro_batch) for i in program if isinstance(i, ForwardPass | InterlockedBackward)]
+    assert order[:6] == [(ForwardPass, 0), (ForwardPass, 1), (ForwardPass, 2), (InterlockedBackward, 0)] + [
+        (ForwardPass, 3),
+        (InterlockedBackward, 1),
+    ]
