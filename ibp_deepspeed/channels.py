@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.errors import InterlockingError, PeerLostError
 
 Header = tuple[int, int, int]
 _HEADER_BYTES = 24
@@ -27,10 +27,6 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 class BoundaryError(InterlockingError):
     """What crosses a boundary is not one floating tensor of a constant shape."""
-
-
-class PeerLostError(InterlockingError):
-    """A neighbouring stage ended or its connection broke."""
 
 
 @dataclass(frozen=True)

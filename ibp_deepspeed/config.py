@@ -23,8 +23,6 @@ class AuxHeadConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    norm: bool = True
-    """Normalise the hidden states with the model's kind of final norm before the readout."""
     chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at once; None picks about 64 MiB of logits."""
 

@@ -29,7 +29,7 @@ from ibp_deepspeed.strategy import Strategy
 _FLUSH_SECONDS = 30.0
 
 
-class DataError(InterlockingError, ValueError):
+class BatchError(InterlockingError, ValueError):
     """A stage has no data, or other data than its neighbour."""
 
 
@@ -115,7 +115,7 @@ class InterlockedPipelineEngine(PipelineEngine):
             without a head). No other stage is waited for to compute it.
 
         Raises:
-            DataError: no data, or another stage sees other samples.
+            BatchError: no data, or another stage sees other samples.
             PeerLostError: a neighbouring stage is gone.
         """
         if not torch.is_grad_enabled():
@@ -299,15 +299,15 @@ class InterlockedPipelineEngine(PipelineEngine):
     def _load(self) -> tuple[Any, Any, int]:
         """The next micro-batch: inputs (first stage only), labels (stages with a loss only), sample checksum."""
         if self.data_iterator is None:
-            raise DataError(f"stage {self.stage_id} was given no data: every rank needs a data_iter.")
+            raise BatchError(f"stage {self.stage_id} was given no data: every rank needs a data_iter.")
         try:
             batch = self._next_batch()
         except StopIteration:
-            raise DataError(
+            raise BatchError(
                 f"the data of stage {self.stage_id} ended in batch {self.global_steps + 1}: give a repeating iterator."
             ) from None
         if not isinstance(batch, list | tuple) or len(batch) not in (2, 3):
-            raise DataError(f"a micro-batch must be (inputs, labels) or (inputs, labels, ids), not {type(batch)}.")
+            raise BatchError(f"a micro-batch must be (inputs, labels) or (inputs, labels, ids), not {type(batch)}.")
         inputs, labels = batch[0], batch[1]
         checksum = _checksum(batch[2] if len(batch) == 3 else labels)
         has_loss = self.strategy.has_loss(self.stage_id)
@@ -377,11 +377,11 @@ class InterlockedPipelineEngine(PipelineEngine):
 
     def _fail_samples(self, got: list[int], want: list[int]) -> NoReturn:
         if got[:2] != want[:2]:
-            raise DataError(
+            raise BatchError(
                 f"stage {self.stage_id} is at batch {want[0] + 1}, micro-batch {want[1]}, its neighbour sent batch "
                 f"{got[0] + 1}, micro-batch {got[1]}: call train_batch and eval_batch in the same order on every rank."
             )
-        raise DataError(
+        raise BatchError(
             f"stages {self.stage_id - 1} and {self.stage_id} look at different samples in batch {want[0] + 1}, "
             f"micro-batch {want[1]}: give every stage the same data in the same order."
         )

@@ -3,3 +3,7 @@
 
 class InterlockingError(Exception):
     """An error whose message is one sentence for the user: what was seen, where, and the way out."""
+
+
+class PeerLostError(InterlockingError):
+    """A neighbouring stage ended or its connection broke."""

@@ -1,0 +1,123 @@
+"""Micro-batches of token windows, in an order that is a function of the seed and the micro-batch's index."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ibp_deepspeed.data.token_file import DataError, TokenFile
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class MicroBatchLoader:
+    """An endless iterator over micro-batches `(input_ids, labels, sample_ids)` of one data-parallel rank.
+
+    With B = micro_batch_size and S = sequence_length, all int64 on the CPU: `input_ids` [B, S], `labels`
+    [B, S] (the token that follows each input token, so already shifted), `sample_ids` [B]. Sample i is the
+    window tokens[i*S : i*S + S + 1]; its id is i in every epoch.
+
+    Each epoch is a new permutation of the samples (the order of the file when `shuffle` is False). Global
+    micro-batch b of an epoch takes the b-th B * data_parallel_size entries of it, and each rank its own B of
+    these; the entries that do not fill a last global micro-batch are left out in that epoch. The only state
+    is the index of the next micro-batch, which counts on over the epochs: `start=n`, or load_state_dict of a
+    loader that has yielded n, continues exactly as a loader that was never interrupted.
+
+    Raises DataError when an argument is out of range or the data are shorter than one global micro-batch.
+    """
+
+    def __init__(
+        self,
+        token_file: TokenFile,
+        sequence_length: int,
+        micro_batch_size: int,
+        *,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        start: int = 0,
+    ) -> None:
+        _at_least("sequence_length", sequence_length, 1)
+        _at_least("micro_batch_size", micro_batch_size, 1)
+        _at_least("data_parallel_size", data_parallel_size, 1)
+        _at_least("seed", seed, 0)
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise DataError(
+                f"data_parallel_rank is {data_parallel_rank} of data_parallel_size {data_parallel_size}: "
+                f"give a rank from 0 to {data_parallel_size - 1}"
+            )
+        self._tokens = token_file.tokens
+        self._sequence_length = sequence_length
+        self._micro_batch_size = micro_batch_size
+        self._rank = data_parallel_rank
+        self._global_size = micro_batch_size * data_parallel_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._samples = max(len(self._tokens) - 1, 0) // sequence_length
+        self._permutation: tuple[int, npt.NDArray[np.int64]] | None = None  # of the epoch used last
+        if self.micro_batches_per_epoch == 0:
+            raise DataError(
+                f"{token_file.path} has {len(self._tokens)} tokens, one micro-batch of {self._global_size} "
+                f"windows of {sequence_length} needs {self._global_size * sequence_length + 1}: "
+                "prepare more text, or lower the sequence length or the micro-batch size"
+            )
+        self._next = 0
+        self.load_state_dict({"next_micro_batch": start})
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        """How many micro-batches this rank (and every other) yields in one pass over the data."""
+        return self._samples // self._global_size
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        micro_batch = self._micro_batch(self._next)
+        self._next += 1
+        return micro_batch
+
+    def held_out(self, max_micro_batches: int | None = None) -> Iterator[MicroBatch]:
+        """One pass over the first epoch (or its first `max_micro_batches`), the same at every call.
+
+        The position of the endless iterator does not move.
+        """
+        count = self.micro_batches_per_epoch
+        if max_micro_batches is not None:
+            count = min(count, max_micro_batches)
+        return (self._micro_batch(index) for index in range(count))
+
+    def state_dict(self) -> dict[str, int]:
+        """The index of the next micro-batch, the same on every data-parallel rank."""
+        return {"next_micro_batch": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues at the micro-batch that `state_dict` named; raises DataError when it is negative."""
+        _at_least("next_micro_batch", state["next_micro_batch"], 0)
+        self._next = state["next_micro_batch"]
+
+    def _micro_batch(self, index: int) -> MicroBatch:
+        epoch, global_micro_batch = divmod(index, self.micro_batches_per_epoch)
+        first = global_micro_batch * self._global_size + self._rank * self._micro_batch_size
+        samples = self._order(epoch, first, first + self._micro_batch_size)
+        span = self._sequence_length
+        windows = np.stack([self._tokens[i * span : i * span + span + 1] for i in samples]).astype(np.int64)
+        # Copies, because slices of one array would share memory and not be contiguous.
+        inputs, labels = windows[:, :-1].copy(), windows[:, 1:].copy()
+        return torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(samples.copy())
+
+    def _order(self, epoch: int, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Entries first to last of the epoch's order of samples."""
+        if not self._shuffle:
+            return np.arange(first, last, dtype=np.int64)
+        if self._permutation is None or self._permutation[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+            self._permutation = (epoch, generator.permutation(self._samples).astype(np.int64, copy=False))
+        return self._permutation[1][first:last]
+
+
+def _at_least(name: str, value: int, lowest: int) -> None:
+    if value < lowest:
+        raise DataError(f"{name} is {value}: give {lowest} or more")

@@ -1,0 +1,288 @@
+"""Prepared data on disk: a folder with packed tokens (train.bin, heldout.bin), a tokenizer and a manifest."""
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from ibp_deepspeed.errors import InterlockingError
+
+if TYPE_CHECKING:
+    from ibp_deepspeed.data.tokenizer import TextTokenizer
+
+SplitName = Literal["train", "heldout"]
+TokenArray = npt.NDArray[np.unsignedinteger[Any]]
+
+MANIFEST = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+_AGAIN = "run scripts/prepare_data.py again with --overwrite"
+# A batch that the tokenizer encodes at once ends at either limit, so that memory stays small.
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 1 << 22
+
+
+class DataError(InterlockingError, ValueError):
+    """Data that cannot be used as they are: names the path, what was seen, what is expected, the way out."""
+
+
+class SplitRecord(BaseModel):
+    """What a manifest says of one token file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    documents: PositiveInt
+    tokens: PositiveInt
+    max_token_id: NonNegativeInt
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a prepared folder holds; `vocabulary_size` is the highest token id of the tokenizer plus one.
+
+    `unigram_entropy_nats` is in nats per held-out token; tokens are little-endian integers of type `dtype`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    source: str
+    seed: int
+    held_out_fraction: float
+    dtype: Literal["uint16", "uint32"]
+    vocabulary_size: PositiveInt
+    eos_id: NonNegativeInt
+    tokenizer_file: str
+    unigram_entropy_nats: float
+    train: SplitRecord
+    heldout: SplitRecord
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
+        return _little_endian(self.dtype)
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The packed tokens of one split: documents one after the other, each closed by the manifest's eos_id."""
+
+    path: Path
+    split: SplitName
+    tokens: TokenArray  # [number of tokens]
+    manifest: Manifest
+
+    def check_vocabulary(self, model_vocab_size: int) -> None:
+        """Raises DataError when the data can hold a token id that a model of `model_vocab_size` ids lacks."""
+        record: SplitRecord = getattr(self.manifest, self.split)
+        needed = max(self.manifest.vocabulary_size, record.max_token_id + 1)
+        if needed > model_vocab_size:
+            raise DataError(
+                f"{self.path} has token ids up to {record.max_token_id} from a vocabulary of "
+                f"{self.manifest.vocabulary_size}, the model's vocabulary size is {model_vocab_size}: "
+                f"set the model's vocabulary size to {needed} or more"
+            )
+
+
+def open_tokens(folder: str | Path, split: SplitName, *, verify: bool = True) -> TokenFile:
+    """Maps the tokens of the split "train" or "heldout" of a folder that scripts/prepare_data.py wrote.
+
+    The file's size is always compared with the manifest; `verify=True` also reads all of it for the
+    checksum, which only one process of a job needs to do.
+
+    Raises DataError for a missing folder, manifest or file, a broken manifest, an unknown split, a size or
+    a checksum that differs.
+    """
+    folder = Path(folder)
+    if split not in get_args(SplitName):
+        raise DataError(f'{folder} has no split "{split}": use {" or ".join(get_args(SplitName))}')
+    manifest = read_manifest(folder)
+    record: SplitRecord = getattr(manifest, split)
+    path = folder / record.file
+    if not path.is_file():
+        raise DataError(f"{path} does not exist, though the manifest of its folder names it: {_AGAIN}")
+    size, expected = path.stat().st_size, record.tokens * manifest.numpy_dtype.itemsize
+    if size != expected:
+        fault = "it is truncated" if size < expected else "something was added to it"
+        raise DataError(f"{path} has {size} bytes, its manifest says {expected}: {fault}; {_AGAIN}")
+    if verify:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != record.sha256:
+            raise DataError(
+                f"{path} has the sha256 {digest}, its manifest says {record.sha256}: "
+                f"its content changed; {_AGAIN}"
+            )
+    tokens = np.memmap(path, dtype=manifest.numpy_dtype, mode="r")
+    return TokenFile(path=path, split=split, tokens=tokens, manifest=manifest)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a prepared folder; raises DataError when it is missing or broken."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: make it with scripts/prepare_data.py --out {folder}")
+    if not path.is_file():
+        raise DataError(
+            f"{folder} has no {MANIFEST}: name a folder that scripts/prepare_data.py made, or make one"
+        )
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise DataError(
+            f"{path} is not a manifest of this version ({place}: {first['msg']}): {_AGAIN}"
+        ) from error
+
+
+def check_target(folder: str | Path, *, overwrite: bool) -> None:
+    """Raises DataError when `folder` may not be written.
+
+    Prepared data are replaced with `overwrite` only; any other file or non-empty folder never is.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder} exists and is not a folder of prepared data: choose another --out")
+    if not overwrite:
+        raise DataError(f"{folder} holds prepared data already: choose another --out, or give --overwrite")
+
+
+def write_tokens(
+    folder: str | Path,
+    documents: Iterable[tuple[SplitName, str]],
+    tokenizer: "TextTokenizer",
+    *,
+    source: str,
+    seed: int,
+    held_out_fraction: float,
+    overwrite: bool = False,
+) -> Manifest:
+    """Encodes the documents, each into the file of its split, and writes the prepared folder.
+
+    Everything goes to a hidden folder beside the target first, which takes the target's name only when all of
+    it is on the disk. `source`, `seed` and `held_out_fraction` are recorded in the manifest as given.
+
+    Raises DataError when the target may not be written (see check_target) or a split gets no document.
+    """
+    folder = Path(folder)
+    check_target(folder, overwrite=overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocabulary_size <= 1 << 16 else "uint32"
+        train, heldout = (_SplitWriter(partial, split, dtype, tokenizer) for split in get_args(SplitName))
+        for batch in _batches(documents):
+            for writer in (train, heldout):
+                writer.append([text for split, text in batch if split == writer.split])
+        tokenizer.save(partial / TOKENIZER_FOLDER)
+        manifest = Manifest(
+            source=source,
+            seed=seed,
+            held_out_fraction=held_out_fraction,
+            dtype=dtype,
+            vocabulary_size=tokenizer.vocabulary_size,
+            eos_id=tokenizer.eos_id,
+            tokenizer_file=f"{TOKENIZER_FOLDER}/tokenizer.json",
+            train=train.record(),
+            heldout=heldout.record(),
+            unigram_entropy_nats=unigram_entropy(train.counts, heldout.counts),
+        )
+        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def unigram_entropy(train_counts: npt.NDArray[np.int64], heldout_counts: npt.NDArray[np.int64]) -> float:
+    """Cross-entropy in nats per held-out token under the train split's frequencies, with one added to each.
+
+    Both arrays are [vocabulary size]: how often each token occurs in the split.
+    """
+    log_probability = np.log(train_counts + 1.0) - np.log(train_counts.sum() + float(len(train_counts)))
+    return float(-(heldout_counts * log_probability).sum() / heldout_counts.sum())
+
+
+class _SplitWriter:
+    """Streams the tokens of one split to its file and keeps what the manifest says of them."""
+
+    def __init__(self, folder: Path, split: SplitName, dtype: str, tokenizer: "TextTokenizer") -> None:
+        self.split = split
+        self.counts = np.zeros(tokenizer.vocabulary_size, dtype=np.int64)
+        self._dtype = _little_endian(dtype)
+        self._tokenizer = tokenizer
+        self._sha256 = hashlib.sha256()
+        self._documents = 0
+        self._path = folder / f"{split}.bin"
+
+    def append(self, texts: list[str]) -> None:
+        if not texts:
+            return
+        encoded = self._tokenizer.encode(texts)
+        tokens = np.concatenate([np.array(ids, dtype=self._dtype) for ids in encoded])
+        data = tokens.tobytes()
+        with self._path.open("ab") as file:
+            file.write(data)
+        self._sha256.update(data)
+        self._documents += len(texts)
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+
+    def record(self) -> SplitRecord:
+        if not self._documents:
+            raise DataError(f'no document is in the split "{self.split}": each split needs at least one')
+        return SplitRecord(
+            file=self._path.name,
+            documents=self._documents,
+            tokens=int(self.counts.sum()),
+            max_token_id=int(np.flatnonzero(self.counts)[-1]),
+            sha256=self._sha256.hexdigest(),
+        )
+
+
+def _batches(documents: Iterable[tuple[SplitName, str]]) -> Iterator[list[tuple[SplitName, str]]]:
+    batch: list[tuple[SplitName, str]] = []
+    characters = 0
+    for split, text in documents:
+        batch.append((split, text))
+        characters += len(text)
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _replace_folder(complete: Path, target: Path) -> None:
+    """Gives `complete` the name of `target`; what was there before is removed only afterwards."""
+    for path in [*complete.rglob("*"), complete]:
+        _fsync(path)
+    old = complete.with_name(complete.name + "-old")
+    if target.exists():
+        target.rename(old)
+    complete.rename(target)
+    _fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _little_endian(dtype: str) -> np.dtype[np.unsignedinteger[Any]]:
+    return np.dtype(dtype).newbyteorder("<")

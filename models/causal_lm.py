@@ -1,0 +1,139 @@
+"""Hugging Face causal language models cut into pipeline layers: embedding, decoder layers, head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from deepspeed.pipe import LayerSpec
+from torch import nn
+from transformers import PretrainedConfig
+
+from models.errors import ModelError
+from models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, HeadLayer
+from models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
+from models.recorder import Recorder
+from models.shell import Shell
+
+
+class CausalLM:
+    """How one Hugging Face causal language model is cut into pipeline layers.
+
+    Layers are built one at a time, on the CPU, with random weights that depend on the seed and the layer's index
+    alone: not on the number of stages, nor on what else was built. The readout has its own weights even where the
+    model's config ties it to the embedding, which would tie the first stage to the last; ``was_tied`` tells.
+
+    Args:
+        config: of a type in ``models.shell.PROVEN``; it is copied.
+        seed: of all initial weights.
+        dtype: of all parameters; initial values are drawn in fp32 and rounded to it.
+
+    Attributes:
+        num_layers: decoder layers + 2.
+        vocab_size, hidden_size: V and H.
+        was_tied: whether the config ties the readout to the embedding.
+
+    Raises:
+        ModelError: a model that cannot be cut, by name and with the reason.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._shell = Shell(config)
+        self._recorder = Recorder(self._shell)
+        self._seed = seed
+        self._dtype = dtype
+        self.num_layers = len(self._shell.layers) + 2
+        self.vocab_size: int = self._shell.config.vocab_size
+        self.hidden_size: int = self._shell.config.hidden_size
+        self.was_tied = self._shell.was_tied
+        self.config: PretrainedConfig = self._shell.config
+
+    def layer_specs(self) -> list[LayerSpec]:
+        """[embedding, decoder layers, head] for ``PipelineModule``; each builds its layer with real weights."""
+        return [_CutLayerSpec(self, index) for index in range(self.num_layers)]
+
+    def build_layer(self, index: int) -> nn.Module:
+        """Layer ``index`` of ``layer_specs`` with real weights on the CPU."""
+        return self._initialised(self._meta_layer(index), f"layer {index}")
+
+    def layer_class(self, index: int) -> type[nn.Module]:
+        """The class of layer ``index``."""
+        ends = {0: EmbeddingLayer, self.num_layers - 1: HeadLayer}
+        return ends.get(index, DecoderLayer)
+
+    def aux_head(self, stage_id: int) -> nn.Module:
+        """The auxiliary head of a stage, hidden states [B, S, H] → LazyLogits, on the CPU.
+
+        A fresh final norm of the model's kind and a linear readout; its weights depend on seed and stage alone.
+        """
+        return self._initialised(AuxiliaryHead(self._shell), f"auxiliary head {stage_id}")
+
+    def parameter_counts(self) -> list[int]:
+        """Parameters of every layer of ``layer_specs``; nothing is materialised."""
+        return [_count(self._meta_layer(index)) for index in range(self.num_layers)]
+
+    def aux_head_parameters(self) -> int:
+        """Parameters of one auxiliary head."""
+        return _count(AuxiliaryHead(self._shell))
+
+    def partition(
+        self, num_stages: int, *, aux_heads: bool = True, manual: Sequence[int] | None = None
+    ) -> list[int]:
+        """Bounds of the stages in ``layer_specs``: stage k has the layers bounds[k] … bounds[k+1]-1.
+
+        The largest stage's parameter count, with an auxiliary head for all stages but the last if ``aux_heads``,
+        is as small as it can be; of such partitions the most even one is taken. Every stage has a decoder layer.
+
+        Args:
+            num_stages: K, from 1 to the number of decoder layers.
+            aux_heads: whether auxiliary heads count.
+            manual: instead, K numbers of decoder layers, or K+1 bounds.
+
+        Returns:
+            K+1 numbers from 0 to ``num_layers``.
+
+        Raises:
+            ModelError: more stages than decoder layers, or a manual partition that does not fit.
+        """
+        decoder_layers = self.num_layers - 2
+        if not 1 <= num_stages <= decoder_layers:
+            raise ModelError(
+                f"{num_stages} stages do not fit a model with {decoder_layers} decoder layers: every stage needs "
+                f"at least one, so choose 1 to {decoder_layers} stages"
+            )
+        if manual is not None:
+            return manual_bounds(manual, num_stages, decoder_layers)
+        embedding, *costs, head = self.parameter_counts()
+        costs[0] += embedding
+        costs[-1] += head
+        extra = [self.aux_head_parameters() if aux_heads else 0] * (num_stages - 1)
+        return sizes_to_bounds(balanced_sizes(costs, [*extra, 0]))
+
+    def _meta_layer(self, index: int) -> nn.Module:
+        if self.layer_class(index) is DecoderLayer:
+            return DecoderLayer(self._shell, index - 1, self._recorder)
+        return self.layer_class(index)(self._shell)
+
+    def _initialised(self, module: nn.Module, part: str) -> nn.Module:
+        self._shell.initialise(module, part, self._seed, self._dtype)
+        return module
+
+    def __repr__(self) -> str:
+        return f"CausalLM({self._shell.config.model_type})"
+
+
+class _CutLayerSpec(LayerSpec):  # type: ignore[misc]
+    """One layer of a cut model, built by the model that knows the whole."""
+
+    def __init__(self, model: CausalLM, index: int) -> None:
+        super().__init__(model.layer_class(index), model, index)
+
+    def build(self, log: bool = False) -> nn.Module:
+        model, index = self.module_args
+        return model.build_layer(index)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,60 @@
+"""Model configs from a file, a folder or the hub, with overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from models.errors import ModelError
+
+# Lists with one entry per decoder layer, which have to follow a changed number of layers.
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+def load_config(path_or_name: str | Path, **overrides: Any) -> PretrainedConfig:
+    """A Hugging Face config.
+
+    Args:
+        path_or_name: a JSON file with a ``model_type``, a folder with a ``config.json``, or a name on the hub.
+        overrides: values to set before the config is made, so that what it derives from them fits. The common
+            names (``num_hidden_layers``, ``hidden_size``, …) work for all model types.
+
+    Raises:
+        ModelError: no config there, an unknown override, or values that the config class refuses.
+    """
+    try:
+        base = AutoConfig.from_pretrained(str(path_or_name))
+        values, _ = PretrainedConfig.get_config_dict(str(path_or_name))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no model config in '{path_or_name}': {_first_line(error)}") from error
+    for name, value in overrides.items():
+        own_name = base.attribute_map.get(name, name)
+        if not hasattr(base, own_name):
+            raise ModelError(f"the config of model type '{base.model_type}' has no '{name}' to override")
+        values[own_name] = value
+    try:
+        return type(base).from_dict(_cut_lists(values, base, overrides))
+    except Exception as error:  # a config class may refuse its values with any kind of error
+        raise ModelError(f"{overrides} do not fit the config in '{path_or_name}': {_first_line(error)}") from error
+
+
+def _cut_lists(values: dict[str, Any], base: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Shorten lists with an entry per layer to an overridden number of layers."""
+    layers = overrides.get("num_hidden_layers", overrides.get(base.attribute_map.get("num_hidden_layers", "")))
+    if layers is None:
+        return values
+    for name in _PER_LAYER:
+        if isinstance(values.get(name), list) and name not in overrides:
+            if len(values[name]) < layers:
+                raise ModelError(
+                    f"{name} lists {len(values[name])} layers and num_hidden_layers asks for {layers}: "
+                    f"override {name} too"
+                )
+            values[name] = values[name][:layers]
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,74 @@
+"""From the weights of pipeline layers back to one Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from models.errors import ModelError
+from models.shell import Shell, meta_model, untied
+
+
+def assemble(config: PretrainedConfig, state: Mapping[int, Mapping[str, Tensor]]) -> PreTrainedModel:
+    """The full model, with a readout of its own, from the state dicts of all pipeline layers.
+
+    Args:
+        config: the config that ``CausalLM`` was given.
+        state: index in ``layer_specs`` → ``state_dict()`` of that layer; the tensors are copied.
+
+    Returns:
+        The model in eval mode on the CPU, ready for ``generate`` and ``save_pretrained``.
+
+    Raises:
+        ModelError: a layer or a weight that is missing, unknown or of another shape; named.
+    """
+    shell = Shell(config)
+    expected = set(range(len(shell.layers) + 2))
+    if set(state) != expected:
+        raise ModelError(
+            f"the weights have layers {sorted(state)}, and the model needs layers 0 to {max(expected)}: "
+            f"missing {sorted(expected - set(state))}, unknown {sorted(set(state) - expected)}"
+        )
+    weights: dict[str, Tensor] = {}
+    for index, layer_state in state.items():
+        for key, tensor in layer_state.items():
+            # copied, because loading below adopts the tensors and training may go on
+            weights[model_key(shell, index, key)] = tensor.detach().to("cpu", copy=True)
+    return _loaded(config, weights)
+
+
+def model_key(shell: Shell, index: int, key: str) -> str:
+    """The name in the whole model of a weight of pipeline layer ``index``."""
+    last = len(shell.layers) + 1
+    decoder = f"{shell.decoder_name}."
+    prefixes = {"layer": f"{decoder}{shell.layers_name}.{index - 1}."}
+    if index == 0:
+        prefixes = {"decoder": decoder}
+    if index == last:
+        prefixes = {"norm": f"{decoder}{shell.norm_name}.", "projection": f"{decoder}project_out.", "readout": ""}
+    part, _, rest = key.partition(".")
+    if part not in prefixes:
+        raise ModelError(f"layer {index} has a weight '{key}' that no layer of {shell} has at that place")
+    return prefixes[part] + rest
+
+
+def _loaded(config: PretrainedConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
+    model = meta_model(untied(config))
+    wanted = model.state_dict()
+    missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    misfits = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if missing or unknown or misfits:
+        raise ModelError(
+            f"the weights do not fit a model of type '{config.model_type}': missing {missing}, unknown {unknown}, "
+            f"of another shape {misfits}"
+        )
+    model.load_state_dict(weights, assign=True)
+    model.config.use_cache = True
+    model.config.dtype = model.dtype
+    return model.eval()

@@ -1,0 +1,81 @@
+"""From a cut model to an interlocked pipeline, and the description that goes with its checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+from pydantic import BaseModel, ConfigDict
+from transformers import AutoConfig, PretrainedConfig
+
+from ibp_deepspeed import InterlockedPipelineModule, InterlockingConfig
+from ibp_deepspeed.heads import CausalLMLoss
+from models.causal_lm import CausalLM
+from models.errors import ModelError
+
+DESCRIPTION_FILE = "interlocked_model.json"
+
+
+def pipeline_module(
+    model: CausalLM, interlocking: InterlockingConfig, num_stages: int, manual: Sequence[int] | None = None
+) -> InterlockedPipelineModule:
+    """This rank's stage of a language model with its head.
+
+    Args:
+        model: the cut model.
+        interlocking: strategy and options of the heads.
+        num_stages: K.
+        manual: a partition, see :meth:`CausalLM.partition`; None balances parameters, heads included.
+    """
+    options = interlocking.aux_head
+    return InterlockedPipelineModule(
+        model.layer_specs(),
+        num_stages=num_stages,
+        loss_fn=CausalLMLoss(options.chunk_tokens if options else None),
+        aux_head=model.aux_head if options else None,
+        interlocking=interlocking,
+        partition_method=model.partition(num_stages, aux_heads=options is not None, manual=manual),
+    )
+
+
+class Description(BaseModel):
+    """What a checkpoint holds, beside DeepSpeed's files: enough to rebuild the model in one process."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: dict[str, Any]
+    """The Hugging Face config."""
+    bounds: list[int]
+    """Stage k has layers bounds[k] … bounds[k+1]-1 of embedding, decoder layers, head."""
+    interlocking: dict[str, Any]
+    sequence_length: int
+    data: str
+    """Folder of the prepared data, with the tokenizer."""
+
+    def config(self) -> PretrainedConfig:
+        """The Hugging Face config as an object."""
+        values = dict(self.model)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def write(self, folder: Path) -> None:
+        """Write beside the checkpoint's files, on rank 0."""
+        if dist.get_rank() == 0:
+            (folder / DESCRIPTION_FILE).write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """Read from a checkpoint's folder.
+
+        Raises:
+            ModelError: it is missing or not readable.
+        """
+        path = folder / DESCRIPTION_FILE
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelError(f"{folder} is no checkpoint of train_lm.py: it has no {DESCRIPTION_FILE}.") from None
+        except ValueError as error:
+            raise ModelError(f"{path} is damaged: {str(error).splitlines()[0]}.") from None

@@ -1,0 +1,59 @@
+"""Draw the losses of all exits from a run's history.
+
+python scripts/plot_losses.py --run runs/first --out runs/first/losses.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ibp_deepspeed import entry
+from ibp_deepspeed.errors import InterlockingError
+
+
+def main(phase: entry.SameOnAllRanks) -> None:
+    """Read history.jsonl, write a PNG."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="output folder of train_lm.py")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write (default: DIR/losses.png)")
+    parser.add_argument("--unigram-entropy", type=float, metavar="X", help="draw this loss as a line")
+    args = parser.parse_args()
+    try:
+        rows = [json.loads(line) for line in (args.run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise InterlockingError(f"can't read the history of {args.run}: {error.strerror}.") from None
+    if not rows:
+        raise InterlockingError(f"{args.run / 'history.jsonl'} is empty: the run has reported no losses.")
+    draw(rows, args.out or args.run / "losses.png", args.unigram_entropy)
+    print(f"loss curves in {args.out or args.run / 'losses.png'}")
+
+
+def draw(rows: list[dict[str, object]], path: Path, entropy: float | None) -> None:
+    """One colour an exit: training losses as lines, held-out losses as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    for kind, style in (("train", {"linewidth": 1.2}), ("held_out", {"marker": "o", "linestyle": "", "markersize": 4})):
+        points = [(row["step"], row[kind]) for row in rows if kind in row]
+        for exit_index, values in enumerate(zip(*(losses for _, losses in points), strict=True)):  # type: ignore[arg-type]
+            last = exit_index == len(points[0][1]) - 1  # type: ignore[arg-type]
+            label = None if kind == "held_out" else ("model" if last else f"exit of stage {exit_index}")
+            axes.plot([step for step, _ in points], values, color=f"C{exit_index}", label=label, **style)  # type: ignore[arg-type]
+    if entropy is not None:
+        axes.axhline(entropy, color="grey", linestyle=":", label="unigram entropy")
+    axes.set(xlabel="batch", ylabel="loss (nats per token)", title="Losses of all exits (dots: held out)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    entry.run(main)

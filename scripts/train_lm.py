@@ -1,0 +1,281 @@
+"""Train a causal language model with interlocking backpropagation.
+
+    deepspeed --num_accelerators 4 scripts/train_lm.py --deepspeed_config ds_configs/pairwise_cpu.json \\
+        --model models/configs/llama-tiny.json --data data/stdlib --steps 200 --output runs/first
+
+torchrun works too. Each process is one pipeline stage of one data-parallel replica.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ibp_deepspeed import entry
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; every option's help says its default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--deepspeed_config", required=True, metavar="FILE", help='DeepSpeed JSON with an "interlocking" block')
+    add("--data", required=True, type=Path, metavar="DIR", help="folder written by scripts/prepare_data.py")
+    add("--model", required=True, metavar="CONFIG", help="Hugging Face config: JSON file, folder or hub name")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the model's config")
+    add("--stages", type=int, metavar="K", help="pipeline stages (default: the number of processes)")
+    add("--partition", metavar="N,N,…", help="decoder layers of each stage (default: balance parameters and heads)")
+    add("--sequence-length", type=int, default=256, metavar="S", help="tokens of a sample (default: %(default)s)")
+    add("--steps", type=int, default=200, metavar="N", help="batches to train (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="initial weights and order of data (default: %(default)s)")
+    add("--eval-interval", type=int, default=100, metavar="N", help="batches between evaluations, 0: only at the end")
+    add("--eval-micro-batches", type=int, default=16, metavar="N", help="held-out micro-batches (default: %(default)s)")
+    add(
+        "--output", type=Path, default=Path("runs/last"), metavar="DIR", help="checkpoint, history (default: runs/last)"
+    )
+    add("--verbose", action="store_true", help="show DeepSpeed's own log")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` pairs, values as JSON where they are."""
+    from models.errors import ModelError
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise ModelError(f"--set {pair}: write it as key=value.")
+        try:
+            values[key] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key] = text
+    return values
+
+
+def parse_partition(text: str | None) -> list[int] | None:
+    """``2,2,2,2`` as numbers."""
+    from models.errors import ModelError
+
+    try:
+        return [int(n) for n in text.split(",")] if text else None
+    except ValueError:
+        raise ModelError(f"--partition {text}: write decoder layers of each stage as numbers, like 2,2,2,2.") from None
+
+
+@dataclass
+class Plan:
+    """What a run consists of, checked as far as one process can."""
+
+    settings: dict[str, Any]
+    interlocking: Any
+    model: Any
+    stages: int
+    partition: list[int] | None
+    train: Any
+    held_out: Any
+
+
+def check(args: argparse.Namespace) -> Plan:
+    """Check everything that can be checked alone, before the processes meet."""
+    from ibp_deepspeed.data import open_tokens
+    from ibp_deepspeed.initialize import check_deepspeed_settings, load_config, resolve_interlocking
+    from ibp_deepspeed.known_keys import unknown_keys
+    from models import CausalLM, ModelError
+    from models import load_config as load_model_config
+
+    if "RANK" not in os.environ:
+        raise ModelError("train_lm.py needs a launcher: deepspeed --num_accelerators 4 scripts/train_lm.py ….")
+    first, world = os.environ["RANK"] == "0", int(os.environ["WORLD_SIZE"])
+    settings = load_config(args.deepspeed_config)
+    check_deepspeed_settings(settings)
+    interlocking = resolve_interlocking(settings)
+    unknown = unknown_keys(settings)
+    if unknown and first:
+        print(f"warning: nobody reads {', '.join(unknown)} in {args.deepspeed_config}.", file=sys.stderr)
+    stages = args.stages or world
+    if stages < 1 or world % stages:
+        raise ModelError(f"{world} processes can't be divided into pipelines of {stages} stages: start a multiple.")
+    train = open_tokens(args.data, "train", verify=first)
+    held_out = open_tokens(args.data, "heldout", verify=first)
+    overrides = {"vocab_size": train.manifest.vocabulary_size, **parse_overrides(args.set)}
+    config = load_model_config(args.model, **overrides)
+    if args.sequence_length > getattr(config, "max_position_embeddings", args.sequence_length):
+        raise ModelError(
+            f"--sequence-length {args.sequence_length} is longer than the model's {config.max_position_embeddings} "
+            f"positions: use --set max_position_embeddings={args.sequence_length}."
+        )
+    model = CausalLM(config, seed=args.seed)
+    train.check_vocabulary(model.vocab_size)
+    partition = parse_partition(args.partition)
+    model.partition(stages, aux_heads=interlocking.aux_head is not None, manual=partition)
+    return Plan(settings, interlocking, model, stages, partition, train, held_out)
+
+
+def start(plan: Plan, args: argparse.Namespace) -> Any:
+    """Meet the other processes and make the engine."""
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    from ibp_deepspeed import initialize
+    from models.pipeline import pipeline_module
+
+    deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
+    with contextlib.ExitStack() as stack:
+        if not args.verbose:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        deepspeed.init_distributed(get_accelerator().communication_backend_name())
+        torch.manual_seed(args.seed + int(os.environ["RANK"]))  # dropout
+        module = pipeline_module(plan.model, plan.interlocking, plan.stages, plan.partition)
+        return initialize(model=module, config=plan.settings)[0]
+
+
+def loaders(engine: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Training and held-out micro-batches of this rank's replica.
+
+    Raises:
+        DataError: less than one batch of data.
+    """
+    from ibp_deepspeed.data import DataError, MicroBatchLoader
+
+    size, count = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    rank, replicas = engine.grid.get_data_parallel_rank(), engine.grid.get_data_parallel_world_size()
+    options = {"data_parallel_rank": rank, "data_parallel_size": replicas, "seed": args.seed}
+    train = MicroBatchLoader(plan.train, args.sequence_length, size, **options)
+    if train.micro_batches_per_epoch < count:
+        needed = count * size * replicas * args.sequence_length + 1
+        raise DataError(
+            f"{plan.train.path} has {len(plan.train.tokens)} tokens, a batch needs {needed}: prepare more text or "
+            f"train on smaller batches."
+        )
+    return train, MicroBatchLoader(plan.held_out, args.sequence_length, size, **options, shuffle=False)
+
+
+class Run:
+    """The loop of one rank; rank 0 shows and keeps what happens.
+
+    Args:
+        engine: the engine.
+        args: the command line.
+        tokens_per_batch: for tokens/s.
+    """
+
+    def __init__(self, engine: Any, args: argparse.Namespace, tokens_per_batch: int) -> None:
+        from tqdm import tqdm
+
+        self.engine, self.args, self.tokens_per_batch = engine, args, tokens_per_batch
+        self.first = engine.global_rank == 0
+        self.bar = tqdm(total=args.steps, unit="batch", disable=None if self.first else True, dynamic_ncols=True)
+        self.history = (args.output / "history.jsonl").open("w", encoding="utf-8") if self.first else None
+        self.logged, self.printed, self.began = 0, 0, time.perf_counter()
+
+    def train(self, train: Any, held_out: Any) -> Any:
+        """All batches; evaluates at the interval and at the end. Returns the last held-out losses [K]."""
+        losses = None
+        for step in range(1, self.args.steps + 1):
+            self.engine.train_batch(train)
+            self.show(step)
+            interval = self.args.eval_interval
+            if step == self.args.steps or (interval and step % interval == 0):
+                losses = self.evaluate(step, held_out)
+        self.bar.close()
+        return losses
+
+    def evaluate(self, step: int, held_out: Any) -> Any:
+        """Held-out losses of all exits."""
+        count = min(self.args.eval_micro_batches, held_out.micro_batches_per_epoch)
+        losses = self.engine.eval_batch(held_out.held_out(count), num_micro_batches=count)
+        if self.first:
+            self.write({"step": step, "held_out": losses.tolist()})
+            text = " ".join(f"{loss:.3f}" for loss in losses.tolist())
+            self.bar.write(f"batch {step}: held-out losses of the exits {text}")
+            if self.engine.monitor.enabled:
+                samples = step * self.engine.train_batch_size()
+                events = [(f"Eval/Exits/stage_{k}_loss", x, samples) for k, x in enumerate(losses.tolist())]
+                self.engine.monitor.write_events(events)
+        return losses
+
+    def show(self, step: int) -> None:
+        """Progress of rank 0, with the newest losses that all stages have reported."""
+        if not self.first:
+            return
+        self.bar.update(1)
+        latest = self.engine.latest_losses()
+        if latest is None or latest[1] == self.logged:
+            return
+        losses, self.logged = latest
+        self.write({"step": self.logged, "train": losses.tolist()})
+        seconds = (time.perf_counter() - self.began) / step
+        rate = f"{self.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
+        text = " ".join(f"{loss:.3f}" for loss in losses.tolist())
+        self.bar.set_postfix_str(f"losses {text}, {rate}")
+        if self.bar.disable and step >= self.printed + max(1, self.args.steps // 20):
+            self.printed = step
+            print(
+                f"batch {step}/{self.args.steps}: losses of the exits {text} (batch {self.logged}), {rate}", flush=True
+            )
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append to history.jsonl."""
+        assert self.history is not None
+        self.history.write(json.dumps(row) + "\n")
+        self.history.flush()
+
+
+def save(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
+    """A checkpoint in DeepSpeed's layout, with the description that evaluation and export read."""
+    from models.pipeline import Description
+
+    tag = f"global_step{engine.global_steps}"
+    engine.save_checkpoint(str(args.output / "checkpoint"), tag=tag)
+    description = Description(
+        model=plan.model.config.to_dict(),
+        bounds=list(engine.module.parts),
+        interlocking=plan.interlocking.model_dump(),
+        sequence_length=args.sequence_length,
+        data=str(args.data),
+    )
+    description.write(args.output / "checkpoint" / tag)
+
+
+def main(phase: entry.SameOnAllRanks) -> None:
+    """Check, start, train, save."""
+    args = parse_arguments()
+    plan = check(args)
+    engine = start(plan, args)
+    train, held_out = loaders(engine, plan, args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    if engine.global_rank == 0:
+        parameters = sum(plan.model.parameter_counts())
+        print(
+            f"{plan.stages} stages × {engine.grid.get_data_parallel_world_size()} replicas, layers {engine.module.parts}, "
+            f"{parameters:,} parameters and {plan.model.aux_head_parameters():,} a head, strategy "
+            f"{plan.interlocking.strategy} ({plan.interlocking.mode}), {engine.gradient_accumulation_steps()} micro-batches",
+            flush=True,
+        )
+        if plan.model.was_tied:
+            print("the readout is not tied to the embedding: they live on different stages.")
+    phase.ends()
+    losses = Run(engine, args, engine.train_batch_size() * args.sequence_length).train(train, held_out)
+    save(engine, plan, args)
+    if engine.global_rank == 0:
+        final = losses[-1].item()
+        entropy = plan.train.manifest.unigram_entropy_nats
+        print(f"held-out loss of the last exit {final:.4f}, unigram entropy {entropy:.4f} nats per token")
+        print(f"checkpoint in {args.output / 'checkpoint'}")
+    engine.close()
+
+
+if __name__ == "__main__":
+    entry.run(main)
