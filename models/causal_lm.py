@@ -37,9 +37,7 @@ class CausalLM:
         ModelError: a model that cannot be cut, by name and with the reason.
     """
 
-    def __init__(
-        self, config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         self._shell = Shell(config)
         self._recorder = Recorder(self._shell)
         self._seed = seed
@@ -78,9 +76,7 @@ class CausalLM:
         """Parameters of one auxiliary head."""
         return _count(AuxiliaryHead(self._shell))
 
-    def partition(
-        self, num_stages: int, *, aux_heads: bool = True, manual: Sequence[int] | None = None
-    ) -> list[int]:
+    def partition(self, num_stages: int, *, aux_heads: bool = True, manual: Sequence[int] | None = None) -> list[int]:
         """Bounds of the stages in ``layer_specs``: stage k has the layers bounds[k] … bounds[k+1]-1.
 
         The largest stage's parameter count, with an auxiliary head for all stages but the last if ``aux_heads``,

@@ -19,6 +19,7 @@ from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.heads import CausalLMLoss, LazyLogits
 from models import CausalLM, ModelError, assemble
 from models.export import model_key
+from models.layers import DecoderLayer
 from models.shell import PROVEN, Shell
 
 transformers.logging.set_verbosity_error()
@@ -142,6 +143,7 @@ def test_casting_to_bf16_leaves_rotary_tables_accurate() -> None:
     layer = build(CausalLM(tiny("llama", max_position_embeddings=2048)))[1].bfloat16()
     hidden = torch.randn(1, 2048, 32).bfloat16()
     assert layer(hidden).dtype == torch.bfloat16
+    assert isinstance(layer, DecoderLayer)
     cos, sin = layer._recorder.inputs_for(0, hidden)["position_embeddings"]
     frequencies = 10000.0 ** -(torch.arange(0, 8, 2).double() / 8)
     angles = torch.outer(torch.arange(2048).double(), frequencies).repeat(1, 2)
@@ -161,6 +163,7 @@ def test_shapes_and_modes_may_change_between_calls() -> None:
         with torch.no_grad():
             want = full(input_ids=tokens(1, length), use_cache=False).logits
             assert (run(layers, tokens(1, length)).materialize() - want).abs().max() <= 1e-6
+    assert isinstance(layers[1], DecoderLayer)
     assert len(layers[1]._recorder._cache) <= 4  # shapes of old are not kept for ever
 
 

@@ -1,0 +1,50 @@
+"""N = K in mode furthest beside DeepSpeed's own PipelineEngine: same model, same data, step by step."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+
+from ibp_deepspeed import initialize
+from tests.launch import report
+from tests.toys import layer_specs, loss_fn, make_module, micro_batches
+from tests.workers.parity import OPTIMIZERS, compare
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    stages, count = case["stages"], case["micro_batches"]
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": count,
+        "optimizer": OPTIMIZERS[case["optimizer"]],
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+    }
+    theirs_module = PipelineModule(
+        layer_specs(stages, torch.float32), num_stages=stages, loss_fn=loss_fn, partition_method="uniform"
+    )
+    theirs = deepspeed.initialize(model=theirs_module, config=config)[0]
+    block = {"strategy": "global", "aux_head": None}
+    ours = initialize(model=make_module(stages, heads=False), config={**config, "interlocking": block})[0]
+    rows = []
+    for step in range(case["steps"]):
+        data = micro_batches(step, count)
+        their_loss = theirs.train_batch(iter(data)).item()
+        our_loss = ours.train_batch(iter(data)).item()
+        row = {"parameter": compare(list(ours.module.parameters()), list(theirs.module.parameters()))}
+        if ours.is_last_stage():
+            row["loss"] = abs(our_loss - their_loss) / their_loss
+        rows.append(row)
+    ours.close()
+    return {"worst": {key: max(r.get(key, 0.0) for r in rows) for key in ("parameter", "loss")}}
+
+
+if __name__ == "__main__":
+    deepspeed.init_distributed("gloo")
+    deepspeed.utils.logger.setLevel("ERROR")
+    report([run_case(case) for case in json.loads(sys.argv[1])])
