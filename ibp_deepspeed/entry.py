@@ -11,7 +11,9 @@ from typing import NoReturn
 
 from ibp_deepspeed.errors import InterlockingError, PeerLostError
 
-_GRACE_SECONDS = 20.0
+_SKEW_SECONDS = 20.0  # processes may start this far apart
+_TURN_SECONDS = 2.0  # a launcher notices the end of a process within a second
+_PEER_SECONDS = 4.0
 
 
 class SameOnAllRanks:
@@ -28,32 +30,40 @@ class SameOnAllRanks:
 def run(main: Callable[[SameOnAllRanks], None]) -> NoReturn:
     """Run a script's ``main`` and end the process.
 
-    An :class:`InterlockingError` becomes one sentence on stderr: on rank 0 if all ranks see the same error, else on the
-    rank that saw it. A rank whose neighbour is gone, or that sees what rank 0 reports, gives the other one time
-    to speak and the launcher time to end the job. The exit code is then 1; nothing waits for lost messages.
+    An :class:`InterlockingError` becomes one sentence on stderr. If several ranks see it, the lowest speaks: the
+    others give it time to, and the launcher time to end the job. So does a rank whose neighbour is gone. The exit
+    code is then 1; nothing waits for lost messages. Any other exception is shown with its traceback.
     """
     phase = SameOnAllRanks()
     rank = int(os.environ.get("RANK", "0"))
     try:
         main(phase)
     except PeerLostError as error:
-        time.sleep(_GRACE_SECONDS)
-        _end(f"error: rank {rank}: {error}")
+        _end(f"error: rank {rank}: {error}", _PEER_SECONDS)
     except InterlockingError as error:
-        if phase.holds and rank != 0:
-            time.sleep(_GRACE_SECONDS)
-            _end("")
-        _end(f"error: {error}" if phase.holds else f"error: rank {rank}: {error}")
+        turn = _SKEW_SECONDS * (rank > 0) if phase.holds else _TURN_SECONDS * min(rank, 10)
+        _end(f"error: {error}" if phase.holds and rank == 0 else f"error: rank {rank}: {error}", turn)
     except KeyboardInterrupt:
         _end("error: interrupted." if rank == 0 else "")
-    except Exception:
+    except Exception as error:
+        if lost_connection(error):
+            _end(f"error: rank {rank} lost another process: {str(error).strip().splitlines()[0]}", _PEER_SECONDS)
         _end(f"error: rank {rank} failed:\n{traceback.format_exc()}")
     sys.stdout.flush()
     sys.exit(0)
 
 
-def _end(message: str) -> NoReturn:
+def lost_connection(error: Exception) -> bool:
+    """Whether an exception of torch.distributed says that another process is gone."""
+    if type(error).__name__ in ("DistNetworkError", "DistBackendError", "DistStoreError"):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and "gloo" in text and ("connection" in text or "timed out" in text)
+
+
+def _end(message: str, after: float = 0.0) -> NoReturn:
     """Leave at once: exit handlers would wait for neighbours that wait for this rank."""
+    time.sleep(after)
     if message:
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()

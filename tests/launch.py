@@ -35,12 +35,12 @@ class Run:
 
 
 def launch(
-    worker: str, world_size: int, argument: Any = None, *, timeout: float = 300, kill_on_failure: bool = False
+    worker: str, world_size: int, argument: Any = None, *, timeout: float = 300, end_with_first_failure: bool = False
 ) -> Run:
     """Run ``tests.workers.<worker>`` in ``world_size`` processes, each given ``argument`` as JSON.
 
     A worker calls :func:`report` with its result. After ``timeout`` seconds the rest is killed (exit code None);
-    with ``kill_on_failure`` the others are terminated 60 s after the first failure.
+    with ``end_with_first_failure`` that happens as soon as one fails, which is what launchers do.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -55,15 +55,17 @@ def launch(
             log = open(f"{folder}/{rank}.log", "w")  # noqa: SIM115
             command = [sys.executable, "-m", f"tests.workers.{worker}", json.dumps(argument)]
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
-        codes = _wait(processes, started + timeout)
+        codes = _wait(processes, started + timeout, end_with_first_failure)
         output = [Path(f"{folder}/{rank}.log").read_text() for rank in range(world_size)]
         paths = [Path(f"{folder}/{rank}.json") for rank in range(world_size)]
         reports = [json.loads(p.read_text()) if p.exists() else None for p in paths]
     return Run(codes, output, reports, time.monotonic() - started)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> list[int | None]:
+def _wait(processes: list[subprocess.Popen[bytes]], deadline: float, end_with_first_failure: bool) -> list[int | None]:
     while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+        if end_with_first_failure and any(p.poll() for p in processes):
+            break
         time.sleep(0.05)
     codes = [p.poll() for p in processes]
     for process in processes:

@@ -43,9 +43,7 @@ from ibp_deepspeed.data.token_file import (
 from ibp_deepspeed.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "prepare_data.py"
-DOCUMENTS = [
-    f"document {i}: the number {i * i} is the square of {i}, naïve ☃ {'ab ' * i}\n" for i in range(60)
-]
+DOCUMENTS = [f"document {i}: the number {i * i} is the square of {i}, naïve ☃ {'ab ' * i}\n" for i in range(60)]
 # Other processes may keep the machine busy: time is no failure here.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 
@@ -73,9 +71,7 @@ def prepared(tmp_path: Path, tokenizer: TextTokenizer) -> Path:
 def _prepare(folder: Path, tokenizer: TextTokenizer, overwrite: bool = False) -> Path:
     split = DocumentSplit.of(DOCUMENTS, 0.2, seed=1)
     documents = ((split.side(text), text) for text in DOCUMENTS)
-    write_tokens(
-        folder, documents, tokenizer, source="test", seed=1, held_out_fraction=0.2, overwrite=overwrite
-    )
+    write_tokens(folder, documents, tokenizer, source="test", seed=1, held_out_fraction=0.2, overwrite=overwrite)
     return folder
 
 
@@ -95,9 +91,7 @@ def _main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def _run(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
-    )
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -182,9 +176,7 @@ def test_limits_end_the_corpus() -> None:
     texts = ["aa", "", "é", "bb", "c"]
     assert list(Corpus("t", lambda: iter(texts), max_documents=3)) == ["aa", "é", "bb"]
     assert list(Corpus("t", lambda: iter(texts), max_bytes=4)) == ["aa", "é"]
-    assert list(Corpus("t", lambda: iter(texts), max_bytes=5)) == ["aa", "é"], (
-        "it does not skip to a shorter one"
-    )
+    assert list(Corpus("t", lambda: iter(texts), max_bytes=5)) == ["aa", "é"], "it does not skip to a shorter one"
 
 
 def test_standard_library_is_sources_without_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +193,7 @@ def test_standard_library_is_sources_without_tests(tmp_path: Path, monkeypatch: 
     assert list(standard_library()) == wanted
 
 
-def test_hub_corpus_reads_rows_and_names_a_missing_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_corpus_reads_rows_and_names_a_missing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in DOCUMENTS))
@@ -390,16 +380,12 @@ def test_interrupted_run_leaves_nothing_and_keeps_old_data(
     before = _files(prepared)
     for target in (tmp_path / "new", prepared):
         with pytest.raises(KeyboardInterrupt):
-            write_tokens(
-                target, documents(), tokenizer, source="t", seed=0, held_out_fraction=0.5, overwrite=True
-            )
+            write_tokens(target, documents(), tokenizer, source="t", seed=0, held_out_fraction=0.5, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == [prepared.name]
     assert _files(prepared) == before
 
 
-def test_existing_folders_are_not_overwritten(
-    prepared: Path, tmp_path: Path, tokenizer: TextTokenizer
-) -> None:
+def test_existing_folders_are_not_overwritten(prepared: Path, tmp_path: Path, tokenizer: TextTokenizer) -> None:
     with pytest.raises(DataError, match=r"data holds prepared data already: .*--overwrite"):
         check_target(prepared, overwrite=False)
     (prepared / "stale").touch()
@@ -422,9 +408,7 @@ def test_split_without_documents_is_refused(tmp_path: Path, tokenizer: TextToken
 
 
 def test_missing_parts_are_named(prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"nowhere is not a folder: make it with scripts/prepare_data\.py --out"
-    ):
+    with pytest.raises(DataError, match=r"nowhere is not a folder: make it with scripts/prepare_data\.py --out"):
         open_tokens(tmp_path / "nowhere", "train")
     with pytest.raises(DataError, match=r"has no manifest\.json"):
         open_tokens(tmp_path, "train")
@@ -461,14 +445,10 @@ def test_truncated_or_longer_file(prepared: Path, verify: bool) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-2])
     size = len(data)
-    with pytest.raises(
-        DataError, match=f"has {size - 2} bytes, its manifest says {size}: it is truncated; run"
-    ):
+    with pytest.raises(DataError, match=f"has {size - 2} bytes, its manifest says {size}: it is truncated; run"):
         open_tokens(prepared, "train", verify=verify)
     path.write_bytes(data + b"\0")
-    with pytest.raises(
-        DataError, match=f"has {size + 1} bytes, its manifest says {size}: something was added"
-    ):
+    with pytest.raises(DataError, match=f"has {size + 1} bytes, its manifest says {size}: something was added"):
         open_tokens(prepared, "train", verify=verify)
 
 
@@ -477,9 +457,7 @@ def test_changed_content_is_found_by_the_checksum(prepared: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(
-        DataError, match=r"its content changed; run scripts/prepare_data\.py again with --overwrite"
-    ):
+    with pytest.raises(DataError, match=r"its content changed; run scripts/prepare_data\.py again with --overwrite"):
         open_tokens(prepared, "train")
     open_tokens(prepared, "train", verify=False)
 
@@ -491,9 +469,7 @@ def test_check_vocabulary(prepared: Path) -> None:
     with pytest.raises(DataError, match=f"vocabulary of {size}, the model's vocabulary size is {size - 1}"):
         data.check_vocabulary(size - 1)
     lying = _token_file(np.arange(10), vocabulary_size=4)
-    with pytest.raises(
-        DataError, match=r"token ids up to 9 .* set the model's vocabulary size to 10 or more"
-    ):
+    with pytest.raises(DataError, match=r"token ids up to 9 .* set the model's vocabulary size to 10 or more"):
         lying.check_vocabulary(9)
     lying.check_vocabulary(10)
 
@@ -537,9 +513,7 @@ def test_command_reuses_a_tokenizer_and_overwrites_when_told(
     arguments = ("--input", source, "--tokenizer", tmp_path / "tok", "--out", out, "--max-documents", 20)
     assert _main(monkeypatch, *arguments) == 0
     assert sorted(_decoded(out, "train") + _decoded(out, "heldout")) == sorted(DOCUMENTS[:20])
-    assert (out / "tokenizer" / "tokenizer.json").read_bytes() == (
-        tmp_path / "tok" / "tokenizer.json"
-    ).read_bytes()
+    assert (out / "tokenizer" / "tokenizer.json").read_bytes() == (tmp_path / "tok" / "tokenizer.json").read_bytes()
     before = _files(out)
     assert _main(monkeypatch, *arguments, "--seed", 5) == 1
     assert "give --overwrite" in capsys.readouterr().err and _files(out) == before
@@ -547,24 +521,18 @@ def test_command_reuses_a_tokenizer_and_overwrites_when_told(
     assert read_manifest(out).seed == 5
 
 
-def test_command_takes_the_standard_library_by_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_takes_the_standard_library_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = ("--max-bytes", 60_000, "--vocab-size", 300)
     assert _main(monkeypatch, *limits, "--out", tmp_path / "out") == 0
     texts = _decoded(tmp_path / "out", "train") + _decoded(tmp_path / "out", "heldout")
     assert sorted(texts) == sorted(standard_library(max_bytes=60_000))
 
 
-def test_command_trains_the_tokenizer_without_held_out_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_trains_the_tokenizer_without_held_out_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"{word} " * 50 for word in ("alphabet", "bananas", "cauldron", "daffodil")]
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     out = tmp_path / "out"
-    assert (
-        _main(monkeypatch, "--input", tmp_path / "in.jsonl", "--held-out-fraction", 0.01, "--out", out) == 0
-    )
+    assert _main(monkeypatch, "--input", tmp_path / "in.jsonl", "--held-out-fraction", 0.01, "--out", out) == 0
     (held_out,) = _decoded(out, "heldout")
     vocabulary = AutoTokenizer.from_pretrained(out / "tokenizer").get_vocab()
     learnt = {word for word in ("alphabet", "bananas", "cauldron", "daffodil") if "Ġ" + word in vocabulary}
@@ -609,9 +577,7 @@ def test_help_gives_each_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def _token_file(tokens: Any, vocabulary_size: int = 1 << 16) -> TokenFile:
     tokens = np.asarray(tokens, dtype="<u2")
-    record = SplitRecord(
-        file="train.bin", documents=1, tokens=len(tokens), max_token_id=int(tokens.max()), sha256="0"
-    )
+    record = SplitRecord(file="train.bin", documents=1, tokens=len(tokens), max_token_id=int(tokens.max()), sha256="0")
     manifest = Manifest(
         source="test", seed=0, held_out_fraction=0.5, dtype="uint16", vocabulary_size=vocabulary_size,
         eos_id=0, tokenizer_file="none", unigram_entropy_nats=0.0, train=record, heldout=record,
@@ -626,10 +592,7 @@ def _same(one: Any, two: Any) -> bool:
 @st.composite
 def _shapes(draw: st.DrawFn) -> dict[str, int]:
     """A loader's shape and a token count of at least one global micro-batch."""
-    shape = {
-        name: draw(st.integers(1, 4))
-        for name in ("sequence_length", "micro_batch_size", "data_parallel_size")
-    }
+    shape = {name: draw(st.integers(1, 4)) for name in ("sequence_length", "micro_batch_size", "data_parallel_size")}
     smallest = math.prod(shape.values()) + 1
     return {**shape, "tokens": draw(st.integers(smallest, smallest + 120)), "seed": draw(st.integers(0, 3))}
 
@@ -656,9 +619,7 @@ def test_micro_batch_holds_the_windows_of_its_samples(shape: dict[str, int], shu
 
 @given(_shapes(), st.booleans(), st.integers(0, 2))
 @UNHURRIED
-def test_epoch_covers_each_sample_at_most_once_over_all_ranks(
-    shape: dict[str, int], shuffle: bool, epoch: int
-) -> None:
+def test_epoch_covers_each_sample_at_most_once_over_all_ranks(shape: dict[str, int], shuffle: bool, epoch: int) -> None:
     loaders = _ranks(shape, shuffle=shuffle)
     per_epoch = loaders[0].micro_batches_per_epoch
     seen: list[int] = []
@@ -684,12 +645,7 @@ def test_restart_is_continuation_across_epochs(shape: dict[str, int], shuffle: b
     count = whole.micro_batches_per_epoch + 2
     for one, two, three in islice(zip(whole, restarted, loaded, strict=True), count):
         assert _same(one, two) and _same(one, three)
-    assert (
-        whole.state_dict()
-        == restarted.state_dict()
-        == loaded.state_dict()
-        == {"next_micro_batch": start + count}
-    )
+    assert whole.state_dict() == restarted.state_dict() == loaded.state_dict() == {"next_micro_batch": start + count}
 
 
 @given(st.integers(1, 3), st.integers(0, 40), st.integers(0, 3))
@@ -754,6 +710,4 @@ def test_loader_needs_one_global_micro_batch() -> None:
 )
 def test_loader_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        MicroBatchLoader(
-            _token_file(np.arange(100)), **{"sequence_length": 4, "micro_batch_size": 2, **options}
-        )
+        MicroBatchLoader(_token_file(np.arange(100)), **{"sequence_length": 4, "micro_batch_size": 2, **options})

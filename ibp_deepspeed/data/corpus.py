@@ -18,9 +18,7 @@ END_OF_TEXT = "<|endoftext|>"
 RECORD_SUFFIXES = (".jsonl", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 # Not part of what the standard library does: third-party packages, tests, and byte-code caches.
-_SKIPPED_STDLIB_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-)
+_SKIPPED_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,7 @@ class DocumentSplit:
         """
         if not 0.0 < held_out_fraction < 1.0:
             raise DataError(
-                f"the held-out fraction is {held_out_fraction}, it must lie between 0 and 1: "
-                "give a value such as 0.05"
+                f"the held-out fraction is {held_out_fraction}, it must lie between 0 and 1: give a value such as 0.05"
             )
         documents, lowest, highest = 0, 1 << 64, -1
         for text in texts:
@@ -220,9 +217,7 @@ def _jsonl_documents(path: Path, field: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where} is not JSON ({error.msg}): each line must be one JSON object"
-            ) from error
+            raise DataError(f"{where} is not JSON ({error.msg}): each line must be one JSON object") from error
         if not isinstance(record, dict):
             raise DataError(f"{where} is not a JSON object: each line must be an object with a text field")
         if field not in record:
@@ -239,9 +234,7 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
                 for value in batch.column(0).to_pylist():
                     yield _as_text(value, str(path), field)
     except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{path} cannot be read as Parquet ({_first_line(error)}): give a whole file"
-        ) from error
+        raise DataError(f"{path} cannot be read as Parquet ({_first_line(error)}): give a whole file") from error
 
 
 def _as_text(value: object, where: str, field: str) -> str:
@@ -264,9 +257,7 @@ def _utf8(text: str, where: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise DataError(
-            f"{where} has a document that is not valid Unicode ({error.reason}): mend it"
-        ) from error
+        raise DataError(f"{where} has a document that is not valid Unicode ({error.reason}): mend it") from error
 
 
 def _hash(text: str, seed: int) -> int:

@@ -117,8 +117,7 @@ def open_tokens(folder: str | Path, split: SplitName, *, verify: bool = True) ->
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != record.sha256:
             raise DataError(
-                f"{path} has the sha256 {digest}, its manifest says {record.sha256}: "
-                f"its content changed; {_AGAIN}"
+                f"{path} has the sha256 {digest}, its manifest says {record.sha256}: its content changed; {_AGAIN}"
             )
     tokens = np.memmap(path, dtype=manifest.numpy_dtype, mode="r")
     return TokenFile(path=path, split=split, tokens=tokens, manifest=manifest)
@@ -131,17 +130,13 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: make it with scripts/prepare_data.py --out {folder}")
     if not path.is_file():
-        raise DataError(
-            f"{folder} has no {MANIFEST}: name a folder that scripts/prepare_data.py made, or make one"
-        )
+        raise DataError(f"{folder} has no {MANIFEST}: name a folder that scripts/prepare_data.py made, or make one")
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise DataError(
-            f"{path} is not a manifest of this version ({place}: {first['msg']}): {_AGAIN}"
-        ) from error
+        raise DataError(f"{path} is not a manifest of this version ({place}: {first['msg']}): {_AGAIN}") from error
 
 
 def check_target(folder: str | Path, *, overwrite: bool) -> None:

@@ -105,8 +105,7 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     except Exception as error:  # the tokenizers library raises the bare class
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
-            f"{path} cannot be read as a tokenizer ({reason}): "
-            "give a tokenizer.json or a Hugging Face tokenizer folder"
+            f"{path} cannot be read as a tokenizer ({reason}): give a tokenizer.json or a Hugging Face tokenizer folder"
         ) from error
 
 

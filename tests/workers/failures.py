@@ -1,0 +1,112 @@
+"""Wrong input and failing stages: what each rank says, and that all of them end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from torch import Tensor, nn
+
+from ibp_deepspeed import InterlockedPipelineModule, entry, initialize
+from tests.toys import Head, Layer, layer_specs, loss_fn, make_module, micro_batches
+
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 3,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "interlocking": {"strategy": "pairwise"},
+}
+
+
+class Misbehaving(Layer):
+    """A layer that does something wrong on its stage."""
+
+    def __init__(self, seed: int, act: Callable[[Tensor], Any]) -> None:
+        super().__init__(seed)
+        self.act = act
+
+    def forward(self, hidden: Tensor) -> Any:
+        return self.act(super().forward(hidden))
+
+
+def module_with(layer: Any, stages: int = 4, at: int = 3) -> InterlockedPipelineModule:
+    specs: list[Any] = layer_specs(stages, torch.float32)
+    specs[at] = layer
+    return InterlockedPipelineModule(
+        specs, num_stages=stages, loss_fn=loss_fn, aux_head=lambda k: Head(100 + k), partition_method="uniform"
+    )
+
+
+def train(module: InterlockedPipelineModule, phase: entry.SameOnAllRanks, data: Iterator[Any] | None = None) -> None:
+    engine = initialize(model=module, config=CONFIG)[0]
+    phase.ends()
+    for step in range(4):
+        engine.train_batch(data or iter(micro_batches(step, 3)))
+    engine.close()
+
+
+def raising() -> Callable[[Tensor], Tensor]:
+    calls: list[int] = []
+
+    def act(hidden: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 5:  # the second micro-batch of the second batch
+            raise ValueError("a layer of this stage broke")
+        return hidden
+
+    return act
+
+
+def cases(phase: entry.SameOnAllRanks) -> dict[str, Callable[[], None]]:
+    rank = deepspeed.comm.get_rank()
+    other = [(x, y + rank // 2) for x, y in micro_batches(0, 3)]  # stages 0 and 1 agree, 2 and 3 agree
+    tied = [
+        TiedLayerSpec("embedding", Layer, 0),
+        *layer_specs(4, torch.float32)[1:-1],
+        TiedLayerSpec("embedding", Layer, 0),
+    ]
+    headless = InterlockedPipelineModule
+    return {
+        "raises": lambda: train(module_with(LayerSpec(Misbehaving, 3, raising())), phase),
+        "two tensors": lambda: train(module_with(LayerSpec(Misbehaving, 3, lambda h: (h, h))), phase),
+        "integers": lambda: train(module_with(LayerSpec(Misbehaving, 3, lambda h: h.long())), phase),
+        "other samples": lambda: train(make_module(4), phase, itertools.cycle(other)),
+        "data ends": lambda: train(make_module(4), phase, iter(micro_batches(0, 3))),
+        "tied": lambda: train(
+            headless(tied, num_stages=4, loss_fn=loss_fn, aux_head=lambda k: Head(k), partition_method="uniform"), phase
+        ),
+        "no heads": lambda: train(make_module(4, heads=False), phase),
+        "stages": lambda: train(make_module(3), phase),
+        "layers": lambda: train(
+            InterlockedPipelineModule([nn.Linear(2, 2)] * 3, num_stages=4, loss_fn=loss_fn, aux_head=None), phase
+        ),
+        "two configs": lambda: train(make_module(4, {"strategy": "local"}), phase),
+        "scalar parameter": lambda: train(module_with(LayerSpec(Scalar)), phase),
+    }
+
+
+class Scalar(nn.Module):
+    """A parameter without a dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * self.scale
+
+
+def main(phase: entry.SameOnAllRanks) -> None:
+    deepspeed.init_distributed("gloo")
+    deepspeed.utils.logger.setLevel("ERROR")
+    cases(phase)[json.loads(sys.argv[1])]()
+
+
+if __name__ == "__main__":
+    entry.run(main)
