@@ -77,7 +77,7 @@ def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def make_engine(stages: int, micro_batches: int, width: int | None, options: dict[str, Any], unit: float) -> Any:
-    """Our engine, or DeepSpeed's for ``width`` None: the model's own head is a layer of the last stage."""
+    """Our engine, or DeepSpeed's for ``width`` None; the model's own head is counted with the last stage."""
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule
 
@@ -90,9 +90,9 @@ def make_engine(stages: int, micro_batches: int, width: int | None, options: dic
         "gradient_clipping": 0.0,
         "steps_per_print": None,
     }
-    layers = [LayerSpec(SleepingStage, unit) for _ in range(stages)] + [LayerSpec(SleepingHead, unit)]
+    layers = [LayerSpec(SleepingStage, unit) for _ in range(stages)]
     if width is None:
-        module = PipelineModule(layers, num_stages=stages, loss_fn=loss_fn, partition_method="type:SleepingStage")
+        module = PipelineModule(layers, num_stages=stages, loss_fn=loss_fn, partition_method="uniform")
         return deepspeed.initialize(model=module, config=config)[0]
     config["interlocking"] = {"strategy": "nwise", "width": width, **options}
     module = InterlockedPipelineModule(
@@ -100,7 +100,7 @@ def make_engine(stages: int, micro_batches: int, width: int | None, options: dic
         num_stages=stages,
         loss_fn=loss_fn,
         aux_head=lambda stage: SleepingHead(unit),
-        partition_method=[*range(stages), stages + 1],
+        partition_method="uniform",
     )
     return initialize(model=module, config=config)[0]
 
@@ -137,7 +137,7 @@ def worker(arguments: dict[str, Any]) -> list[float]:
     seconds: list[list[float]] = [[] for _ in cases]
     for _ in range(arguments["repeats"]):
         for index, ((micro_batches, _), engine) in enumerate(zip(cases, engines, strict=True)):
-            mine = time_batches(engine, max(2, arguments["batches"] // micro_batches), warm_up=3)
+            mine = time_batches(engine, max(2, arguments["batches"] // micro_batches), warm_up=2)
             slowest = torch.tensor(mine)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             seconds[index].append(slowest.item() / micro_batches)
@@ -195,8 +195,8 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 2, 3], help="values of N (default 1 2 3)")
     parser.add_argument("--mode", choices=["furthest", "window"], default="furthest", help="default furthest")
     parser.add_argument("--hop-slack", type=int, default=0, help="default 0")
-    parser.add_argument("--unit", type=float, default=0.05, help="seconds of a unit (default 0.05)")
-    parser.add_argument("--batches", type=int, default=12, help="micro-batches measured a repeat (default 12)")
+    parser.add_argument("--unit", type=float, default=0.1, help="seconds of a unit (default 0.1)")
+    parser.add_argument("--batches", type=int, default=16, help="micro-batches measured a repeat (default 16)")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repeats, the median counts (default 3)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()

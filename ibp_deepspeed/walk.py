@@ -34,7 +34,10 @@ class ScheduleError(AssertionError):
 
 @dataclass(frozen=True)
 class Costs:
-    """Time of each piece of a stage's work in a micro-batch, in any unit; ``latency`` is that of one message."""
+    """Time of each piece of a stage's work in a micro-batch, in any unit.
+
+    ``head`` is an auxiliary head's (the model's own belongs to the last stage's layers), ``latency`` one message's.
+    """
 
     forward: float = 1.0
     input_product: float = 1.0
@@ -42,10 +45,10 @@ class Costs:
     head: float = 0.1
     latency: float = 0.0
 
-    def of(self, instruction: PipeInstruction, last_stage: bool) -> float:
-        """Time that an instruction computes; the last stage's forward pass includes the model's own loss."""
+    def of(self, instruction: PipeInstruction) -> float:
+        """Time that an instruction computes."""
         if isinstance(instruction, ForwardPass):
-            return self.forward + (self.head if last_stage else 0.0)
+            return self.forward
         if isinstance(instruction, AuxLoss):
             return self.head
         if isinstance(instruction, InputProduct):
@@ -131,7 +134,7 @@ class Walk:
         if ready is None:
             return False
         start = max(self._clock[stage], ready)
-        end = start + self.costs.of(instruction, last_stage=stage == self.stages - 1)
+        end = start + self.costs.of(instruction)
         self._exchange(stage, instruction, start, end)
         self.events.append(Event(stage, position, instruction, start, end))
         self._clock[stage] = end
