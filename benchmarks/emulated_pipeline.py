@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,8 @@ def worker(arguments: dict[str, Any]) -> list[float]:
     return [statistics.median(row) for row in seconds]
 
 
-def spawn(stages: int, arguments: dict[str, Any]) -> list[float]:
-    """Run :func:`worker` in one process a stage."""
+def spawn(stages: int, function: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> list[Any]:
+    """Run ``function(arguments)`` in one process a stage; returns what each returned."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -155,7 +156,8 @@ def spawn(stages: int, arguments: dict[str, Any]) -> list[float]:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    return elastic_launch(config, worker)(arguments)[0]
+    results = elastic_launch(config, function)(arguments)
+    return [results[rank] for rank in range(stages)]
 
 
 def table(
@@ -204,6 +206,7 @@ def main() -> None:
     options = {"mode": args.mode, "hop_slack": args.hop_slack}
     seconds = spawn(
         args.stages,
+        worker,
         {
             "stages": args.stages,
             "cases": cases,
@@ -212,7 +215,7 @@ def main() -> None:
             "batches": args.batches,
             "repeats": args.repeats,
         },
-    )
+    )[0]
     rows = table(args.stages, cases, [s / args.unit for s in seconds], options)
     print(f"\n{'K':>2} {'M':>2} {'engine':<16} {'units/micro-batch':>17} {'limit':>6} {'predicted':>9} {'speed-up':>8}")
     for row in rows:

@@ -1,6 +1,7 @@
 """Interlocking backpropagation for large language models on DeepSpeed's pipeline engine."""
 
 from ibp_deepspeed.config import AuxHeadConfig, ConfigError, InterlockingConfig
+from ibp_deepspeed.distributed import init_distributed
 from ibp_deepspeed.engine import InterlockedPipelineEngine
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.initialize import initialize
@@ -22,5 +23,6 @@ __all__ = [
     "InterlockingError",
     "ModuleError",
     "Strategy",
+    "init_distributed",
     "initialize",
 ]

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ibp_deepspeed.config import ConfigError, InterlockingConfig
+from ibp_deepspeed.distributed import check_compiler
 from ibp_deepspeed.engine import InterlockedPipelineEngine
 from ibp_deepspeed.module import InterlockedPipelineModule, ModuleError
 
@@ -24,7 +23,6 @@ def initialize(
     model_parameters: Any = None,
     training_data: Any = None,
     lr_scheduler: Any = None,
-    distributed_port: int = 29500,
     dist_init_required: bool | None = None,
     collate_fn: Any = None,
     config: str | Path | Mapping[str, Any] | None = None,
@@ -38,7 +36,6 @@ def initialize(
         model_parameters: what to optimize (default: everything on this stage).
         training_data: data set for DeepSpeed's loader.
         lr_scheduler: scheduler or callable, instead of the configuration's.
-        distributed_port: rendezvous port when no launcher set one.
         dist_init_required: as in DeepSpeed.
         collate_fn: for ``training_data``.
         config: DeepSpeed configuration, a path or a mapping.
@@ -56,11 +53,7 @@ def initialize(
     interlocking = resolve_interlocking(settings, model)
     check_deepspeed_settings(settings)
     _check_module(model, interlocking)
-    deepspeed.init_distributed(
-        get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
+    check_compiler(settings)
     grid = model.mpu()
     mpu = grid if interlocking.clip_scope == "global" else StageGrid(grid)
     without_block = {key: value for key, value in settings.items() if key != "interlocking"}

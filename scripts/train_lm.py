@@ -126,16 +126,15 @@ def start(plan: Plan, args: argparse.Namespace) -> Any:
     """Meet the other processes and make the engine."""
     import deepspeed
     import torch
-    from deepspeed.accelerator import get_accelerator
 
-    from ibp_deepspeed import initialize
+    from ibp_deepspeed import init_distributed, initialize
     from models.pipeline import pipeline_module
 
     deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
     with contextlib.ExitStack() as stack:
         if not args.verbose:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        deepspeed.init_distributed(get_accelerator().communication_backend_name())
+        init_distributed()
         torch.manual_seed(args.seed + int(os.environ["RANK"]))  # dropout
         module = pipeline_module(plan.model, plan.interlocking, plan.stages, plan.partition)
         return initialize(model=module, config=plan.settings)[0]
@@ -259,9 +258,11 @@ def main(phase: entry.SameOnAllRanks) -> None:
     if engine.global_rank == 0:
         parameters = sum(plan.model.parameter_counts())
         print(
-            f"{plan.stages} stages × {engine.grid.get_data_parallel_world_size()} replicas, layers {engine.module.parts}, "
+            f"{plan.stages} stages × {engine.grid.get_data_parallel_world_size()} replicas, "
+            f"layers {engine.module.parts}, "
             f"{parameters:,} parameters and {plan.model.aux_head_parameters():,} a head, strategy "
-            f"{plan.interlocking.strategy} ({plan.interlocking.mode}), {engine.gradient_accumulation_steps()} micro-batches",
+            f"{plan.interlocking.strategy} ({plan.interlocking.mode}), "
+            f"{engine.gradient_accumulation_steps()} micro-batches",
             flush=True,
         )
         if plan.model.was_tied:

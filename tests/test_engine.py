@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,3 +80,15 @@ def test_backpressure_bounds_the_run_ahead(paused: dict[str, list[dict[str, Any]
 def test_without_streaming_nobody_starts_the_next_batch(paused: dict[str, list[dict[str, Any]]]) -> None:
     assert progress(paused["blocking"], "forwards")[:3] == [6, 6, 6]
     assert progress(paused["blocking"], "batches") == [0, 0, 0, 0]
+
+
+def test_checkpoint_round_trip_and_learning_rate_schedule(tmp_path: Path) -> None:
+    """Trunks, heads, optimizer and scheduler come back from DeepSpeed's layout; rank 0 knows all losses."""
+    cases = [{"zero": zero, "folder": str(tmp_path / str(zero))} for zero in (0, 1)]
+    reports = launch("checkpoints", 4, cases).check().reports
+    for rank, rows in enumerate(reports):
+        for row in rows:
+            assert row["difference"] == 0.0, "the resumed run equals the uninterrupted one"
+            assert row["rates"] == sorted(row["rates"]) and row["rates"][0] < row["rates"][-1], "warm-up"
+            assert (row["newest"] is not None) == (rank == 0)
+    assert sorted(p.name for p in (tmp_path / "0" / "middle").glob("aux_head_*")) == ["aux_head_02-model_states.pt"]

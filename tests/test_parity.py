@@ -62,9 +62,9 @@ def test_double_precision() -> None:
 
 def test_weights_clipping_checkpointing_and_depth() -> None:
     """Options that must not change, or must change exactly so, the numbers."""
-    base = {"stages": 4, "micro_batches": 5}
+    base: dict[str, Any] = {"stages": 4, "micro_batches": 5}
     weighted = interlocking(3, mode="window", window_weights=[1.0, 0.5, 0.25])
-    cases = [
+    cases: list[dict[str, Any]] = [
         {**base, "interlocking": weighted},
         {**base, "clip": 0.05, "interlocking": interlocking(2)},
         {**base, "clip": 0.05, "interlocking": interlocking(2, mode="window", clip_scope="global")},

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ibp_deepspeed import InterlockedTrainSchedule, Strategy
 from ibp_deepspeed.check import check_schedules, checked_schedules
+from ibp_deepspeed.config import Mode
 from ibp_deepspeed.schedule import (
     ForwardPass,
     InputProduct,
@@ -24,7 +25,7 @@ from ibp_deepspeed.schedule import (
 from ibp_deepspeed.simulate import simulate
 from ibp_deepspeed.walk import Costs, ScheduleError, Walk
 
-MODES = ("furthest", "window")
+MODES: tuple[Mode, ...] = ("furthest", "window")
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
@@ -126,12 +127,12 @@ def test_a_channel_too_shallow_deadlocks_in_the_walk() -> None:
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_simulated_times_of_narrow_widths(
-    stages: int, micro_batches: int, width: int, expected: float, mode: str
+    stages: int, micro_batches: int, width: int, expected: float, mode: Mode
 ) -> None:
     """The table of docs/how-it-works.md; with one micro-batch and N = 3 the modes differ in the last stages."""
     if (micro_batches, width, mode) == (1, 3, "window"):
         expected = 8.0  # the second product of stage K-2 goes up before its update
-    assert simulate(Strategy(stages, width, mode), micro_batches).micro_batch_time == pytest.approx(expected, abs=0.01)  # type: ignore[arg-type]
+    assert simulate(Strategy(stages, width, mode), micro_batches).micro_batch_time == pytest.approx(expected, abs=0.01)
 
 
 def test_simulated_times_of_wide_and_slow_pipelines() -> None:
@@ -166,9 +167,9 @@ def test_idle_share_and_live_micro_batches() -> None:
     weights=st.lists(st.floats(0.1, 2.0), min_size=14, max_size=14),
 )
 @settings(deadline=None, max_examples=60)
-def test_strategy_tables_agree_with_their_definition(stages: int, width: int, mode: str, weights: list[float]) -> None:
+def test_strategy_tables_agree_with_their_definition(stages: int, width: int, mode: Mode, weights: list[float]) -> None:
     given_weights = tuple(weights[:width]) if mode == "window" else None
-    strategy = Strategy(stages, width, mode, window_weights=given_weights)  # type: ignore[arg-type]
+    strategy = Strategy(stages, width, mode, window_weights=given_weights)
     for k in range(stages):
         reach = min(k + width - 1, stages - 1)
         assert strategy.reach(k) == reach

@@ -1,0 +1,99 @@
+"""Draw the schedule from instructions that the real engine executed, with their time stamps.
+
+    python benchmarks/draw_schedule.py --out docs/schedule.png
+
+Four processes run local learning, pairwise interlocking and backpropagation on stages that sleep; two batches of
+four micro-batches are drawn, the second one paler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.emulated_pipeline import make_engine, spawn, time_batches
+
+STAGES, MICRO_BATCHES, UNIT = 4, 4, 0.1
+COLOURS = {"ForwardPass": "#4c78a8", "AuxLoss": "#e45756", "InputProduct": "#f2b447", "InterlockedBackward": "#54a24b"}
+LABELS = {
+    "ForwardPass": "forward",
+    "AuxLoss": "own head: forward and backward",
+    "InputProduct": "product to the input, for the stage before",
+    "InterlockedBackward": "update: products to input and weights",
+}
+Stamp = tuple[str, int, int, float, float]  # instruction, batch, micro-batch, start, end
+
+
+def record(arguments: dict[str, Any]) -> list[Stamp]:
+    """Run three batches on this rank and stamp the instructions of the last two."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    deepspeed.utils.logger.setLevel("ERROR")
+    mode = "furthest" if arguments["width"] == STAGES else "window"
+    engine = make_engine(STAGES, MICRO_BATCHES, arguments["width"], {"mode": mode}, UNIT)
+    time_batches(engine, 1, warm_up=0)
+    stamps: list[Stamp] = []
+
+    def stamped(name: str, function: Any) -> Any:
+        def run(self: Any, **kwargs: Any) -> None:
+            start = time.time()
+            function(self, **kwargs)
+            stamps.append((name, self.global_steps, kwargs.get("micro_batch", -1), start, time.time()))
+
+        return run
+
+    engine._INSTRUCTION_MAP = {kind: stamped(kind.__name__, f) for kind, f in engine._INSTRUCTION_MAP.items()}
+    time_batches(engine, 2, warm_up=0)
+    engine.close()
+    return stamps
+
+
+def draw(rows: dict[str, list[list[Stamp]]], path: Path) -> None:
+    """One panel a strategy, one line a stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+
+    figure, panels = plt.subplots(len(rows), 1, figsize=(11, 5.6), sharex=True, constrained_layout=True)
+    for axes, (title, stages) in zip(panels, rows.items(), strict=True):
+        origin = min(stamp[3] for stamps in stages for stamp in stamps)
+        first = min(stamp[1] for stamps in stages for stamp in stamps)
+        for stage, stamps in enumerate(stages):
+            for name, batch, micro_batch, start, end in stamps:
+                if name not in COLOURS:
+                    continue
+                left, width = (start - origin) / UNIT, (end - start) / UNIT
+                alpha = 1.0 if batch == first else 0.5
+                axes.barh(stage, width, left=left, color=COLOURS[name], edgecolor="white", linewidth=0.6, alpha=alpha)
+                if width > 0.5:
+                    axes.text(left + width / 2, stage, str(micro_batch), ha="center", va="center", fontsize=7)
+        axes.set_yticks(range(STAGES), [f"stage {k}" for k in range(STAGES)], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=9, loc="left")
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+    panels[-1].set_xlabel("time (1 = a stage's forward pass); the number is the micro-batch, paler is the next batch")
+    handles = [Patch(color=colour, label=LABELS[name]) for name, colour in COLOURS.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run the three strategies, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/schedule.png"), metavar="FILE", help="PNG to write")
+    args = parser.parse_args()
+    titles = {1: "N = 1, local learning", 2: "N = 2, pairwise interlocking", 4: "N = K, backpropagation (1F1B)"}
+    draw({title: spawn(STAGES, record, {"width": width}) for width, title in titles.items()}, args.out)
+
+
+if __name__ == "__main__":
+    main()

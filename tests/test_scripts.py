@@ -1,0 +1,223 @@
+"""The scripts as a user runs them: real launcher, real text, wrong arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
+
+
+def run(
+    *command: object, timeout: float = 240, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    env = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **(environment or {}))
+    env.update(PATH=f"{Path(sys.executable).parent}:{env['PATH']}")
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def script(name: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, ROOT / "scripts" / name, *arguments, environment=environment)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared corpus of real sources."""
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    done = script("prepare_data.py", "--out", folder, "--vocab-size", "512", "--max-bytes", "400000")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pairwise preset with smaller batches and its TensorBoard folder in a temporary place."""
+    folder = tmp_path_factory.mktemp("config")
+    settings = json.loads((ROOT / "ds_configs" / "pairwise_cpu.json").read_text())
+    settings.update(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2, steps_per_print=2)
+    settings["tensorboard"]["output_path"] = str(folder / "tensorboard")
+    (folder / "pairwise.json").write_text(json.dumps(settings))
+    return folder / "pairwise.json"
+
+
+SMALL = ["--model", "models/configs/llama-tiny.json", "--sequence-length", "32", "--set", "num_hidden_layers=4"]
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight batches on two stages × two replicas through the deepspeed launcher."""
+    out = tmp_path_factory.mktemp("run")
+    done = run(
+        *(LAUNCHER, "--num_accelerators", "4", "--master_port", "29611", "scripts/train_lm.py", "--stages", "2"),
+        *(
+            "--deepspeed_config",
+            config,
+            "--data",
+            data,
+            "--steps",
+            "8",
+            "--eval-interval",
+            "4",
+            "--output",
+            out,
+            *SMALL,
+        ),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 stages × 2 replicas" in done.stdout and "unigram entropy" in done.stdout
+    return out
+
+
+def test_training_leaves_history_scalars_and_a_checkpoint(trained: Path, config: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if "held_out" in row]
+    assert [row["step"] for row in held_out] == [4, 8]
+    assert all(len(row.get("train", row.get("held_out"))) == 2 for row in rows)
+    assert all(a > b for a, b in zip(held_out[0]["held_out"], held_out[1]["held_out"], strict=True)), "it learns"
+    events = EventAccumulator(str(next((config.parent / "tensorboard").rglob("events.*")).parent))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    wanted = {f"{kind}/Exits/stage_{k}_loss" for kind in ("Train", "Eval") for k in range(2)}
+    assert wanted <= scalars, scalars
+    assert (trained / "checkpoint" / "latest").read_text() == "global_step8"
+
+
+def test_evaluate_plot_export_generate(trained: Path) -> None:
+    table = trained / "exits.json"
+    done = script("evaluate_lm.py", "--checkpoint", trained / "checkpoint", "--max-batches", "4", "--json", table)
+    assert done.returncode == 0, done.stderr
+    exits = json.loads(table.read_text())["exits"]
+    assert [row["exit"] for row in exits] == [0, 1] and all(row["perplexity"] > 1 for row in exits)
+    done = script("plot_losses.py", "--run", trained)
+    assert done.returncode == 0 and (trained / "losses.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+    done = script("convert_hf.py", "export", "--checkpoint", trained / "checkpoint", "--out", trained / "hf")
+    assert done.returncode == 0, done.stderr
+    done = script("generate.py", "--model", trained / "hf", "--prompt", "import ", "--tokens", "8")
+    assert done.returncode == 0 and done.stdout.startswith("import "), done.stderr
+    done = script("convert_hf.py", "export", "--checkpoint", trained / "checkpoint", "--out", trained / "hf")
+    assert done.returncode == 1 and "exists already" in done.stderr
+
+
+def test_evaluation_agrees_with_training(trained: Path, data: Path) -> None:
+    """eval_batch in the pipeline and evaluate_lm.py in one process see the same held-out losses."""
+    rows = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()]
+    in_training = next(row["held_out"] for row in reversed(rows) if "held_out" in row)
+    table = trained / "again.json"
+    # 16 micro-batches of 2 on 2 replicas are the first 64 windows: 16 batches of 4
+    script(
+        "evaluate_lm.py",
+        "--checkpoint",
+        trained / "checkpoint",
+        "--batch-size",
+        "4",
+        "--max-batches",
+        "16",
+        "--json",
+        table,
+    )
+    alone = [row["loss"] for row in json.loads(table.read_text())["exits"]]
+    assert alone == pytest.approx(in_training, rel=1e-5)
+
+
+def test_torchrun_trains_too(data: Path, config: Path, tmp_path: Path) -> None:
+    done = run(
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612"),
+        *("scripts/train_lm.py", "--deepspeed_config", config, "--data", data, "--steps", "2", "--output", tmp_path),
+        *SMALL,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "checkpoint" / "latest").exists()
+
+
+def wrong(tmp_path: Path, data: Path, config: Path, **changes: Any) -> list[str | Path]:
+    """Arguments with one thing wrong; ``interlocking`` changes the configuration's block, ``settings`` the rest."""
+    settings = json.loads(config.read_text())
+    settings["interlocking"] = changes.pop("interlocking", settings["interlocking"])
+    settings.update(changes.pop("settings", {}))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    options = {"--deepspeed_config": tmp_path / "config.json", "--data": data, "--output": tmp_path / "out", **changes}
+    return [word for pair in options.items() for word in pair] + list(SMALL)
+
+
+def truncated(data: Path, tmp_path: Path, keep: int | None) -> Path:
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    if keep is None:
+        (copy / "train.bin").unlink()
+    else:
+        os.truncate(copy / "train.bin", keep)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"interlocking": {"stratgy": "local"}}, 'unknown key "interlocking.stratgy" (did you mean "strategy"?)'),
+        ({"interlocking": {"strategy": "nwise", "width": 0}}, "greater than or equal to 1, got 0"),
+        ({"interlocking": {"strategy": "nwise", "width": -1}}, "got -1"),
+        ({"settings": {"fp16": {"enabled": True}}}, "fp16 is not supported"),
+        ({"settings": {"zero_optimization": {"stage": 3}}}, "ZeRO stage 3 does not work with pipelines"),
+        ({"--stages": "3"}, "4 processes can't be divided into pipelines of 3 stages"),
+        ({"--partition": "1,1,1"}, "[1, 1, 1]"),
+        ({"--model": "nowhere.json"}, "no model config in 'nowhere.json'"),
+        ({"--sequence-length": "100000"}, "is longer than the model's"),
+        ({"--data": "nowhere"}, "nowhere"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_get_one_sentence_before_the_processes_meet(
+    changes: dict[str, Any], sentence: str, data: Path, config: Path, tmp_path: Path
+) -> None:
+    ranks = {"RANK": "0", "WORLD_SIZE": "4"}
+    sizes = changes.pop("--sequence-length", None)
+    arguments = wrong(tmp_path, data, config, **changes)
+    extra = ["--sequence-length", sizes] if sizes else []
+    done = script("train_lm.py", *arguments, *extra, **ranks)
+    assert_one_sentence(done, sentence)
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], sentence: str) -> None:
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert len(said) == 1 and sentence in said[0], done.stderr
+
+
+def test_damaged_data_and_too_small_vocabularies(data: Path, config: Path, tmp_path: Path) -> None:
+    ranks = {"RANK": "0", "WORLD_SIZE": "4"}
+    for keep, sentence in ((100, "truncated"), (None, "train.bin")):
+        copy = truncated(data, tmp_path, keep)
+        assert_one_sentence(script("train_lm.py", *wrong(tmp_path, copy, config), **ranks), sentence)
+        shutil.rmtree(copy)
+    arguments = [*wrong(tmp_path, data, config), "vocab_size=300"]  # SMALL ends with --set
+    assert_one_sentence(script("train_lm.py", *arguments, **ranks), "300")
+    eight = [*wrong(tmp_path, data, config), "num_hidden_layers=3"]
+    assert_one_sentence(script("train_lm.py", *eight, **ranks), "4 stages do not fit a model with 3 decoder layers")
+
+
+def test_the_launcher_ends_with_one_sentence(data: Path, config: Path, tmp_path: Path) -> None:
+    """Data shorter than one batch is known when the processes have met: rank 0 speaks, everybody ends."""
+    huge = {"settings": {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 5000}}
+    arguments = wrong(tmp_path, data, config, **huge)
+    launcher = (LAUNCHER, "--num_accelerators", "2", "--master_port", "29613", "scripts/train_lm.py")
+    done = run(*launcher, *arguments, timeout=120)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert done.returncode != 0 and len(said) == 1 and "a batch needs" in said[0], done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_no_launcher() -> None:
+    for name in ("train_lm.py", "evaluate_lm.py", "plot_losses.py", "generate.py", "prepare_data.py", "convert_hf.py"):
+        done = script(name, "--help")
+        assert done.returncode == 0 and "usage:" in done.stdout, name
+    done = script("train_lm.py", "--deepspeed_config", "x", "--data", "x", "--model", "x")
+    assert_one_sentence(done, "needs a launcher: deepspeed")
