@@ -24,6 +24,8 @@ def load_config(path_or_name: str | Path, **overrides: Any) -> PretrainedConfig:
     Raises:
         ModelError: no config there, an unknown override, or values that the config class refuses.
     """
+    if str(path_or_name).endswith(".json") and not Path(path_or_name).exists():
+        raise ModelError(f"no model config in '{path_or_name}': there is no such file")  # don't ask the hub for it
     try:
         base = AutoConfig.from_pretrained(str(path_or_name))
         values, _ = PretrainedConfig.get_config_dict(str(path_or_name))

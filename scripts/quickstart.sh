@@ -7,7 +7,7 @@ out=$(realpath -m "${1:-runs/quickstart}")
 source "$(dirname "$0")/environment.sh" requirements.txt
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 stages=4
-steps=${QUICKSTART_STEPS:-300}
+steps=${QUICKSTART_STEPS:-200}
 
 say() { printf '\n== %s\n' "$*"; }
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ibp_deepspeed import entry
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; every option's help says its default."""
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line (or ``words``); every option's help says its default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--deepspeed_config", required=True, metavar="FILE", help='DeepSpeed JSON with an "interlocking" block')
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--verbose", action="store_true", help="show DeepSpeed's own log")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ibp_deepspeed import InterlockingError
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
@@ -145,8 +148,9 @@ def wrong(tmp_path: Path, data: Path, config: Path, **changes: Any) -> list[str 
     settings["interlocking"] = changes.pop("interlocking", settings["interlocking"])
     settings.update(changes.pop("settings", {}))
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    options = {"--deepspeed_config": tmp_path / "config.json", "--data": data, "--output": tmp_path / "out", **changes}
-    return [word for pair in options.items() for word in pair] + list(SMALL)
+    options = {"--deepspeed_config": tmp_path / "config.json", "--data": data, "--output": tmp_path / "out"}
+    options |= dict(zip(SMALL[:4:2], SMALL[1:4:2], strict=True)) | changes
+    return [word for pair in options.items() for word in pair] + SMALL[4:]
 
 
 def truncated(data: Path, tmp_path: Path, keep: int | None) -> Path:
@@ -175,15 +179,26 @@ def truncated(data: Path, tmp_path: Path, keep: int | None) -> Path:
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
-def test_wrong_arguments_get_one_sentence_before_the_processes_meet(
-    changes: dict[str, Any], sentence: str, data: Path, config: Path, tmp_path: Path
+def test_wrong_arguments_are_refused_before_the_processes_meet(
+    changes: dict[str, Any], sentence: str, data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks = {"RANK": "0", "WORLD_SIZE": "4"}
-    sizes = changes.pop("--sequence-length", None)
-    arguments = wrong(tmp_path, data, config, **changes)
-    extra = ["--sequence-length", sizes] if sizes else []
-    done = script("train_lm.py", *arguments, *extra, **ranks)
-    assert_one_sentence(done, sentence)
+    assert sentence in refusal(wrong(tmp_path, data, config, **changes), monkeypatch)
+
+
+def refusal(words: list[str | Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What rank 0 of 4 would say about a command line, in one sentence."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("train_lm", ROOT / "scripts" / "train_lm.py")
+    assert spec is not None and spec.loader is not None
+    train_lm = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_lm", train_lm)  # dataclasses look their module up
+    spec.loader.exec_module(train_lm)
+    with pytest.raises(InterlockingError) as caught:
+        train_lm.check(train_lm.parse_arguments([str(word) for word in words]))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess[str], sentence: str) -> None:
@@ -192,16 +207,27 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], sentence: str) -
     assert len(said) == 1 and sentence in said[0], done.stderr
 
 
-def test_damaged_data_and_too_small_vocabularies(data: Path, config: Path, tmp_path: Path) -> None:
-    ranks = {"RANK": "0", "WORLD_SIZE": "4"}
+def test_damaged_data_and_too_small_vocabularies(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for keep, sentence in ((100, "truncated"), (None, "train.bin")):
         copy = truncated(data, tmp_path, keep)
-        assert_one_sentence(script("train_lm.py", *wrong(tmp_path, copy, config), **ranks), sentence)
+        assert sentence in refusal(wrong(tmp_path, copy, config), monkeypatch)
         shutil.rmtree(copy)
-    arguments = [*wrong(tmp_path, data, config), "vocab_size=300"]  # SMALL ends with --set
-    assert_one_sentence(script("train_lm.py", *arguments, **ranks), "300")
-    eight = [*wrong(tmp_path, data, config), "num_hidden_layers=3"]
-    assert_one_sentence(script("train_lm.py", *eight, **ranks), "4 stages do not fit a model with 3 decoder layers")
+    copy = truncated(data, tmp_path, (data / "train.bin").stat().st_size)
+    with (copy / "train.bin").open("r+b") as file:
+        file.write(b"\x01\x01\x01\x01")
+    assert "content changed" in refusal(wrong(tmp_path, copy, config), monkeypatch)
+    small = [*wrong(tmp_path, data, config), "vocab_size=300"]  # the words end with those of --set
+    assert "300" in refusal(small, monkeypatch)
+    shallow = [*wrong(tmp_path, data, config), "num_hidden_layers=3"]
+    assert "4 stages do not fit a model with 3 decoder layers" in refusal(shallow, monkeypatch)
+
+
+def test_an_error_is_printed_once_and_ends_the_process(data: Path, config: Path, tmp_path: Path) -> None:
+    arguments = wrong(tmp_path, data, config, interlocking={"stratgy": "local"})
+    done = script("train_lm.py", *arguments, RANK="0", WORLD_SIZE="4")
+    assert_one_sentence(done, 'unknown key "interlocking.stratgy"')
 
 
 def test_the_launcher_ends_with_one_sentence(data: Path, config: Path, tmp_path: Path) -> None:
@@ -216,8 +242,9 @@ def test_the_launcher_ends_with_one_sentence(data: Path, config: Path, tmp_path:
 
 
 def test_help_and_no_launcher() -> None:
-    for name in ("train_lm.py", "evaluate_lm.py", "plot_losses.py", "generate.py", "prepare_data.py", "convert_hf.py"):
-        done = script(name, "--help")
-        assert done.returncode == 0 and "usage:" in done.stdout, name
+    names = ("train_lm.py", "evaluate_lm.py", "plot_losses.py", "generate.py", "prepare_data.py", "convert_hf.py")
+    started = {n: subprocess.Popen([sys.executable, ROOT / "scripts" / n, "--help"], stdout=-1) for n in names}
+    for name, process in started.items():
+        assert b"usage:" in process.communicate()[0] and process.returncode == 0, name
     done = script("train_lm.py", "--deepspeed_config", "x", "--data", "x", "--model", "x")
     assert_one_sentence(done, "needs a launcher: deepspeed")
