@@ -258,11 +258,15 @@ class ReceiveChannel:
 
 
 def _wait_on_host(work: dist.Work) -> None:
-    """Block this thread until a message is delivered; ``Work.wait`` does not for accelerators' own back ends."""
-    work.wait()
-    if torch.cuda.is_available() and dist.get_backend() == "nccl":
-        while not work.is_completed():
-            time.sleep(1e-4)
+    """Block this thread until a message is delivered.
+
+    NCCL's ``Work.wait`` would make the computation's stream wait instead, so it is asked from time to time.
+    """
+    if dist.get_backend() != "nccl":
+        work.wait()
+        return
+    while not work.is_completed():
+        time.sleep(1e-4)
 
 
 def _first_line(error: Exception) -> str:

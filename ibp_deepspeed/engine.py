@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import atexit
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,13 +23,10 @@ from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.live import LiveMicroBatch
 from ibp_deepspeed.loss_board import LossBoard
 from ibp_deepspeed.module import InterlockedPipelineModule
+from ibp_deepspeed.samples import BatchError, SampleLedger, checksum
 from ibp_deepspeed.strategy import Strategy
 
 _FLUSH_SECONDS = 30.0
-
-
-class BatchError(InterlockingError, ValueError):
-    """A stage has no data, or other data than its neighbour."""
 
 
 class InterlockedPipelineEngine(PipelineEngine):
@@ -62,7 +58,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         self._set_schedule()
         self.boundaries = Boundaries(self.grid, self.device, self._channel_depth)
         self._board = self._make_board()
-        self._headers: list[tuple[Tensor, list[int]]] = []
+        self._ledger = SampleLedger(self.stage_id)
         self._loss_sum: Tensor | None = None
         self._failed = False
         atexit.register(self._flush_at_exit)
@@ -82,6 +78,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         """Overrides PipelineEngine's: another number of micro-batches needs another schedule."""
         super().set_train_batch_size(train_batch_size)
         self._set_schedule()
+        self.boundaries.depth = self._channel_depth
 
     def set_dataloader(self, loader: Any) -> None:
         """Overrides PipelineEngine's: every stage reads data, for its labels."""
@@ -168,7 +165,7 @@ class InterlockedPipelineEngine(PipelineEngine):
             losses = torch.zeros(self.num_stages, dtype=torch.float64, device=self.device)
             losses[self.stage_id] = self._mean_loss(total, count)
             dist.all_reduce(losses, group=self.grid.get_pipe_parallel_group())
-            self._check_samples()
+            self._ledger.check()
         except BaseException:
             self._failed = True
             raise
@@ -205,7 +202,7 @@ class InterlockedPipelineEngine(PipelineEngine):
     def _exec_recv_activations(self, buffer_id: int, micro_batch: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
         hidden, header = self.boundaries.receive_activation()
-        self._headers.append((header, [self.global_steps, micro_batch, live.sample_checksum]))
+        self._ledger.add(header, self.global_steps, micro_batch, live.sample_checksum)
         live.inputs = hidden.requires_grad_(self.strategy.sends_gradients(self.stage_id))
 
     def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
@@ -240,7 +237,7 @@ class InterlockedPipelineEngine(PipelineEngine):
     def _exec_relay_grad(self, buffer_id: int, micro_batch: int, loss: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
         gradient, header = self.boundaries.receive_gradient()
-        self._headers.append((header, [self.global_steps, micro_batch, loss]))
+        self._ledger.add(header, self.global_steps, micro_batch, loss)
         live.cotangents[loss] = gradient
 
     def _exec_input_product(self, buffer_id: int, micro_batch: int, loss: int) -> None:
@@ -273,7 +270,7 @@ class InterlockedPipelineEngine(PipelineEngine):
 
     def _exec_reduce_grads(self) -> None:
         """Overrides PipelineEngine's: alone in its group and without a partitioned optimizer nothing is to do."""
-        self._check_samples()
+        self._ledger.check()
         if self.module.tied_comms:
             self._exec_reduce_tied_grads()
         if self.is_data_parallel or self.zero_optimization():
@@ -309,12 +306,11 @@ class InterlockedPipelineEngine(PipelineEngine):
         if not isinstance(batch, list | tuple) or len(batch) not in (2, 3):
             raise BatchError(f"a micro-batch must be (inputs, labels) or (inputs, labels, ids), not {type(batch)}.")
         inputs, labels = batch[0], batch[1]
-        checksum = _checksum(batch[2] if len(batch) == 3 else labels)
         has_loss = self.strategy.has_loss(self.stage_id)
         return (
             _to_device(inputs, self.device) if self.is_first_stage() else None,
             _to_device(labels, self.device) if has_loss else None,
-            checksum,
+            checksum(batch[2] if len(batch) == 3 else labels),
         )
 
     def _loss_of(self, outputs: Any, labels: Any) -> Tensor:
@@ -354,37 +350,15 @@ class InterlockedPipelineEngine(PipelineEngine):
         live.cotangents.clear()
 
     def _eval_micro_batch(self, micro_batch: int, link: Any) -> Tensor | None:
-        inputs, labels, checksum = self._load()
+        inputs, labels, key = self._load()
         if not self.is_first_stage():
             inputs, header = link.receive()
-            self._headers.append((header, [-1, micro_batch, checksum]))
+            self._ledger.add(header, -1, micro_batch, key)
         outputs = self.module.trunk(inputs)
         if self.is_last_stage():
             return self._loss_of(outputs, labels)
-        link.send(TensorSpec.of(outputs, self.stage_id), outputs, (-1, micro_batch, checksum))
+        link.send(TensorSpec.of(outputs, self.stage_id), outputs, (-1, micro_batch, key))
         return None if self.module.aux_head is None else self._loss_of(self.module.aux_head(outputs), labels)
-
-    def _check_samples(self) -> None:
-        """Compare what came with the messages of a batch with what this stage expected, in one transfer."""
-        if not self._headers:
-            return
-        seen = torch.stack([header for header, _ in self._headers]).tolist()
-        expected = [row for _, row in self._headers]
-        self._headers.clear()
-        for got, want in zip(seen, expected, strict=True):
-            if got != want:
-                self._fail_samples(got, want)
-
-    def _fail_samples(self, got: list[int], want: list[int]) -> NoReturn:
-        if got[:2] != want[:2]:
-            raise BatchError(
-                f"stage {self.stage_id} is at batch {want[0] + 1}, micro-batch {want[1]}, its neighbour sent batch "
-                f"{got[0] + 1}, micro-batch {got[1]}: call train_batch and eval_batch in the same order on every rank."
-            )
-        raise BatchError(
-            f"stages {self.stage_id - 1} and {self.stage_id} look at different samples in batch {want[0] + 1}, "
-            f"micro-batch {want[1]}: give every stage the same data in the same order."
-        )
 
     # Optimizer, reports
 
@@ -426,16 +400,6 @@ class InterlockedPipelineEngine(PipelineEngine):
             samples = batch * self.train_batch_size()
             events = [(f"Train/Exits/stage_{k}_loss", loss, samples) for k, loss in enumerate(losses.tolist())]
             self.monitor.write_events(events)
-
-
-def _checksum(value: Any) -> int:
-    """CRC-32 over the bytes of all tensors in a nest of lists and tuples."""
-    if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        return zlib.crc32(data.tobytes())
-    if isinstance(value, list | tuple):
-        return zlib.crc32(b"".join(_checksum(item).to_bytes(4, "little") for item in value))
-    return zlib.crc32(repr(value).encode())
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -11,11 +11,8 @@ steps=${QUICKSTART_STEPS:-200}
 
 say() { printf '\n== %s\n' "$*"; }
 
-if [ "$GPUS" -ge "$stages" ]; then
-  config=ds_configs/pairwise_gpu.json
-else
-  config=ds_configs/pairwise_cpu.json
-  export DS_ACCELERATOR=cpu
+if [ "$GPUS" -lt "$stages" ]; then
+  export DS_ACCELERATOR=cpu # four processes need four devices, or none
 fi
 
 rm -rf "$out"
@@ -26,7 +23,7 @@ say "text: the Python standard library's sources, a byte-level BPE of 2048 token
 
 say "training: four pipeline processes, pairwise interlocking, $steps batches"
 deepspeed --num_accelerators "$stages" --master_port "${MASTER_PORT:-29500}" scripts/train_lm.py \
-  --deepspeed_config "$config" --model models/configs/llama-tiny.json --partition 2,2,2,2 --data "$out/data" \
+  --deepspeed_config ds_configs/pairwise_cpu.json --model models/configs/llama-tiny.json --partition 2,2,2,2 --data "$out/data" \
   --sequence-length 128 --steps "$steps" --eval-interval 100 --output "$out"
 
 say "held-out perplexity of every exit"

@@ -89,8 +89,7 @@ class Plan:
 def check(args: argparse.Namespace) -> Plan:
     """Check everything that can be checked alone, before the processes meet."""
     from ibp_deepspeed.data import open_tokens
-    from ibp_deepspeed.initialize import check_deepspeed_settings, load_config, resolve_interlocking
-    from ibp_deepspeed.known_keys import unknown_keys
+    from ibp_deepspeed.initialization import check_deepspeed_settings, load_config, resolve_interlocking
     from models import CausalLM, ModelError
     from models import load_config as load_model_config
 
@@ -100,9 +99,6 @@ def check(args: argparse.Namespace) -> Plan:
     settings = load_config(args.deepspeed_config)
     check_deepspeed_settings(settings)
     interlocking = resolve_interlocking(settings)
-    unknown = unknown_keys(settings)
-    if unknown and first:
-        print(f"warning: nobody reads {', '.join(unknown)} in {args.deepspeed_config}.", file=sys.stderr)
     stages = args.stages or world
     if stages < 1 or world % stages:
         raise ModelError(f"{world} processes can't be divided into pipelines of {stages} stages: start a multiple.")

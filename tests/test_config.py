@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ibp_deepspeed import ConfigError, InterlockingConfig, Strategy
-from ibp_deepspeed.initialize import check_deepspeed_settings, load_config
+from ibp_deepspeed.initialization import check_deepspeed_settings, load_config
 
 
 @pytest.mark.parametrize(

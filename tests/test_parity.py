@@ -110,6 +110,16 @@ def test_data_parallel() -> None:
         for width, mode in ((1, "furthest"), (2, "furthest"), (2, "window"))
         for count, optimizer, clip in ((1, "sgd", 0.0), (5, "sgd", 0.05), (2, "adamw", 0.0))
     ]
+    cases += [
+        {
+            "stages": 2,
+            "micro_batches": 3,
+            "zero": zero,
+            "clip": 0.05,
+            "interlocking": interlocking(2, mode="window", clip_scope="global"),
+        }
+        for zero in (0, 1)
+    ]
     run(4, cases, 1e-5)
 
 

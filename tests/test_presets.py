@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from ibp_deepspeed import Strategy
 from ibp_deepspeed.check import checked_schedules
-from ibp_deepspeed.initialize import check_deepspeed_settings, load_config, resolve_interlocking
+from ibp_deepspeed.initialization import check_deepspeed_settings, load_config, resolve_interlocking
 from ibp_deepspeed.known_keys import TOP_LEVEL, unknown_keys
 
 PRESETS = sorted((Path(__file__).resolve().parents[1] / "ds_configs").glob("*.json"))

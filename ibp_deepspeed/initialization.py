@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from deepspeed.utils import log_dist
 
 from ibp_deepspeed.config import ConfigError, InterlockingConfig
 from ibp_deepspeed.distributed import check_compiler
 from ibp_deepspeed.engine import InterlockedPipelineEngine
+from ibp_deepspeed.known_keys import unknown_keys
 from ibp_deepspeed.module import InterlockedPipelineModule, ModuleError
 
 
@@ -54,6 +57,9 @@ def initialize(
     check_deepspeed_settings(settings)
     _check_module(model, interlocking)
     check_compiler(settings)
+    unknown = unknown_keys(settings)
+    if unknown:
+        log_dist(f"nobody reads {', '.join(unknown)} of the configuration", ranks=[0], level=logging.WARNING)
     grid = model.mpu()
     mpu = grid if interlocking.clip_scope == "global" else StageGrid(grid)
     without_block = {key: value for key, value in settings.items() if key != "interlocking"}
@@ -62,7 +68,7 @@ def initialize(
         without_block.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     engine = InterlockedPipelineEngine(
         interlocking=interlocking,
-        args=args if config is None and hasattr(args, "local_rank") else None,
+        args=None,
         model=model,
         optimizer=optimizer,
         model_parameters=model_parameters,

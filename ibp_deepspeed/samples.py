@@ -1,0 +1,66 @@
+"""Proof that all stages look at the same samples: every message says which ones it belongs to."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ibp_deepspeed.errors import InterlockingError
+
+
+class BatchError(InterlockingError, ValueError):
+    """A stage has no data, or other data than its neighbour."""
+
+
+class SampleLedger:
+    """Headers that came with messages, beside what this stage expected them to say.
+
+    Headers are compared once a batch, before the optimizer step: on an accelerator that is one transfer a batch.
+    """
+
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
+        self._rows: list[tuple[Tensor, list[int]]] = []
+
+    def add(self, header: Tensor, batch: int, micro_batch: int, key: int) -> None:
+        """Remember a message's header [3] and what it should hold; ``key``: sample checksum, or a gradient's loss."""
+        self._rows.append((header, [batch, micro_batch, key]))
+
+    def check(self) -> None:
+        """Compare and forget all headers.
+
+        Raises:
+            BatchError: a neighbour is at another micro-batch or looks at other samples.
+        """
+        if not self._rows:
+            return
+        seen = torch.stack([header for header, _ in self._rows]).tolist()
+        expected = [row for _, row in self._rows]
+        self._rows.clear()
+        for got, want in zip(seen, expected, strict=True):
+            if got != want:
+                self._fail(got, want)
+
+    def _fail(self, got: list[int], want: list[int]) -> NoReturn:
+        if got[:2] != want[:2]:
+            raise BatchError(
+                f"stage {self.stage} is at batch {want[0] + 1}, micro-batch {want[1]}, its neighbour sent batch "
+                f"{got[0] + 1}, micro-batch {got[1]}: call train_batch and eval_batch in the same order on every rank."
+            )
+        raise BatchError(
+            f"stages {self.stage - 1} and {self.stage} look at different samples in batch {want[0] + 1}, "
+            f"micro-batch {want[1]}: give every stage the same data in the same order."
+        )
+
+
+def checksum(value: Any) -> int:
+    """CRC-32 over the bytes of all tensors in a nest of lists and tuples."""
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return zlib.crc32(data.tobytes())
+    if isinstance(value, list | tuple):
+        return zlib.crc32(b"".join(checksum(item).to_bytes(4, "little") for item in value))
+    return zlib.crc32(repr(value).encode())
