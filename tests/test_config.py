@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ibp_deepspeed import ConfigError, InterlockingConfig, Strategy
+from ibp_deepspeed.distributed import check_compiler
 from ibp_deepspeed.initialization import check_deepspeed_settings, load_config
 
 
@@ -84,3 +85,11 @@ def test_unreadable_configurations(tmp_path: Any) -> None:
     broken.write_text('{"a": 1,\n}')
     with pytest.raises(ConfigError, match="no JSON.*line 2"):
         load_config(broken)
+
+
+def test_an_optimizer_that_needs_a_compiler_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="no C.. compiler was found: install g.., or use .*torch_adam"):
+        check_compiler({"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}})
+    check_compiler({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}})
+    check_compiler({"optimizer": {"type": "SGD"}})

@@ -142,6 +142,26 @@ def test_torchrun_trains_too(data: Path, config: Path, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint" / "latest").exists()
 
 
+def test_no_compiler_is_needed(data: Path, config: Path, tmp_path: Path) -> None:
+    """Two stages on a path without c++ and ninja, nothing compiled before."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "sh", "env", "ls", "uname"):
+        (folder / name).symlink_to(shutil.which(name) or f"/bin/{name}")
+    command = [sys.executable, LAUNCHER, "--num_accelerators", "2", "--master_port", "29614", "scripts/train_lm.py"]
+    words = ["--deepspeed_config", config, "--data", data, "--steps", "2", "--output", tmp_path / "out", *SMALL]
+    env = {
+        "PATH": str(folder),
+        "HOME": os.environ.get("HOME", "/"),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+    }
+    env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([str(w) for w in [*command, *words]], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("no C++ compiler: gloo takes the place") == 1
+    assert not (tmp_path / "extensions").exists()
+
+
 def wrong(tmp_path: Path, data: Path, config: Path, **changes: Any) -> list[str | Path]:
     """Arguments with one thing wrong; ``interlocking`` changes the configuration's block, ``settings`` the rest."""
     settings = json.loads(config.read_text())
