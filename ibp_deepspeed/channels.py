@@ -146,7 +146,10 @@ class SendChannel:
 
     def _post(self, message: Tensor) -> None:
         self._raise_error()
-        work = dist.isend(message, self.peer, group=self.group)
+        try:
+            work = dist.isend(message, self.peer, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
         assert work is not None
         self.bytes_sent += message.numel() * message.element_size()
         with self._changed:
@@ -179,7 +182,10 @@ class SendChannel:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise PeerLostError(f"lost the connection for {self.name}: {_first_line(self._error)}") from self._error
+            raise self._lost(self._error) from self._error
+
+    def _lost(self, error: Exception) -> PeerLostError:
+        return PeerLostError(f"lost the connection for {self.name}: {_first_line(error)}")
 
 
 class ReceiveChannel:

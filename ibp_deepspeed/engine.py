@@ -121,7 +121,6 @@ class InterlockedPipelineEngine(PipelineEngine):
             self.set_dataiterator(data_iter)
         self.module.train()
         self._loss_sum = None
-        self._compute_loss = True
         try:
             self._exec_schedule(self._train_schedule())
             loss = self._mean_loss(self._loss_sum, self.micro_batches)

@@ -50,6 +50,14 @@ def test_every_strategy_equals_the_reference(stages: int) -> None:
     run(stages, matrix(stages), 1e-5)
 
 
+def test_one_stage_is_plain_training() -> None:
+    run(
+        1,
+        [{"stages": 1, "micro_batches": 3, "eval": True, "interlocking": {"strategy": s}} for s in ("local", "global")],
+        1e-5,
+    )
+
+
 def test_double_precision() -> None:
     """Doubles pass wherever DeepSpeed does not reduce gradients: 1e-10 relative."""
     cases = [
