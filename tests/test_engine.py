@@ -18,6 +18,7 @@ def test_equals_deepspeed_at_full_width() -> None:
         for m in (1, 2, 5)
         for optimizer in ("sgd", "adamw")
     ]
+    cases.append({"stages": 3, "micro_batches": 2, "steps": 5, "optimizer": "sgd", "tied": True})
     for rows in launch("against_deepspeed", 3, cases).check().reports:
         for case, row in zip(cases, rows, strict=True):
             assert row["worst"]["parameter"] <= 1e-6 and row["worst"]["loss"] <= 1e-6, (case, row)

@@ -8,11 +8,11 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.pipe import PipelineModule
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
 
-from ibp_deepspeed import initialize
+from ibp_deepspeed import InterlockedPipelineModule, initialize
 from tests.launch import report
-from tests.toys import layer_specs, loss_fn, make_module, micro_batches
+from tests.toys import Layer, layer_specs, loss_fn, micro_batches
 from tests.workers.parity import OPTIMIZERS, compare
 
 
@@ -25,12 +25,16 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "steps_per_print": None,
     }
-    theirs_module = PipelineModule(
-        layer_specs(stages, torch.float32), num_stages=stages, loss_fn=loss_fn, partition_method="uniform"
-    )
+    specs: list[Any] = layer_specs(stages, torch.float32)
+    if case.get("tied"):
+        specs[0] = specs[-1] = TiedLayerSpec("ends", Layer, 0)
+    options: dict[str, Any] = {"num_stages": stages, "loss_fn": loss_fn, "partition_method": "uniform"}
+    theirs_module = PipelineModule(specs, **options)
     theirs = deepspeed.initialize(model=theirs_module, config=config)[0]
     block = {"strategy": "global", "aux_head": None}
-    ours = initialize(model=make_module(stages, heads=False), config={**config, "interlocking": block})[0]
+    ours = initialize(
+        model=InterlockedPipelineModule(specs, aux_head=None, **options), config={**config, "interlocking": block}
+    )[0]
     rows = []
     for step in range(case["steps"]):
         data = micro_batches(step, count)
