@@ -99,6 +99,8 @@ def check(args: argparse.Namespace) -> Plan:
     settings = load_config(args.deepspeed_config)
     check_deepspeed_settings(settings)
     interlocking = resolve_interlocking(settings)
+    if first:
+        warn_of_schedule(settings, args.steps)
     stages = args.stages or world
     if stages < 1 or world % stages:
         raise ModelError(f"{world} processes can't be divided into pipelines of {stages} stages: start a multiple.")
@@ -116,6 +118,17 @@ def check(args: argparse.Namespace) -> Plan:
     partition = parse_partition(args.partition)
     model.partition(stages, aux_heads=interlocking.aux_head is not None, manual=partition)
     return Plan(settings, interlocking, model, stages, partition, train, held_out)
+
+
+def warn_of_schedule(settings: dict[str, Any], steps: int) -> None:
+    """Say it when the learning rate would have reached its end long before the training does."""
+    total = settings.get("scheduler", {}).get("params", {}).get("total_num_steps")
+    if isinstance(total, int) and total < steps:
+        print(
+            f"warning: the configuration's learning rate ends at batch {total}, --steps is {steps}: set "
+            f'"scheduler.params.total_num_steps".',
+            file=sys.stderr,
+        )
 
 
 def start(plan: Plan, args: argparse.Namespace) -> Any:

@@ -244,6 +244,13 @@ def test_damaged_data_and_too_small_vocabularies(
     assert "4 stages do not fit a model with 3 decoder layers" in refusal(shallow, monkeypatch)
 
 
+def test_a_learning_rate_that_ends_too_early_is_named(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal(wrong(tmp_path, data, config, **{"--steps": "401", "--partition": "9"}), monkeypatch)
+    assert "learning rate ends at batch 400, --steps is 401" in capsys.readouterr().err
+
+
 def test_an_error_is_printed_once_and_ends_the_process(data: Path, config: Path, tmp_path: Path) -> None:
     arguments = wrong(tmp_path, data, config, interlocking={"stratgy": "local"})
     done = script("train_lm.py", *arguments, RANK="0", WORLD_SIZE="4")
