@@ -98,7 +98,6 @@ class SendChannel:
     def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device, name: str, *, announce: bool) -> None:
         self.group, self.peer, self.device, self.name, self.announce = group, peer, device, name, announce
         self.spec: TensorSpec | None = None
-        self.bytes_sent = 0
         self._pending: deque[tuple[dist.Work, Tensor]] = deque()
         self._changed = threading.Condition()
         self._error: Exception | None = None
@@ -151,7 +150,6 @@ class SendChannel:
         except RuntimeError as error:
             raise self._lost(error) from error
         assert work is not None
-        self.bytes_sent += message.numel() * message.element_size()
         with self._changed:
             self._pending.append((work, message))
             self._changed.notify_all()

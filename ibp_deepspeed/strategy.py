@@ -97,10 +97,6 @@ class Strategy:
         users = self.users(loss)
         return stage <= loss and len(users) > 0 and users[0] < stage
 
-    def incoming(self, stage: int) -> list[int]:
-        """The losses whose gradient ``stage`` receives for each micro-batch, nearest first."""
-        return [loss for loss in range(stage + 1, self.reach(stage) + 1) if self.crosses(loss, stage + 1)]
-
     def sends_gradients(self, stage: int) -> bool:
         """Whether ``stage`` sends any gradient to the stage before it."""
         return any(self.crosses(loss, stage) for loss in range(stage, self.stages))
