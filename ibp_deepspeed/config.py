@@ -23,8 +23,63 @@ class AuxHeadConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    readout: Literal["private", "shared", "frozen"] = "private"
+    """``private``: the head's own, trained by its loss; ``shared``: a read-only copy of the last stage's, which the
+    last loss alone trains, refreshed as below; ``frozen``: a copy of the last stage's as it was at the start."""
+    blocks: int = Field(default=0, ge=0)
+    """Decoder blocks of the model's own kind, in the head alone, before its norm and readout."""
+    borrow: int = Field(default=0, ge=0)
+    """Layers of the next stage that the head stands behind. InterlockedReference only."""
+    refresh_interval: int = Field(default=10, ge=1)
+    """R: the last stage's readout is copied as it stands when batch r·R begins, r = 1, 2, …"""
+    refresh_delay: int | None = Field(default=None, ge=0)
+    """Every head uses that copy from batch r·R + delay on; None: max(R, ⌈K/M⌉ + 1)."""
+    average: float | None = Field(default=None, gt=0, lt=1)
+    """β: heads use the exponential average copy ← β·copy + (1-β)·newest; None uses the newest as it is."""
     chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at once; None picks about 64 MiB of logits."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AuxHeadConfig:
+        given = self.model_fields_set & {"refresh_interval", "refresh_delay", "average"}
+        if given and self.readout != "shared":
+            raise ValueError(f'{min(given)} is for readout "shared", the readout is "{self.readout}"')
+        return self
+
+    def delay(self, stages: int, micro_batches: int) -> int:
+        """Batches between a copy of the last stage's readout and its use, on K stages with M micro-batches."""
+        if self.refresh_delay is not None:
+            return self.refresh_delay
+        return max(self.refresh_interval, least_refresh_delay(stages, micro_batches))
+
+
+def least_refresh_delay(stages: int, micro_batches: int) -> int:
+    """⌈K/M⌉ + 1: the first stage runs up to ⌈(K-1)/M⌉ batches ahead, so it would wait for a younger readout."""
+    return -(-stages // micro_batches) + 1
+
+
+class Phase(BaseModel):
+    """From batch ``from_step`` on (counted from 0), another width."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    from_step: int = Field(ge=0)
+    width: int = Field(ge=1)
+    """N; K or more is backpropagation (in mode furthest)."""
+    mode: Mode | None = None
+    """None: the mode of the whole configuration."""
+
+
+class MixedConfig(BaseModel):
+    """A part of every batch's micro-batches at another, larger width."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: int = Field(ge=1)
+    fraction: float = Field(gt=0, le=1)
+    """Of the micro-batches, rounded up. They come first, so that their gradients travel while the others compute."""
+    mode: Mode | None = None
+    """None: the mode of the whole configuration."""
 
 
 class InterlockingConfig(BaseModel):
@@ -43,6 +98,9 @@ class InterlockingConfig(BaseModel):
     channel_depth: int | None = Field(default=None, ge=1)
     streaming: bool = True
     clip_scope: Literal["stage", "global"] = "stage"
+    schedule: tuple[Phase, ...] = ()
+    global_interval: int | None = Field(default=None, ge=2)
+    mixed: MixedConfig | None = None
     aux_head: AuxHeadConfig | None = AuxHeadConfig()
 
     @model_validator(mode="after")
@@ -55,7 +113,23 @@ class InterlockingConfig(BaseModel):
         if fixed is not None and self.width not in (None, fixed):
             raise ValueError(f'strategy "{self.strategy}" has width {fixed}, not {self.width}: use "nwise"')
         self._check_weights()
+        self._check_schedule()
         return self
+
+    def _check_schedule(self) -> None:
+        starts = [phase.from_step for phase in self.schedule]
+        if any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+            raise ValueError(f"the from_step values of schedule must rise, they are {starts}")
+        if starts[:1] == [0] and self.model_fields_set & {"strategy", "width"}:
+            raise ValueError(
+                "schedule starts at step 0, so strategy and width are never used: leave them out, or let it start later"
+            )
+        if self.window_weights is not None and (self.schedule or self.mixed):
+            raise ValueError("window_weights are for one width: they don't go together with schedule or mixed")
+        if self.window_weights is not None and self.aux_head is not None and self.aux_head.borrow:
+            raise ValueError(
+                "window_weights don't go together with aux_head.borrow, whose layers have weights of their own"
+            )
 
     def _check_weights(self) -> None:
         weights = self.window_weights
@@ -102,7 +176,9 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in ("interlocking", *first["loc"]))
     if first["type"] == "extra_forbidden":
-        fields = AuxHeadConfig.model_fields if len(first["loc"]) > 1 else InterlockingConfig.model_fields
+        nested: dict[str, type[BaseModel]] = {"aux_head": AuxHeadConfig, "schedule": Phase, "mixed": MixedConfig}
+        kind = nested[str(first["loc"][0])] if len(first["loc"]) > 1 else InterlockingConfig
+        fields = kind.model_fields
         return f'unknown key "{path}"{nearest(str(first["loc"][-1]), list(fields))}.'
     message = first["msg"].removeprefix("Value error, ")
     return (

@@ -1,7 +1,7 @@
 """Interlocking backpropagation in one process: the oracle of every test.
 
 Plain autograd over an uncut forward pass, written from the definition of the gradients and from nothing else in
-this package but the strategy's table of which loss trains which trunk.
+this package but the table of which loss trains which trunk and the rule by which heads follow the last readout.
 """
 
 from __future__ import annotations
@@ -12,18 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibp_deepspeed.config import InterlockingConfig
+from ibp_deepspeed.config import ConfigError, InterlockingConfig
+from ibp_deepspeed.course import Course
+from ibp_deepspeed.readout import RefreshRule, head_readout, source_readout
 from ibp_deepspeed.strategy import Strategy
+
+Weighted = tuple[list[nn.Parameter], float]
 
 
 class InterlockedReference:
     """K stages and K-1 heads on one device, differentiated as interlocking backpropagation says.
+
+    With ``aux_head.readout`` shared or frozen the heads' copies are overwritten by the last stage's readout here.
 
     Args:
         stages: the K trunks; stage k maps h_{k-1} to h_k, the last one to what ``loss_fn`` takes.
         aux_heads: the K-1 heads a_k, or None for backpropagation without heads.
         loss_fn: ``loss_fn(outputs, labels)`` → scalar.
         interlocking: the configuration, as in the DeepSpeed JSON.
+
+    Attributes:
+        batch: the number of the next batch, from 0; strategies and readouts follow it.
+
+    Raises:
+        ConfigError: more borrowed layers than a stage has.
     """
 
     def __init__(
@@ -40,64 +52,128 @@ class InterlockedReference:
         self.strategy = Strategy.from_config(self.config, len(self.stages), aux_heads=aux_heads is not None)
         if aux_heads is not None and len(self.aux_heads) != len(self.stages) - 1:
             raise ValueError(f"{len(self.stages)} stages need {len(self.stages) - 1} heads, not {len(aux_heads)}")
+        options = self.config.aux_head if self.aux_heads else None
+        self._borrow = options.borrow if options else 0
+        self._check_borrow()
+        self.batch = 0
+        self.taken: dict[int, list[Tensor]] = {}
+        self._copies: list[list[Tensor]] = []
+        if options and options.readout != "private":
+            self._copies = [head_readout(head) for head in self.aux_heads]
+            self._install(source_readout(self.stages[-1]), RefreshRule(1, 0))
 
     def parameters(self, stage: int) -> list[nn.Parameter]:
         """Trunk and head parameters of a stage, in that order."""
-        modules = [self.stages[stage], *self.aux_heads[stage : stage + 1]]
-        return [p for module in modules for p in module.parameters() if p.requires_grad]
+        return [p for module in [self.stages[stage], *self.aux_heads[stage : stage + 1]] for p in _trained(module)]
 
     def accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
-        """Add the gradients of one batch to ``.grad``.
+        """Add the gradients of the next batch to ``.grad``.
 
         Args:
             micro_batches: M pairs of inputs and labels.
 
         Returns:
-            The K losses, means over the micro-batches, detached; NaN where a stage has no loss. Shape [K].
+            The K losses, means over the micro-batches, detached; NaN where a stage has no loss. Shape [K], float64.
         """
-        scale = 1.0 / len(micro_batches)
-        totals = [0.0] * len(self.stages)
-        for inputs, labels in micro_batches:
+        count = len(micro_batches)
+        self._refresh_readouts(count)
+        strategies = Course(self.config, len(self.stages), count, bool(self.strategy.aux_heads)).at(self.batch)
+        rows = []
+        for (inputs, labels), strategy in zip(micro_batches, strategies.micro_batches, strict=True):
             losses = self._losses(inputs, labels)
-            self._accumulate_trunks(losses, scale)
-            self._accumulate_heads(losses, scale)
-            for k in range(len(self.stages)):
-                totals[k] += float(losses[k].detach()) * scale if k in losses else float("nan")
-        return torch.tensor(totals, dtype=torch.float64)
+            for j, loss in losses.items():
+                _add_gradients(loss / count, self._trained_by(j, strategy))
+            rows.append({j: loss.detach() for j, loss in losses.items()})
+        self.batch += 1
+        return self._means(rows)
 
     def evaluate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
-        """The K losses of some micro-batches without gradients. Shape [K]."""
+        """The K losses of some micro-batches without gradients. Shape [K], float64."""
         with torch.no_grad():
-            rows = [self._losses(inputs, labels) for inputs, labels in micro_batches]
-        mean = {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
-        return torch.tensor([mean.get(k, float("nan")) for k in range(len(self.stages))], dtype=torch.float64)
+            return self._means([self._losses(inputs, labels) for inputs, labels in micro_batches])
 
     def _losses(self, inputs: Any, labels: Any) -> dict[int, Tensor]:
         """L_k of every stage that has one, on one connected graph."""
-        losses, hidden = {}, inputs
+        losses: dict[int, Tensor] = {}
+        hidden = inputs
         for k, stage in enumerate(self.stages):
+            if k and self._borrow:
+                borrowed, stage = self._borrowed(k), stage[self._borrow :]  # type: ignore[index]
+                hidden = borrowed(hidden)
+                losses[k - 1] = self.loss_fn(self.aux_heads[k - 1](hidden), labels)
             hidden = stage(hidden)
-            if k < len(self.aux_heads):
+            if k < len(self.aux_heads) and not self._borrow:
                 losses[k] = self.loss_fn(self.aux_heads[k](hidden), labels)
         losses[len(self.stages) - 1] = self.loss_fn(hidden, labels)
         return losses
 
-    def _accumulate_trunks(self, losses: dict[int, Tensor], scale: float) -> None:
-        """Σ_j w_{j-k} ∂L_j/∂θ_k over the losses that train trunk k."""
-        for k, stage in enumerate(self.stages):
-            objective = sum(weight * scale * losses[j] for j, weight in self.strategy.weights(k).items())
-            _add_gradients(objective, [p for p in stage.parameters() if p.requires_grad])
+    def _trained_by(self, loss: int, strategy: Strategy) -> list[Weighted]:
+        """The parameters that L_loss trains, with its weight: w_{j-k} ∂L_j/∂θ_k for trunks, ∂L_k/∂φ_k for heads."""
+        groups: list[Weighted] = []
+        for k in strategy.users(loss):
+            weights = strategy.weights(k)
+            if self._borrow and k and strategy.mode == "window":
+                # Its first layers also serve the head before: one loss more in their mean.
+                share = 1.0 / (len(weights) + 1)
+                groups += [(_trained(self._borrowed(k)), share), (_trained(self._own(k)), weights[loss])]
+            else:
+                groups.append((_trained(self.stages[k]), weights[loss]))
+        if loss < len(self.aux_heads):
+            groups.append((_trained(self.aux_heads[loss]), 1.0))
+            if self._borrow and strategy.mode == "window":
+                share = 1.0 / (len(strategy.weights(loss + 1)) + 1)
+                groups.append((_trained(self._borrowed(loss + 1)), share))
+        return groups
 
-    def _accumulate_heads(self, losses: dict[int, Tensor], scale: float) -> None:
-        """∂L_k/∂φ_k; that h_k is an input of the head, not a variable, needs no detach here."""
-        for k, head in enumerate(self.aux_heads):
-            _add_gradients(scale * losses[k], [p for p in head.parameters() if p.requires_grad])
+    def _borrowed(self, stage: int) -> nn.Module:
+        return self.stages[stage][: self._borrow]  # type: ignore[index,return-value]
+
+    def _own(self, stage: int) -> nn.Module:
+        return self.stages[stage][self._borrow :]  # type: ignore[index,return-value]
+
+    def _check_borrow(self) -> None:
+        if not self._borrow:
+            return
+        for k, stage in enumerate(self.stages[1:], 1):
+            if not isinstance(stage, nn.Sequential) or len(stage) < self._borrow:
+                raise ConfigError(
+                    f'"interlocking.aux_head.borrow" is {self._borrow}, but stage {k} is not an nn.Sequential of at '
+                    "least as many layers."
+                )
+
+    def _refresh_readouts(self, micro_batches: int) -> None:
+        """Take and use copies of the last stage's readout at the beginning of a batch."""
+        rule = RefreshRule.from_config(self.config, len(self.stages), micro_batches) if self._copies else None
+        if rule is None:
+            return
+        if rule.takes(self.batch):
+            self.taken[self.batch] = [t.detach().clone() for t in source_readout(self.stages[-1])]
+        taken = rule.used_from(self.batch)
+        if taken is not None:
+            self._install(self.taken.pop(taken), rule)
+
+    def _install(self, newest: list[Tensor], rule: RefreshRule) -> None:
+        for copies in self._copies:
+            rule.install(copies, newest)
+
+    def _means(self, rows: Sequence[Mapping[int, Tensor]]) -> Tensor:
+        means = torch.full((len(self.stages),), torch.nan, dtype=torch.float64)
+        for k in rows[0]:
+            means[k] = torch.stack([row[k] for row in rows]).double().mean()
+        return means
 
 
-def _add_gradients(objective: Any, parameters: list[nn.Parameter]) -> None:
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _add_gradients(loss: Tensor, groups: list[Weighted]) -> None:
+    parameters = [p for group, _ in groups for p in group]
     if not parameters:
         return
-    gradients = torch.autograd.grad(objective, parameters, retain_graph=True, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    weights = [weight for group, weight in groups for _ in group]
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    for parameter, gradient, weight in zip(parameters, gradients, weights, strict=True):
         if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            scaled = gradient if weight == 1.0 else gradient * weight
+            parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled

@@ -9,11 +9,14 @@ from deepspeed.pipe import LayerSpec
 from torch import nn
 from transformers import PretrainedConfig
 
+from ibp_deepspeed.config import AuxHeadConfig
 from models.errors import ModelError
-from models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, HeadLayer
+from models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
 from models.recorder import Recorder
 from models.shell import Shell
+
+PRIVATE = AuxHeadConfig()
 
 
 class CausalLM:
@@ -61,30 +64,48 @@ class CausalLM:
         ends = {0: EmbeddingLayer, self.num_layers - 1: HeadLayer}
         return ends.get(index, DecoderLayer)
 
-    def aux_head(self, stage_id: int) -> nn.Module:
+    def aux_head(self, stage_id: int, options: AuxHeadConfig = PRIVATE, after: int = 0) -> nn.Module:
         """The auxiliary head of a stage, hidden states [B, S, H] → LazyLogits, on the CPU.
 
-        A fresh final norm of the model's kind and a linear readout; its weights depend on seed and stage alone.
+        A fresh final norm of the model's kind and a readout, with decoder blocks before them if the options say so;
+        their weights depend on seed and stage alone. A readout that is not private starts as the model's own.
+
+        Args:
+            stage_id: the stage that the head ends.
+            options: kind of readout, number of blocks.
+            after: decoder layers of the model before the head, which decides the kind of its blocks.
         """
-        return self._initialised(AuxiliaryHead(self._shell), f"auxiliary head {stage_id}")
+        head = self._initialised(self._meta_head(options, after), f"auxiliary head {stage_id}")
+        if isinstance(head, FollowingHead):
+            last_layer = self.build_layer(self.num_layers - 1)
+            assert isinstance(last_layer, HeadLayer)
+            head.follow(last_layer)
+        return head
 
     def parameter_counts(self) -> list[int]:
         """Parameters of every layer of ``layer_specs``; nothing is materialised."""
         return [_count(self._meta_layer(index)) for index in range(self.num_layers)]
 
-    def aux_head_parameters(self) -> int:
-        """Parameters of one auxiliary head."""
-        return _count(AuxiliaryHead(self._shell))
+    def aux_head_parameters(self, options: AuxHeadConfig = PRIVATE) -> int:
+        """Parameters of one auxiliary head, copied ones included."""
+        return _count(self._meta_head(options, self.num_layers))
 
-    def partition(self, num_stages: int, *, aux_heads: bool = True, manual: Sequence[int] | None = None) -> list[int]:
+    def partition(
+        self,
+        num_stages: int,
+        *,
+        aux_heads: AuxHeadConfig | None = PRIVATE,
+        manual: Sequence[int] | None = None,
+    ) -> list[int]:
         """Bounds of the stages in ``layer_specs``: stage k has the layers bounds[k] … bounds[k+1]-1.
 
-        The largest stage's parameter count, with an auxiliary head for all stages but the last if ``aux_heads``,
-        is as small as it can be; of such partitions the most even one is taken. Every stage has a decoder layer.
+        The largest stage's parameter count, with an auxiliary head for all stages but the last unless ``aux_heads``
+        is None, is as small as it can be; of such partitions the most even one is taken. Every stage has a decoder
+        layer.
 
         Args:
             num_stages: K, from 1 to the number of decoder layers.
-            aux_heads: whether auxiliary heads count.
+            aux_heads: options of the auxiliary heads that count.
             manual: instead, K numbers of decoder layers, or K+1 bounds.
 
         Returns:
@@ -104,13 +125,17 @@ class CausalLM:
         embedding, *costs, head = self.parameter_counts()
         costs[0] += embedding
         costs[-1] += head
-        extra = [self.aux_head_parameters() if aux_heads else 0] * (num_stages - 1)
+        extra = [self.aux_head_parameters(aux_heads) if aux_heads else 0] * (num_stages - 1)
         return sizes_to_bounds(balanced_sizes(costs, [*extra, 0]))
 
     def _meta_layer(self, index: int) -> nn.Module:
         if self.layer_class(index) is DecoderLayer:
             return DecoderLayer(self._shell, index - 1, self._recorder)
         return self.layer_class(index)(self._shell)
+
+    def _meta_head(self, options: AuxHeadConfig, after: int) -> AuxiliaryHead:
+        kind = AuxiliaryHead if options.readout == "private" else FollowingHead
+        return kind(self._shell, self._recorder, options.blocks, after)
 
     def _initialised(self, module: nn.Module, part: str) -> nn.Module:
         self._shell.initialise(module, part, self._seed, self._dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ibp_deepspeed.config import InterlockingConfig
 from ibp_deepspeed.heads import CausalLMLoss
 from ibp_deepspeed.module import aux_head_path
 from models.causal_lm import CausalLM
@@ -80,7 +81,10 @@ class Exits:
         return Path(self._head_path(stage)).exists()
 
     def _head(self, stage: int) -> nn.Module:
-        return self._filled(self.model.aux_head(stage), _load(Path(self._head_path(stage))))
+        options = InterlockingConfig.parse(self.description.interlocking).aux_head
+        assert options is not None
+        head = self.model.aux_head(stage, options, after=self.description.bounds[stage + 1] - 1)
+        return self._filled(head, _load(Path(self._head_path(stage))))
 
     def _head_path(self, stage: int) -> str:
         return aux_head_path(str(self.folder), self.description.bounds[stage + 1])

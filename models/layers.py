@@ -46,20 +46,23 @@ class DecoderLayer(nn.Module):
         return output[0] if isinstance(output, tuple) else output
 
 
-class HeadLayer(nn.Module):
-    """Hidden states [B, S, H] → lazy logits [B, S, V]: final norm and the model's own readout.
+class Readout(nn.Module):
+    """Normed hidden states → lazy logits: the model's own readout.
 
-    The readout is the model's forward with the decoder stubbed, so soft caps, biases and logit scales are its own.
+    It is the model's forward with the decoder stubbed, so soft caps, biases and logit scales are its own.
     """
 
     def __init__(self, shell: Shell) -> None:
         super().__init__()
-        self.norm = shell.copy_of(shell.norm)
         self.projection = shell.copy_of(shell.projection) if shell.projection is not None else None
         self.readout = shell.copy_of(shell.model, (shell.decoder, _PassThrough()))
 
+    def readout_tensors(self) -> list[Tensor]:
+        """What heads with a shared readout copy."""
+        parts = [part for part in (self.projection, self.readout) if part is not None]
+        return [parameter for part in parts for parameter in part.parameters()]
+
     def forward(self, hidden: Tensor) -> LazyLogits:
-        hidden = self.norm(hidden)
         if self.projection is not None:
             hidden = self.projection(hidden)
         return _lazy(hidden, self._read, self.readout)
@@ -68,18 +71,67 @@ class HeadLayer(nn.Module):
         return self.readout(inputs_embeds=rows[None], use_cache=False).logits[0]
 
 
-class AuxiliaryHead(nn.Module):
-    """Hidden states [B, S, H] → lazy logits [B, S, V]: a norm of the model's kind and a linear readout."""
+class HeadLayer(Readout):
+    """Hidden states [B, S, H] → lazy logits [B, S, V]: final norm and the model's own readout."""
 
     def __init__(self, shell: Shell) -> None:
-        super().__init__()
+        super().__init__(shell)
         self.norm = shell.copy_of(shell.norm)
-        self.readout = nn.Linear(
-            shell.config.hidden_size, shell.config.vocab_size, bias=False, device="meta", dtype=torch.float32
-        )
 
     def forward(self, hidden: Tensor) -> LazyLogits:
-        return _lazy(self.norm(hidden), self.readout, self.readout)
+        return super().forward(self.norm(hidden))
+
+
+class AuxiliaryHead(nn.Module):
+    """Hidden states [B, S, H] → lazy logits [B, S, V]: decoder blocks, a norm of the model's kind, a linear readout.
+
+    Args:
+        shell, recorder: of the model.
+        blocks: decoder blocks.
+        after: decoder layers of the model before the head; the blocks are of the kind that the model has next.
+    """
+
+    def __init__(self, shell: Shell, recorder: Recorder, blocks: int = 0, after: int = 0) -> None:
+        super().__init__()
+        last = len(shell.layers) - 1
+        self.blocks = nn.Sequential(*(DecoderLayer(shell, min(after + i, last), recorder) for i in range(blocks)))
+        self.norm = shell.copy_of(shell.norm)
+        self.readout: Any = self._make_readout(shell)
+
+    def forward(self, hidden: Tensor) -> LazyLogits:
+        return _lazy(self.norm(self.blocks(hidden)), self.readout, self.readout)
+
+    def _make_readout(self, shell: Shell) -> nn.Module:
+        sizes = shell.config.hidden_size, shell.config.vocab_size
+        return nn.Linear(*sizes, bias=False, device="meta", dtype=torch.float32)
+
+
+class FollowingHead(AuxiliaryHead):
+    """An auxiliary head whose readout is a copy of the model's own, which no loss trains here.
+
+    Attributes:
+        temperature: learned, [1]; what the logits of a linear readout are divided by.
+    """
+
+    def __init__(self, shell: Shell, recorder: Recorder, blocks: int = 0, after: int = 0) -> None:
+        super().__init__(shell, recorder, blocks, after)
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def follow(self, last_layer: HeadLayer) -> None:
+        """Copy the readout of the model's last layer."""
+        with torch.no_grad():
+            for copy, original in zip(self.readout_tensors(), last_layer.readout_tensors(), strict=True):
+                copy.copy_(original)
+
+    def readout_tensors(self) -> list[Tensor]:
+        """The copied tensors, in the order of the last layer's."""
+        return self.readout.readout_tensors()
+
+    def forward(self, hidden: Tensor) -> LazyLogits:
+        return self.readout(self.norm(self.blocks(hidden)) / self.temperature)
+
+    def _make_readout(self, shell: Shell) -> Readout:
+        return Readout(shell).requires_grad_(False)
 
 
 class _PassThrough(nn.Module):

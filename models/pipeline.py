@@ -9,6 +9,7 @@ from typing import Any
 
 from deepspeed import comm as dist
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from ibp_deepspeed import InterlockedPipelineModule, InterlockingConfig
@@ -31,13 +32,19 @@ def pipeline_module(
         manual: a partition, see :meth:`CausalLM.partition`; None balances parameters, heads included.
     """
     options = interlocking.aux_head
+    bounds = model.partition(num_stages, aux_heads=options, manual=manual)
+
+    def aux_head(stage: int) -> nn.Module:
+        assert options is not None
+        return model.aux_head(stage, options, after=bounds[stage + 1] - 1)
+
     return InterlockedPipelineModule(
         model.layer_specs(),
         num_stages=num_stages,
         loss_fn=CausalLMLoss(options.chunk_tokens if options else None),
-        aux_head=model.aux_head if options else None,
+        aux_head=aux_head if options else None,
         interlocking=interlocking,
-        partition_method=model.partition(num_stages, aux_heads=options is not None, manual=manual),
+        partition_method=bounds,
     )
 
 

@@ -70,12 +70,14 @@ class Shell:
         return copy.deepcopy(part, {**memo, id(self.config): self.config})
 
     def initialise(self, module: nn.Module, part: str, seed: int, dtype: torch.dtype) -> None:
-        """Give the parameters of a module real memory on the CPU and the model's own initial values.
+        """Give the parameters of a module that are on meta real memory on the CPU and the model's own initial values.
 
         The values depend on the seed and the name of the part alone, and the dtype only rounds them: they are
         drawn in fp32. Buffers keep the values and dtypes that the model gave them.
         """
         for owner, name, parameter in _own_parameters(module):
+            if not parameter.is_meta:
+                continue
             # NaN, so that a parameter that the model's rules forget is seen below
             filled = torch.full(parameter.shape, torch.nan, dtype=torch.float32, device="cpu")
             setattr(owner, name, nn.Parameter(filled, requires_grad=parameter.requires_grad))

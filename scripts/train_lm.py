@@ -116,7 +116,7 @@ def check(args: argparse.Namespace) -> Plan:
     model = CausalLM(config, seed=args.seed)
     train.check_vocabulary(model.vocab_size)
     partition = parse_partition(args.partition)
-    model.partition(stages, aux_heads=interlocking.aux_head is not None, manual=partition)
+    model.partition(stages, aux_heads=interlocking.aux_head, manual=partition)
     return Plan(settings, interlocking, model, stages, partition, train, held_out)
 
 
@@ -266,10 +266,12 @@ def main(phase: entry.SameOnAllRanks) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if engine.global_rank == 0:
         parameters = sum(plan.model.parameter_counts())
+        options = plan.interlocking.aux_head
+        head_parameters = plan.model.aux_head_parameters(options) if options else 0
         print(
             f"{plan.stages} stages × {engine.grid.get_data_parallel_world_size()} replicas, "
             f"layers {engine.module.parts}, "
-            f"{parameters:,} parameters and {plan.model.aux_head_parameters():,} a head, strategy "
+            f"{parameters:,} parameters and {head_parameters:,} a head, strategy "
             f"{plan.interlocking.strategy} ({plan.interlocking.mode}), "
             f"{engine.gradient_accumulation_steps()} micro-batches",
             flush=True,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ibp_deepspeed import InterlockingConfig
+from ibp_deepspeed.config import AuxHeadConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +41,7 @@ def test_configurations_of_the_readme_parse() -> None:
 
 
 def test_every_option_is_documented_with_its_name() -> None:
-    for name in InterlockingConfig.model_fields:
+    for name in (*InterlockingConfig.model_fields, *AuxHeadConfig.model_fields):
         assert f"`{name}`" in HOW, name
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from ibp_deepspeed.config import AuxHeadConfig
 from models import CausalLM, ModelError
 from models.partition import balanced_sizes, sizes_to_bounds
 
@@ -53,17 +54,19 @@ def cut(layers: int = 8, vocab: int = 4096) -> CausalLM:
     return CausalLM(AutoConfig.for_model("gpt2", n_layer=layers, **sizes))
 
 
-@pytest.mark.parametrize("aux_heads", [True, False])
+@pytest.mark.parametrize("options", [AuxHeadConfig(), AuxHeadConfig(readout="shared", blocks=2), None])
 @pytest.mark.parametrize("stages", [1, 3, 4, 7, 8])
-def test_every_stage_of_a_model_has_a_decoder_layer_and_the_largest_is_smallest(stages: int, aux_heads: bool) -> None:
+def test_every_stage_of_a_model_has_a_decoder_layer_and_the_largest_is_smallest(
+    stages: int, options: AuxHeadConfig | None
+) -> None:
     model = cut()
-    counts, aux = model.parameter_counts(), model.aux_head_parameters() * aux_heads
+    counts, aux = model.parameter_counts(), model.aux_head_parameters(options) if options else 0
 
     def largest(bounds: list[int]) -> int:
         sums = [sum(counts[low:high]) for low, high in pairwise(bounds)]
         return max(total + (aux if k < stages - 1 else 0) for k, total in enumerate(sums))
 
-    bounds = model.partition(stages, aux_heads=aux_heads)
+    bounds = model.partition(stages, aux_heads=options)
     assert (bounds[0], bounds[-1], len(bounds)) == (0, model.num_layers, stages + 1)
     assert all(min(high, 9) > max(low, 1) for low, high in pairwise(bounds))
     assert largest(bounds) == min(largest(sizes_to_bounds(sizes)) for sizes in all_sizes(8, stages))
@@ -72,8 +75,8 @@ def test_every_stage_of_a_model_has_a_decoder_layer_and_the_largest_is_smallest(
 def test_auxiliary_heads_count() -> None:
     """With heads the last stage, which has the model's own, is no longer the heaviest; so it gets more layers."""
     model = cut(vocab=1024)
-    assert model.partition(2, aux_heads=True) == [0, 4, 10]
-    assert model.partition(2, aux_heads=False) == [0, 5, 10]
+    assert model.partition(2, aux_heads=AuxHeadConfig()) == [0, 4, 10]
+    assert model.partition(2, aux_heads=None) == [0, 5, 10]
 
 
 def test_manual_partitions() -> None:
