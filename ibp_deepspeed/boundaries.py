@@ -13,6 +13,17 @@ from ibp_deepspeed.channels import Header, ReceiveChannel, SendChannel, TensorSp
 _AHEAD = 2
 
 
+def new_pipeline_group(grid: Any, backend: str | None = None) -> dist.ProcessGroup:
+    """A group of this rank's pipeline, whose group ranks are the stages; made for all pipelines on all ranks."""
+    mine: dist.ProcessGroup | None = None
+    for ranks in grid.topology().get_axis_comm_lists("pipe"):
+        group = dist.new_group(ranks, backend=backend)
+        if grid.get_global_rank() in ranks:
+            mine = group
+    assert mine is not None
+    return mine
+
+
 class Boundaries:
     """Made at the same time on all ranks: process groups are collective.
 
@@ -26,7 +37,7 @@ class Boundaries:
         self.grid, self.device, self.depth = grid, device, channel_depth
         self.stage = grid.get_stage_id()
         last = grid.pipe_parallel_size - 1
-        groups = {name: self._new_group() for name in ("activations", "gradients", "evaluation")}
+        groups = {name: new_pipeline_group(grid) for name in ("activations", "gradients", "evaluation")}
         self._evaluation_group = groups["evaluation"]
         self._gradient_group = groups["gradients"]
         self.down: SendChannel | None = None
@@ -86,16 +97,6 @@ class Boundaries:
             else None,
             self._receiver(self._evaluation_group, self.stage - 1, ahead=0) if self.stage else None,
         )
-
-    def _new_group(self) -> dist.ProcessGroup:
-        """A group of this rank's pipeline, made for all pipelines on all ranks."""
-        mine: dist.ProcessGroup | None = None
-        for ranks in self.grid.topology().get_axis_comm_lists("pipe"):
-            group = dist.new_group(ranks)
-            if self.grid.get_global_rank() in ranks:
-                mine = group
-        assert mine is not None
-        return mine
 
     def _sender(self, group: dist.ProcessGroup, stage: int, *, announce: bool) -> SendChannel:
         name = f"{self._kind(group)} from stage {self.stage} to stage {stage}"

@@ -1,9 +1,11 @@
-"""Proof, without devices, that the schedules of all stages compute what the strategy says."""
+"""Proof, without devices, that the schedules of all stages compute what the strategies say."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
+from ibp_deepspeed.course import BatchStrategy, Course
 from ibp_deepspeed.schedule import (
     AuxLoss,
     ForwardPass,
@@ -20,55 +22,57 @@ from ibp_deepspeed.schedule import (
     SendActivation,
     SendGrad,
 )
-from ibp_deepspeed.strategy import Strategy
 from ibp_deepspeed.walk import Walk
 
 
-def checked_schedules(
-    strategy: Strategy, micro_batches: int, channel_depth: int | None = None
-) -> list[InterlockedTrainSchedule]:
-    """The schedules of all K stages, proved; the engine runs its own of these objects.
-
-    Proved: every send meets its receive in order on its channel; no deadlock with channels of this depth (default:
-    the strategy's), also from batch to batch; every trunk gets exactly one update gradient a micro-batch, made
-    of the losses that the strategy names; the optimizer steps once, after all of them; live micro-batches stay
-    within the bound.
+def checked_course(course: Course) -> dict[BatchStrategy, list[InterlockedTrainSchedule]]:
+    """The schedules of all K stages for every batch that a course can have, proved one by one and in pairs.
 
     Raises:
         ScheduleError: what is wrong, with the grid of stages × time.
+        ConfigError: the configured channel depth is too small.
     """
-    schedules = [
-        InterlockedTrainSchedule(
-            micro_batches,
-            strategy.stages,
-            k,
-            strategy.width,
-            strategy.hop_slack,
-            strategy.mode,
-            strategy.aux_heads,
-        )
-        for k in range(strategy.stages)
-    ]
-    check_schedules(schedules, strategy, strategy.channel_depth(micro_batches, channel_depth))
+    depth = course.channel_depth()
+    checked = {batch: checked_schedules(batch, depth) for batch in course.distinct()}
+    for pair in itertools.permutations(checked.values(), 2):
+        Walk(pair, channel_depth=depth).run()
+    return checked
+
+
+def checked_schedules(batch: BatchStrategy, channel_depth: int | None = None) -> list[InterlockedTrainSchedule]:
+    """The schedules of all K stages, proved; the engine runs its own of these objects.
+
+    Proved: every send meets its receive in order on its channel; no deadlock with channels of this depth (default:
+    the strategies'), also from batch to batch; every trunk gets exactly one update gradient a micro-batch, made
+    of the losses that the micro-batch's strategy names; the optimizer steps once, after all of them; live
+    micro-batches stay within the bound.
+
+    Raises:
+        ScheduleError: what is wrong, with the grid of stages × time.
+        ConfigError: the depth is too small.
+    """
+    schedules = [InterlockedTrainSchedule.for_batch(batch, k) for k in range(batch.stages)]
+    check_schedules(schedules, batch, batch.channel_depth(channel_depth))
     return schedules
 
 
 def check_schedules(
-    schedules: Sequence[InterlockedTrainSchedule], strategy: Strategy, channel_depth: int | None
+    schedules: Sequence[InterlockedTrainSchedule], batch: BatchStrategy, channel_depth: int | None
 ) -> None:
-    """Check given schedules against a strategy (see :func:`checked_schedules`)."""
-    Walk(schedules, channel_depth=channel_depth, batches=2).run()
-    walk = Walk(schedules, channel_depth=channel_depth)
+    """Check given schedules against the strategies of a batch (see :func:`checked_schedules`)."""
+    Walk([schedules] * 2, channel_depth=channel_depth).run()
+    walk = Walk([schedules], channel_depth=channel_depth)
     walk.run()
-    for stage, schedule in enumerate(schedules):
-        _StageCheck(walk, strategy, stage, schedule.micro_batches).run()
+    for stage in range(batch.stages):
+        _StageCheck(walk, batch, stage).run()
 
 
 class _StageCheck:
     """Symbolic execution of one stage: which values exist when an instruction uses them."""
 
-    def __init__(self, walk: Walk, strategy: Strategy, stage: int, micro_batches: int) -> None:
-        self.walk, self.strategy, self.stage, self.micro_batches = walk, strategy, stage, micro_batches
+    def __init__(self, walk: Walk, batch: BatchStrategy, stage: int) -> None:
+        self.walk, self.batch, self.stage = walk, batch, stage
+        self.bound = batch.live_micro_batches(stage)
         self.loaded: set[int] = set()
         self.received: set[int] = set()
         self.live: set[int] = set()
@@ -81,7 +85,7 @@ class _StageCheck:
         self.index = 0
 
     def run(self) -> None:
-        """Execute all instructions, then compare the totals with the strategy."""
+        """Execute all instructions, then compare the totals with the strategies."""
         for index, instruction in enumerate(self.walk.programs[self.stage]):
             self.index = index
             self._require(self.stepped == 0, "after the optimizer step")
@@ -89,9 +93,9 @@ class _StageCheck:
         self._require(self.stepped == 1, f"the optimizer steps {self.stepped} times")
         expected = sorted(
             (m, loss)
-            for loss in range(self.stage, self.strategy.stages)
-            for m in range(self.micro_batches)
-            if self.strategy.crosses(loss, self.stage)
+            for loss in range(self.stage, self.batch.stages)
+            for m, strategy in enumerate(self.batch.micro_batches)
+            if strategy.crosses(loss, self.stage)
         )
         self._require(sorted(self.sent) == expected, f"sends gradients {sorted(self.sent)}, not {expected}")
 
@@ -107,14 +111,14 @@ class _StageCheck:
         self.received.add(instruction.micro_batch)
 
     def _ForwardPass(self, instruction: ForwardPass) -> None:
-        m, bound = instruction.micro_batch, self.strategy.live_micro_batches(self.stage, self.micro_batches)
+        m = instruction.micro_batch
         self._require(m in self.loaded, "forward without data")
         self._require(self.stage == 0 or m in self.received, "forward without an input")
         self._require(instruction.buffer_id not in self.buffers, "forward into a buffer that is in use")
         self.buffers[instruction.buffer_id] = m
         self.live.add(m)
-        self._require(len(self.live) <= bound, f"{len(self.live)} live micro-batches, the bound is {bound}")
-        if self.stage == self.strategy.stages - 1:
+        self._require(len(self.live) <= self.bound, f"{len(self.live)} live micro-batches, the bound is {self.bound}")
+        if self.stage == self.batch.stages - 1:
             self.cotangents.add((m, self.stage))
 
     def _SendActivation(self, instruction: SendActivation) -> None:
@@ -145,17 +149,18 @@ class _StageCheck:
     def _InterlockedBackward(self, instruction: InterlockedBackward) -> None:
         self._require_live(instruction)
         m = instruction.micro_batch
+        strategy = self.batch[m]
         self._require(m not in self.updated, "a second update gradient for a micro-batch")
-        for loss in self.strategy.weights(self.stage):
+        for loss in strategy.weights(self.stage):
             self._require((m, loss) in self.cotangents, f"update without the gradient of loss {loss}")
-        if self.strategy.update_gives_input_gradient(self.stage):
-            self.input_gradients.add((m, self.strategy.reach(self.stage)))
+        if strategy.update_gives_input_gradient(self.stage):
+            self.input_gradients.add((m, strategy.reach(self.stage)))
         self.updated.append(m)
         self.live.remove(m)
         self._require(self.buffers.pop(instruction.buffer_id, None) == m, "frees a buffer of another micro-batch")
 
     def _ReduceGrads(self, instruction: ReduceGrads) -> None:
-        self._require(sorted(self.updated) == list(range(self.micro_batches)), f"reduces after {self.updated}")
+        self._require(sorted(self.updated) == list(range(len(self.batch))), f"reduces after {self.updated}")
         self.reduced += 1
 
     def _OptimizerStep(self, instruction: OptimizerStep) -> None:

@@ -71,7 +71,7 @@ class Phase(BaseModel):
 
 
 class MixedConfig(BaseModel):
-    """A part of every batch's micro-batches at another, larger width."""
+    """A part of every batch's micro-batches at another, larger width; batches at N ≥ K stay as they are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -173,7 +173,8 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # A misspelt key is the reason why another one is missing.
+    first = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in ("interlocking", *first["loc"]))
     if first["type"] == "extra_forbidden":
         nested: dict[str, type[BaseModel]] = {"aux_head": AuxHeadConfig, "schedule": Phase, "mixed": MixedConfig}

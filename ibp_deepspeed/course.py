@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from ibp_deepspeed.config import ConfigError, InterlockingConfig, Mode
 from ibp_deepspeed.strategy import Strategy
@@ -49,7 +50,7 @@ class BatchStrategy:
 
     def distance(self, stage: int) -> int:
         """The most boundaries that an update gradient of trunk ``stage`` crosses."""
-        return max(strategy.distance(stage) for strategy in self.micro_batches)
+        return self._widest.distance(stage)
 
     def live_micro_batches(self, stage: int) -> int:
         """The most micro-batches whose activations ``stage`` holds at once."""
@@ -59,6 +60,18 @@ class BatchStrategy:
     def buffers(self, stage: int) -> int:
         """Places for micro-batches that are told apart by their number modulo this."""
         return min(len(self), self.distance(stage) * self.hop + 1)
+
+    @cached_property
+    def _widest(self) -> Strategy:
+        return max(self.micro_batches, key=lambda strategy: strategy.width)
+
+    def channel_depth(self, requested: int | None = None) -> int:
+        """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
+
+        Raises:
+            ConfigError: the requested depth is below what the schedule of one of the strategies keeps live.
+        """
+        return max(strategy.channel_depth(len(self), requested) for strategy in self.micro_batches)
 
 
 class Course:
@@ -76,11 +89,16 @@ class Course:
 
     def __init__(self, config: InterlockingConfig, stages: int, micro_batches: int, aux_heads: bool = True) -> None:
         self._config, self._stages, self._count, self._aux_heads = config, stages, micro_batches, aux_heads
-        first = (0, Strategy.from_config(config, stages, aux_heads))
-        later = [(p.from_step, self._strategy(p.width, p.mode)) for p in config.schedule]
-        self._phases = later if later and later[0][0] == 0 else [first, *later]
+        self._phases = [(p.from_step, self._strategy(p.width, p.mode)) for p in config.schedule]
+        if not self._phases or self._phases[0][0] > 0:
+            self._phases.insert(0, (0, Strategy.from_config(config, stages, aux_heads)))
         for _, strategy in self._phases:
             self._check_mixed(strategy)
+
+    @property
+    def period(self) -> int:
+        """Batches after which the strategies repeat themselves, but for the changes of ``schedule``."""
+        return self._config.global_interval or 1
 
     def at(self, batch: int) -> BatchStrategy:
         """The strategies of batch ``batch``, counted from 0."""
@@ -96,18 +114,21 @@ class Course:
             found.append(self.at(self._config.global_interval - 1))
         return list(dict.fromkeys(found))
 
+    def strategies(self) -> list[Strategy]:
+        """All strategies that a micro-batch can have."""
+        return list(dict.fromkeys(s for batch in self.distinct() for s in batch.micro_batches))
+
     def channel_depth(self) -> int:
         """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
 
         Raises:
             ConfigError: the configured depth is below what a schedule keeps live.
         """
-        requested = self._config.channel_depth
-        return max(s.channel_depth(self._count, requested) for batch in self.distinct() for s in batch.micro_batches)
+        return max(batch.channel_depth(self._config.channel_depth) for batch in self.distinct())
 
     def _mixed(self, strategy: Strategy) -> BatchStrategy:
         mixed = self._config.mixed
-        if mixed is None:
+        if mixed is None or strategy.width == self._stages:  # nothing is wider
             return BatchStrategy.uniform(strategy, self._count)
         wide = math.ceil(mixed.fraction * self._count - 1e-9)  # 0.3 · 10 is a little above 3
         wider = self._strategy(mixed.width, mixed.mode)

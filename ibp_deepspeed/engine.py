@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +18,15 @@ from torch import Tensor
 from ibp_deepspeed import schedule
 from ibp_deepspeed.boundaries import Boundaries
 from ibp_deepspeed.channels import TensorSpec
-from ibp_deepspeed.check import checked_schedules
+from ibp_deepspeed.check import checked_course
 from ibp_deepspeed.config import InterlockingConfig
+from ibp_deepspeed.course import Course
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.live import LiveMicroBatch
 from ibp_deepspeed.loss_board import LossBoard
 from ibp_deepspeed.module import InterlockedPipelineModule
-from ibp_deepspeed.samples import BatchError, SampleLedger, checksum
-from ibp_deepspeed.strategy import Strategy
+from ibp_deepspeed.samples import BatchError, SampleLedger, to_device, unpack
+from ibp_deepspeed.stage_readout import StageReadout
 
 _FLUSH_SECONDS = 30.0
 
@@ -38,7 +40,8 @@ class InterlockedPipelineEngine(PipelineEngine):
 
     Attributes:
         interlocking: the configuration.
-        strategy: which losses train this trunk.
+        course: the strategies of all batches.
+        strategies: those of the batch at hand, one a micro-batch: which losses train this trunk.
         recomputations: how often the trunk was run again for activation checkpointing.
     """
 
@@ -47,16 +50,15 @@ class InterlockedPipelineEngine(PipelineEngine):
     def __init__(self, *args: Any, interlocking: InterlockingConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.interlocking = interlocking
-        self.strategy = Strategy.from_config(interlocking, self.num_stages, self.module.has_aux_heads)
         self.pipe_buffers: dict[str, list[Any]] = {"live": []}
         self.recomputations = 0
         # The stage is checkpointed by hand (live.py): DeepSpeed's functions recompute at every product.
-        wanted = self.module.activation_checkpoint_interval > 0
+        self._recompute = self.module.activation_checkpoint_interval > 0
         self.module.activation_checkpoint_interval = 0
-        self._recompute = wanted and self.strategy.distance(self.stage_id) > 0
         self._trunk_parameters = self.module.trunk_parameters()
         self._set_schedule()
         self.boundaries = Boundaries(self.grid, self.device, self._channel_depth)
+        self._readout = StageReadout.from_config(interlocking, self.module, self.grid, self.micro_batches)
         self._board = self._make_board()
         self._ledger = SampleLedger(self.stage_id)
         self._loss_sum: Tensor | None = None
@@ -66,13 +68,14 @@ class InterlockedPipelineEngine(PipelineEngine):
     # What DeepSpeed's hooks ask for
 
     def _set_schedule(self) -> None:
-        depth = self.strategy.channel_depth(self.micro_batches, self.interlocking.channel_depth)
-        self._channel_depth = depth
-        self._schedule = checked_schedules(self.strategy, self.micro_batches, depth)[self.stage_id]
+        self.course = Course(self.interlocking, self.num_stages, self.micro_batches, self.module.has_aux_heads)
+        self._channel_depth = self.course.channel_depth()
+        self._schedules = {batch: stages[self.stage_id] for batch, stages in checked_course(self.course).items()}
+        self.strategies = self.course.at(self.global_steps)
 
     def _train_schedule(self) -> schedule.InterlockedTrainSchedule:
-        """Overrides PipelineEngine's: the object that was checked."""
-        return self._schedule
+        """Overrides PipelineEngine's: the object that was checked, for the batch at hand."""
+        return self._schedules[self.strategies]
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Overrides PipelineEngine's: another number of micro-batches needs another schedule."""
@@ -121,7 +124,10 @@ class InterlockedPipelineEngine(PipelineEngine):
             self.set_dataiterator(data_iter)
         self.module.train()
         self._loss_sum = None
+        self.strategies = self.course.at(self.global_steps)
         try:
+            if self._readout is not None:
+                self._readout.begin_batch(self.global_steps)
             self._exec_schedule(self._train_schedule())
             loss = self._mean_loss(self._loss_sum, self.micro_batches)
             if not self.interlocking.streaming:
@@ -180,6 +186,8 @@ class InterlockedPipelineEngine(PipelineEngine):
         if not self._failed:
             self.boundaries.flush(_FLUSH_SECONDS)
         self.boundaries.close()
+        if self._readout is not None:
+            self._readout.close(wait=not self._failed)
         self._board.close()
 
     def _flush_at_exit(self) -> None:
@@ -187,14 +195,27 @@ class InterlockedPipelineEngine(PipelineEngine):
             self.close()
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> None:
-        """Overrides PipelineEngine's only to flush first: a checkpoint is a synchronisation anyway."""
+        """Overrides PipelineEngine's to flush first, as a checkpoint is a synchronisation anyway; readouts that were
+        taken and not yet used are saved too."""
         self.boundaries.flush(None)
-        return super().module_state_dict(exclude_frozen_parameters)
+        super().module_state_dict(exclude_frozen_parameters)
+        if self._readout is not None:
+            self._readout.save(self._curr_ckpt_path, self.global_steps, self.checkpoint_engine)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Overrides DeepSpeedEngine's: readouts that were taken and not yet used come back too."""
+        if self._readout is not None:
+            self._readout.settle(self.global_steps)
+        path, client_state = super().load_checkpoint(*args, **kwargs)
+        if self._readout is not None and path is not None:
+            self._readout.load(os.path.dirname(path), self.global_steps, self.checkpoint_engine)
+        return path, client_state
 
     # Instructions
 
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
-        live = LiveMicroBatch(self.module.trunk, recompute=self._recompute)
+        travels = self.strategies[micro_batch].distance(self.stage_id) > 0
+        live = LiveMicroBatch(self.module.trunk, recompute=self._recompute and travels)
         live.inputs, live.labels, live.sample_checksum = self._load()
         self.pipe_buffers["live"][buffer_id] = live
 
@@ -202,7 +223,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
         hidden, header = self.boundaries.receive_activation()
         self._ledger.add(header, self.global_steps, micro_batch, live.sample_checksum)
-        live.inputs = hidden.requires_grad_(self.strategy.sends_gradients(self.stage_id))
+        live.inputs = hidden.requires_grad_(self.strategies[micro_batch].sends_gradients(self.stage_id))
 
     def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
@@ -211,7 +232,7 @@ class InterlockedPipelineEngine(PipelineEngine):
             live.loss = self._loss_of(live.forward(product_follows=True), live.labels)
             self._add_loss(live.loss)
         else:
-            live.forward(product_follows=self.strategy.crosses(self.stage_id, self.stage_id))
+            live.forward(product_follows=self.strategies[micro_batch].crosses(self.stage_id, self.stage_id))
 
     def _exec_send_activations(self, buffer_id: int, micro_batch: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
@@ -221,8 +242,8 @@ class InterlockedPipelineEngine(PipelineEngine):
 
     def _exec_aux_loss(self, buffer_id: int, micro_batch: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        k = self.stage_id
-        hidden = live.outputs.detach().requires_grad_(len(self.strategy.users(k)) > 0)
+        k, strategy = self.stage_id, self.strategies[micro_batch]
+        hidden = live.outputs.detach().requires_grad_(len(strategy.users(k)) > 0)
         assert self.module.aux_head is not None
         loss = self._loss_of(self.module.aux_head(hidden), live.labels)
         self._add_loss(loss)
@@ -230,7 +251,7 @@ class InterlockedPipelineEngine(PipelineEngine):
             (loss / self.micro_batches).backward()
         if hidden.grad is not None:
             live.cotangents[k] = hidden.grad
-        if not self.strategy.crosses(k, k):
+        if not strategy.crosses(k, k):
             live.drop_graph()
 
     def _exec_relay_grad(self, buffer_id: int, micro_batch: int, loss: int) -> None:
@@ -252,9 +273,9 @@ class InterlockedPipelineEngine(PipelineEngine):
 
     def _exec_interlocked_backward(self, buffer_id: int, micro_batch: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        k, reach = self.stage_id, self.strategy.reach(self.stage_id)
-        weights = self.strategy.weights(k)
-        both = self.strategy.update_gives_input_gradient(k)
+        k, strategy = self.stage_id, self.strategies[micro_batch]
+        reach, weights = strategy.reach(k), strategy.weights(k)
+        both = strategy.update_gives_input_gradient(k)
         with self._accumulating():
             if self.is_last_stage():
                 assert live.loss is not None
@@ -302,14 +323,12 @@ class InterlockedPipelineEngine(PipelineEngine):
             raise BatchError(
                 f"the data of stage {self.stage_id} ended in batch {self.global_steps + 1}: give a repeating iterator."
             ) from None
-        if not isinstance(batch, list | tuple) or len(batch) not in (2, 3):
-            raise BatchError(f"a micro-batch must be (inputs, labels) or (inputs, labels, ids), not {type(batch)}.")
-        inputs, labels = batch[0], batch[1]
-        has_loss = self.strategy.has_loss(self.stage_id)
+        inputs, labels, key = unpack(batch)
+        has_loss = self.is_last_stage() or self.module.aux_head is not None
         return (
-            _to_device(inputs, self.device) if self.is_first_stage() else None,
-            _to_device(labels, self.device) if has_loss else None,
-            checksum(batch[2] if len(batch) == 3 else labels),
+            to_device(inputs, self.device) if self.is_first_stage() else None,
+            to_device(labels, self.device) if has_loss else None,
+            key,
         )
 
     def _loss_of(self, outputs: Any, labels: Any) -> Tensor:
@@ -398,12 +417,6 @@ class InterlockedPipelineEngine(PipelineEngine):
         if self.monitor.enabled:
             samples = batch * self.train_batch_size()
             events = [(f"Train/Exits/stage_{k}_loss", loss, samples) for k, loss in enumerate(losses.tolist())]
+            if self._readout is not None and self._readout.rule is not None:
+                events.append(("Train/Readout/bytes_per_refresh", self._readout.refresh_bytes, samples))
             self.monitor.write_events(events)
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, list | tuple):
-        return type(value)(_to_device(item, device) for item in value)
-    return value

@@ -12,7 +12,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import log_dist
 
-from ibp_deepspeed.config import ConfigError, InterlockingConfig
+from ibp_deepspeed.config import AuxHeadConfig, ConfigError, InterlockingConfig, least_refresh_delay
+from ibp_deepspeed.course import Course
 from ibp_deepspeed.distributed import check_compiler
 from ibp_deepspeed.engine import InterlockedPipelineEngine
 from ibp_deepspeed.known_keys import unknown_keys
@@ -55,7 +56,6 @@ def initialize(
     settings = load_config(config if config is not None else getattr(args, "deepspeed_config", None))
     interlocking = resolve_interlocking(settings, model)
     check_deepspeed_settings(settings)
-    _check_module(model, interlocking)
     check_compiler(settings)
     unknown = unknown_keys(settings)
     if unknown:
@@ -66,19 +66,23 @@ def initialize(
     if _enabled(settings, "bf16") and _zero_stage(settings) == 1:
         # DeepSpeed would sum the micro-batches of a batch in bf16
         without_block.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    deepspeed_config = DeepSpeedConfig(without_block, mpu)
+    _check_module(model, Course(interlocking, model.num_stages, deepspeed_config.gradient_accumulation_steps))
+    _check_aux_head(interlocking.aux_head, model.num_stages, deepspeed_config.gradient_accumulation_steps)
+    trained = [p for p in model.parameters() if p.requires_grad]  # DeepSpeed would take copied readouts too
     engine = InterlockedPipelineEngine(
         interlocking=interlocking,
         args=None,
         model=model,
         optimizer=optimizer,
-        model_parameters=model_parameters,
+        model_parameters=trained if model_parameters is None else model_parameters,
         training_data=training_data,
         lr_scheduler=lr_scheduler,
         mpu=mpu,
         dist_init_required=dist_init_required,
         collate_fn=collate_fn,
         config=without_block,
-        config_class=DeepSpeedConfig(without_block, mpu),
+        config_class=deepspeed_config,
     )
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
@@ -168,19 +172,38 @@ def _enabled(settings: Mapping[str, Any], key: str) -> bool:
     return bool(block.get("enabled", False)) if isinstance(block, Mapping) else bool(block)
 
 
-def _check_module(model: InterlockedPipelineModule, interlocking: InterlockingConfig) -> None:
-    stages = model.num_stages
-    tied = model.tied_across_stages()
-    width = interlocking.width_for(stages)
-    if not model.has_aux_heads and not (width >= stages and interlocking.mode == "furthest"):
+def _check_module(model: InterlockedPipelineModule, course: Course) -> None:
+    """Refuse a module that some batch of the training can't be trained with."""
+    stages, tied = model.num_stages, model.tied_across_stages()
+    headed = [s for s in course.strategies() if not s.is_backpropagation]
+    if headed and not model.has_aux_heads:
         raise ModuleError(
-            f"width {width} of {stages} stages in mode {interlocking.mode} needs a head for every stage: give "
-            f'aux_head, or use strategy "global" in mode "furthest".'
+            f"width {headed[0].width} of {stages} stages in mode {headed[0].mode} needs a head for every stage: give "
+            f'aux_head, or use strategy "global" in mode "furthest" throughout.'
         )
-    if tied and width < stages:
+    narrow = [s.width for s in course.strategies() if s.width < stages]
+    if narrow and tied:
         raise ModuleError(
-            f"layer {tied[0]!r} is tied across stages, which width {width} of {stages} stages can't train: untie it, "
-            f'or use strategy "global".'
+            f"layer {tied[0]!r} is tied across stages, which width {narrow[0]} of {stages} stages can't train: untie "
+            f'it, or use strategy "global" throughout.'
         )
     if model.dynamic_shape:
         raise ModuleError("dynamic_shape is not supported, because receives are posted ahead: pad to one shape.")
+
+
+def _check_aux_head(options: AuxHeadConfig | None, stages: int, micro_batches: int) -> None:
+    """Refuse borrowed layers, and warn of a readout that stages have to wait for."""
+    if options is None:
+        return
+    if options.borrow:
+        raise ConfigError(
+            f'"interlocking.aux_head.borrow" is {options.borrow}, which InterlockedReference alone can train with: '
+            'use "blocks".'
+        )
+    least = least_refresh_delay(stages, micro_batches)
+    if options.readout == "shared" and options.delay(stages, micro_batches) < least:
+        log_dist(
+            f"refresh_delay {options.refresh_delay} is below {least}: stages will wait for the last one's readout",
+            ranks=[0],
+            level=logging.WARNING,
+        )

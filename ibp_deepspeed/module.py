@@ -144,6 +144,11 @@ def aux_head_path(folder: str, boundary: int) -> str:
     return os.path.join(folder, f"aux_head_{boundary:02d}-model_states.pt")
 
 
+def shared_readout_path(folder: str) -> str:
+    """The file of copies that were taken and not yet used."""
+    return os.path.join(folder, "shared_readout-model_states.pt")
+
+
 class _Bounds:
     """Stage bounds in the place of a partition method's name."""
 

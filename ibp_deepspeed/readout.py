@@ -57,14 +57,42 @@ class RefreshRule:
         taken = batch - self.delay
         return taken if self.takes(taken) else None
 
-    def install(self, copies: Sequence[Tensor], newest: Sequence[Tensor]) -> None:
-        """Overwrite a head's copies by the newest ones, or move them there by 1 - β."""
-        with torch.no_grad():
-            for copy, new in zip(copies, newest, strict=True):
-                if self.average is None:
-                    copy.copy_(new)
-                else:
-                    copy.lerp_(new.to(copy), 1 - self.average)
+    def pending(self, batch: int) -> list[int]:
+        """The batches of the copies that are taken, and not yet used, before ``batch`` begins."""
+        return [taken for taken in range(batch - self.delay, batch) if self.takes(taken)]
+
+
+class ReadoutSource:
+    """The last stage's side: makes the copies that heads are given.
+
+    Args:
+        initial: the readout before the first batch, on the device where copies are made.
+        average: β of the exponential average, or None.
+
+    Attributes:
+        average: the average at the newest copy, in fp32 at least (bf16 would lose small steps); None without one.
+    """
+
+    def __init__(self, initial: Sequence[Tensor], average: float | None) -> None:
+        self._beta = average
+        self.average: list[Tensor] | None = None
+        if average is not None:
+            self.average = [t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in initial]
+
+    def take(self, readout: Sequence[Tensor]) -> list[Tensor]:
+        """A copy of the readout, or of β·average + (1-β)·readout, which is the average from now on."""
+        if self.average is None or self._beta is None:
+            return [tensor.detach().clone() for tensor in readout]
+        for mean, new in zip(self.average, readout, strict=True):
+            mean.lerp_(new.detach().to(mean.dtype), 1 - self._beta)
+        return [mean.to(new.dtype, copy=True) for mean, new in zip(self.average, readout, strict=True)]
+
+
+def install(copies: Sequence[Tensor], newest: Sequence[Tensor]) -> None:
+    """Overwrite a head's copies."""
+    with torch.no_grad():
+        for copy, new in zip(copies, newest, strict=True):
+            copy.copy_(new)
 
 
 def source_readout(last_stage: nn.Module) -> list[Tensor]:

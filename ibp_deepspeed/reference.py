@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ibp_deepspeed.config import ConfigError, InterlockingConfig
 from ibp_deepspeed.course import Course
-from ibp_deepspeed.readout import RefreshRule, head_readout, source_readout
+from ibp_deepspeed.readout import ReadoutSource, RefreshRule, head_readout, install, source_readout
 from ibp_deepspeed.strategy import Strategy
 
 Weighted = tuple[list[nn.Parameter], float]
@@ -33,6 +33,8 @@ class InterlockedReference:
 
     Attributes:
         batch: the number of the next batch, from 0; strategies and readouts follow it.
+        taken: copies of the last readout that are not used yet, by the batch at whose beginning they were taken.
+        source: what makes these copies; None with private readouts.
 
     Raises:
         ConfigError: more borrowed layers than a stage has.
@@ -49,7 +51,8 @@ class InterlockedReference:
         self.aux_heads = list(aux_heads) if aux_heads is not None else []
         self.loss_fn = loss_fn
         self.config = InterlockingConfig.parse(interlocking)
-        self.strategy = Strategy.from_config(self.config, len(self.stages), aux_heads=aux_heads is not None)
+        self._has_heads = aux_heads is not None
+        Course(self.config, len(self.stages), 1, self._has_heads).distinct()  # refuses what needs heads
         if aux_heads is not None and len(self.aux_heads) != len(self.stages) - 1:
             raise ValueError(f"{len(self.stages)} stages need {len(self.stages) - 1} heads, not {len(aux_heads)}")
         options = self.config.aux_head if self.aux_heads else None
@@ -57,10 +60,13 @@ class InterlockedReference:
         self._check_borrow()
         self.batch = 0
         self.taken: dict[int, list[Tensor]] = {}
+        self.source: ReadoutSource | None = None
         self._copies: list[list[Tensor]] = []
         if options and options.readout != "private":
             self._copies = [head_readout(head) for head in self.aux_heads]
-            self._install(source_readout(self.stages[-1]), RefreshRule(1, 0))
+            initial = source_readout(self.stages[-1])
+            self.source = ReadoutSource(initial, options.average)
+            self._install(initial)
 
     def parameters(self, stage: int) -> list[nn.Parameter]:
         """Trunk and head parameters of a stage, in that order."""
@@ -77,34 +83,39 @@ class InterlockedReference:
         """
         count = len(micro_batches)
         self._refresh_readouts(count)
-        strategies = Course(self.config, len(self.stages), count, bool(self.strategy.aux_heads)).at(self.batch)
+        strategies = Course(self.config, len(self.stages), count, self._has_heads).at(self.batch)
         rows = []
         for (inputs, labels), strategy in zip(micro_batches, strategies.micro_batches, strict=True):
-            losses = self._losses(inputs, labels)
+            losses = self.losses(inputs, labels)
             for j, loss in losses.items():
-                _add_gradients(loss / count, self._trained_by(j, strategy))
+                self._differentiate(loss / count, self._trained_by(j, strategy))
             rows.append({j: loss.detach() for j, loss in losses.items()})
         self.batch += 1
         return self._means(rows)
 
-    def evaluate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
-        """The K losses of some micro-batches without gradients. Shape [K], float64."""
+    def evaluate(
+        self, micro_batches: Sequence[tuple[Any, Any]], measure: Callable[[Any, Any], Tensor] | None = None
+    ) -> Tensor:
+        """The K losses, or another ``measure(outputs, labels)`` of the exits, without gradients. Shape [K], float64."""
         with torch.no_grad():
-            return self._means([self._losses(inputs, labels) for inputs, labels in micro_batches])
+            return self._means([self.losses(inputs, labels, measure) for inputs, labels in micro_batches])
 
-    def _losses(self, inputs: Any, labels: Any) -> dict[int, Tensor]:
-        """L_k of every stage that has one, on one connected graph."""
+    def losses(
+        self, inputs: Any, labels: Any, measure: Callable[[Any, Any], Tensor] | None = None
+    ) -> dict[int, Tensor]:
+        """L_k of every stage that has one, on one connected graph, of one micro-batch (or another ``measure``)."""
+        loss_fn = measure or self.loss_fn
         losses: dict[int, Tensor] = {}
         hidden = inputs
         for k, stage in enumerate(self.stages):
             if k and self._borrow:
                 borrowed, stage = self._borrowed(k), stage[self._borrow :]  # type: ignore[index]
                 hidden = borrowed(hidden)
-                losses[k - 1] = self.loss_fn(self.aux_heads[k - 1](hidden), labels)
+                losses[k - 1] = loss_fn(self.aux_heads[k - 1](hidden), labels)
             hidden = stage(hidden)
             if k < len(self.aux_heads) and not self._borrow:
-                losses[k] = self.loss_fn(self.aux_heads[k](hidden), labels)
-        losses[len(self.stages) - 1] = self.loss_fn(hidden, labels)
+                losses[k] = loss_fn(self.aux_heads[k](hidden), labels)
+        losses[len(self.stages) - 1] = loss_fn(hidden, labels)
         return losses
 
     def _trained_by(self, loss: int, strategy: Strategy) -> list[Weighted]:
@@ -147,14 +158,29 @@ class InterlockedReference:
         if rule is None:
             return
         if rule.takes(self.batch):
-            self.taken[self.batch] = [t.detach().clone() for t in source_readout(self.stages[-1])]
+            assert self.source is not None
+            self.taken[self.batch] = self.source.take(source_readout(self.stages[-1]))
         taken = rule.used_from(self.batch)
         if taken is not None:
-            self._install(self.taken.pop(taken), rule)
+            self._install(self.taken.pop(taken))
 
-    def _install(self, newest: list[Tensor], rule: RefreshRule) -> None:
+    def _install(self, newest: list[Tensor]) -> None:
         for copies in self._copies:
-            rule.install(copies, newest)
+            install(copies, newest)
+
+    def _differentiate(self, loss: Tensor, groups: list[Weighted]) -> None:
+        """Add weight · ∂loss/∂parameter for all groups, in one backward pass."""
+        parameters = [p for group, _ in groups for p in group]
+        if not parameters:
+            return
+        weights = [weight for group, weight in groups for _ in group]
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for parameter, gradient, weight in zip(parameters, gradients, weights, strict=True):
+            if gradient is not None:
+                self._add_gradient(parameter, gradient if weight == 1.0 else gradient * weight)
+
+    def _add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def _means(self, rows: Sequence[Mapping[int, Tensor]]) -> Tensor:
         means = torch.full((len(self.stages),), torch.nan, dtype=torch.float64)
@@ -165,15 +191,3 @@ class InterlockedReference:
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
-
-
-def _add_gradients(loss: Tensor, groups: list[Weighted]) -> None:
-    parameters = [p for group, _ in groups for p in group]
-    if not parameters:
-        return
-    weights = [weight for group, weight in groups for _ in group]
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    for parameter, gradient, weight in zip(parameters, gradients, weights, strict=True):
-        if gradient is not None:
-            scaled = gradient if weight == 1.0 else gradient * weight
-            parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled

@@ -1,4 +1,4 @@
-"""Proof that all stages look at the same samples: every message says which ones it belongs to."""
+"""Micro-batches, and the proof that all stages look at the same ones: every message says which it belongs to."""
 
 from __future__ import annotations
 
@@ -54,6 +54,26 @@ class SampleLedger:
             f"stages {self.stage - 1} and {self.stage} look at different samples in batch {want[0] + 1}, "
             f"micro-batch {want[1]}: give every stage the same data in the same order."
         )
+
+
+def unpack(batch: Any) -> tuple[Any, Any, int]:
+    """Inputs, labels, and the checksum of the sample ids, or of the labels where there are none.
+
+    Raises:
+        BatchError: the micro-batch is not (inputs, labels) or (inputs, labels, sample ids).
+    """
+    if not isinstance(batch, list | tuple) or len(batch) not in (2, 3):
+        raise BatchError(f"a micro-batch must be (inputs, labels) or (inputs, labels, ids), not {type(batch)}.")
+    return batch[0], batch[1], checksum(batch[-1])
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """All tensors in a nest of lists and tuples, on a device and without a graph."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(item, device) for item in value)
+    return value
 
 
 def checksum(value: Any) -> int:

@@ -1,12 +1,13 @@
 """The one schedule of all widths: what a stage does in a batch, as DeepSpeed pipeline instructions.
 
-1F1B is this schedule at N = K. Whatever depends on the mathematics is asked of :class:`Strategy`; the order is that
-of docs/how-it-works.md.
+1F1B is this schedule at N = K, and the micro-batches of a batch may differ in width. Whatever depends on the
+mathematics is asked of :class:`Strategy`; the order is that of docs/how-it-works.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Self
 
 from deepspeed.runtime.pipe.schedule import (
     BufferOpInstruction,
@@ -23,6 +24,7 @@ from deepspeed.runtime.pipe.schedule import (
 )
 
 from ibp_deepspeed.config import Mode
+from ibp_deepspeed.course import BatchStrategy
 from ibp_deepspeed.strategy import Strategy
 
 __all__ = [
@@ -60,7 +62,7 @@ class InterlockedBackward(BufferOpInstruction):
 
 
 class InterlockedTrainSchedule(PipeSchedule):
-    """The instructions of one stage in one batch.
+    """The instructions of one stage in one batch; all micro-batches alike, or :meth:`for_batch`.
 
     Args:
         micro_batches: M, micro-batches in a batch.
@@ -83,35 +85,46 @@ class InterlockedTrainSchedule(PipeSchedule):
         aux_heads: bool = True,
     ) -> None:
         super().__init__(micro_batches, stages, stage_id)
-        self.strategy = Strategy(stages, width, mode, hop_slack, aux_heads=aux_heads)
+        strategy = Strategy(stages, width, mode, hop_slack, aux_heads=aux_heads)
+        self.batch = BatchStrategy.uniform(strategy, micro_batches)
+
+    @classmethod
+    def for_batch(cls, batch: BatchStrategy, stage_id: int) -> Self:
+        """The schedule of a batch whose micro-batches have strategies of their own."""
+        first = batch[0]
+        schedule = cls(
+            len(batch), first.stages, stage_id, first.width, first.hop_slack, first.mode, aux_heads=first.aux_heads
+        )
+        schedule.batch = batch
+        return schedule
 
     def num_pipe_buffers(self) -> int:
-        """Micro-batches whose activations are live at once: the bound of the strategy."""
-        return self.strategy.live_micro_batches(self.stage_id, self.micro_batches)
+        """Places for live micro-batches, which are told apart by their number modulo this."""
+        return self.batch.buffers(self.stage_id)
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
-        """Yield the instructions of slot 0 … M-1 + d·hop, the optimizer step after the last."""
-        distance, hop = self.strategy.distance(self.stage_id), self.strategy.hop
-        slots = self.micro_batches + distance * hop
+        """Yield the instructions of slot 0, 1, … until every micro-batch is updated, then the optimizer step.
+
+        A stage and the next one order their messages alike, by (slot, hops), whatever the strategies: what one sends
+        at (s, i) the other expects at (s + hop, i + 1).
+        """
+        k, hop = self.stage_id, self.batch.hop
+        slots = max(m + strategy.distance(k) * hop for m, strategy in enumerate(self.batch.micro_batches)) + 1
         for slot in range(slots):
             commands: list[PipeInstruction] = []
             if slot < self.micro_batches:
                 commands += self._forward(slot)
-            for hops in range(1, distance + 1):
+            for hops in range(1, self.batch.distance(k) + 1):
                 micro_batch = slot - hops * hop
-                if not self._valid_micro_batch(micro_batch):
-                    continue
-                if hops < distance:
-                    commands += self._relay(micro_batch, self.stage_id + hops)
-                else:
-                    commands += self._update(micro_batch)
+                if self._valid_micro_batch(micro_batch):
+                    commands += self._backward(micro_batch, hops)
             if slot == slots - 1:
                 commands += [ReduceGrads(), OptimizerStep()]
             yield commands
 
     def _forward(self, micro_batch: int) -> list[PipeInstruction]:
         """Forward, own loss, and its product upstream at once; without a reach, the update too."""
-        k, strategy = self.stage_id, self.strategy
+        k, strategy = self.stage_id, self.batch[micro_batch]
         at = self._at(micro_batch)
         commands: list[PipeInstruction] = [LoadMicroBatch(**at)]
         if not self.is_first_stage:
@@ -127,20 +140,27 @@ class InterlockedTrainSchedule(PipeSchedule):
             commands += [InputProduct(**at, loss=k), SendGrad(**at, loss=k)]
         return commands
 
+    def _backward(self, micro_batch: int, hops: int) -> list[PipeInstruction]:
+        """What the gradient of loss k + hops asks for: nothing beyond the micro-batch's own reach."""
+        distance = self.batch[micro_batch].distance(self.stage_id)
+        if hops < distance:
+            return self._relay(micro_batch, self.stage_id + hops)
+        return self._update(micro_batch) if hops == distance else []
+
     def _relay(self, micro_batch: int, loss: int) -> list[PipeInstruction]:
         """Receive the gradient of a nearer loss and pass it on, if anybody here or upstream uses it."""
-        at = self._at(micro_batch)
-        if not self.strategy.crosses(loss, self.stage_id + 1):
+        at, strategy = self._at(micro_batch), self.batch[micro_batch]
+        if not strategy.crosses(loss, self.stage_id + 1):
             return []
         commands: list[PipeInstruction] = [RelayGrad(**at, loss=loss)]
-        if self.strategy.crosses(loss, self.stage_id):
+        if strategy.crosses(loss, self.stage_id):
             commands += [InputProduct(**at, loss=loss), SendGrad(**at, loss=loss)]
         return commands
 
     def _update(self, micro_batch: int) -> list[PipeInstruction]:
         """The trunk's one update gradient of a micro-batch; what upstream uses is sent as early as it exists."""
-        k, strategy, reach = self.stage_id, self.strategy, self.strategy.reach(self.stage_id)
-        at = self._at(micro_batch)
+        k, strategy, at = self.stage_id, self.batch[micro_batch], self._at(micro_batch)
+        reach = strategy.reach(k)
         commands: list[PipeInstruction] = [] if reach == k else [RecvGrad(**at, loss=reach)]
         send = [SendGrad(**at, loss=reach)] if strategy.crosses(reach, k) else []
         if send and not strategy.update_gives_input_gradient(k):

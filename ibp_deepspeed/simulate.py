@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ibp_deepspeed.check import checked_schedules
+from ibp_deepspeed.check import checked_course, checked_schedules
+from ibp_deepspeed.course import BatchStrategy, Course
 from ibp_deepspeed.schedule import ForwardPass, InterlockedBackward
 from ibp_deepspeed.strategy import Strategy
 from ibp_deepspeed.walk import Costs, Event, Walk
@@ -13,7 +15,7 @@ from ibp_deepspeed.walk import Costs, Event, Walk
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a batch costs in the steady state.
+    """What a batch costs in the steady state, or in the mean over a course.
 
     Attributes:
         batch_time: time a batch, in the unit of the costs.
@@ -40,24 +42,67 @@ def simulate(
     batches: int = 0,
 ) -> Prediction:
     """Walk enough batches for a steady state (or ``batches`` of them) and measure the last half."""
-    costs = costs or Costs()
-    depth = strategy.channel_depth(micro_batches, channel_depth)
-    schedules = checked_schedules(strategy, micro_batches, depth)
-    batches = batches or 2 * (strategy.stages * (2 + depth // micro_batches) + 4)
-    walk = Walk(schedules, channel_depth=depth, costs=costs, batches=batches, streaming=streaming)
+    batch = BatchStrategy.uniform(strategy, micro_batches)
+    depth = batch.channel_depth(channel_depth)
+    batches = batches or 2 * _settling_batches(batch, depth)
+    walk = Walk(
+        [checked_schedules(batch, depth)] * batches,
+        channel_depth=depth,
+        costs=costs,
+        streaming=streaming,
+    )
+    return _measure(walk, batches // 2, micro_batches)
+
+
+def simulate_course(
+    course: Course, costs: Costs | None = None, *, batches: int = 0, streaming: bool = True
+) -> Prediction:
+    """The mean over batches 0, 1, … of a course, entered by a pipeline that is in motion already.
+
+    Args:
+        course: with its own channel depth.
+        costs: times of the work.
+        batches: how many, rounded up to whole periods of ``global_interval`` (0: enough for a steady state).
+        streaming: as in the configuration.
+    """
+    depth, period = course.channel_depth(), course.period
+    settling = _settling_batches(course.at(0), depth)
+    checked = checked_course(course)
+    warm_up = math.ceil(settling / period) * period
+    measured = math.ceil((batches or settling) / period) * period
+    numbers = [*(b % period for b in range(warm_up)), *range(measured)]
+    walk = Walk(
+        [checked[course.at(number)] for number in numbers],
+        channel_depth=depth,
+        costs=costs,
+        streaming=streaming,
+    )
+    return _measure(walk, warm_up, len(course.at(0)))
+
+
+def _settling_batches(batch: BatchStrategy, depth: int) -> int:
+    """Batches after which the start of a run is forgotten: the pipeline and its channels are full."""
+    return batch.stages * (2 + depth // len(batch)) + 4
+
+
+def _measure(walk: Walk, warm_up: int, micro_batches: int) -> Prediction:
+    """Execute a walk and take the means over the batches after the first ``warm_up``."""
     walk.run()
-    rows = [[e for e in walk.events if e.stage == k] for k in range(strategy.stages)]
-    half = batches // 2
-    spans, busy = [], []
-    for row, length in zip(rows, walk.lengths, strict=True):
-        spans.append((row[-1].end - row[half * length - 1].end) / (batches - half))
-        busy.append(sum(e.end - e.start for e in row[:length]))
+    spans, busy, live = [], [], []
+    for stage, bounds in enumerate(walk.bounds):
+        row = [e for e in walk.events if e.stage == stage]
+        count = len(bounds) - 1 - warm_up
+        first = bounds[warm_up]
+        start = row[first - 1].end if first else 0.0
+        spans.append((row[-1].end - start) / count)
+        busy.append(sum(e.end - e.start for e in row[first:]) / count)
+        live.append(_most_live(row))
     batch_time = max(spans)
     return Prediction(
         batch_time=batch_time,
         micro_batch_time=batch_time / micro_batches,
         idle=[1 - b / batch_time for b in busy],
-        live=[_most_live(row) for row in rows],
+        live=live,
         limit=max(busy) / micro_batches,
     )
 

@@ -78,38 +78,43 @@ class _Channel:
 
 
 class Walk:
-    """Execute K programs, ``batches`` times over.
+    """Execute batches that follow each other without a gap, each of K programs.
 
     Args:
-        schedules: the K schedules, by stage.
+        batches: the K schedules of each batch, by stage.
         channel_depth: micro-batches a stage may run ahead of the next stage (None: unbounded).
         costs: times of the work.
-        batches: how many batches follow each other without a gap.
         streaming: False holds every stage at a batch's end until all stages reach it.
+
+    Attributes:
+        programs: the instructions of each stage, over all batches.
+        bounds: by stage, where each batch begins in its program, and the program's length.
+        events: what was executed.
     """
 
     def __init__(
         self,
-        schedules: Sequence[InterlockedTrainSchedule],
+        batches: Sequence[Sequence[InterlockedTrainSchedule]],
         *,
         channel_depth: int | None = None,
         costs: Costs | None = None,
-        batches: int = 1,
         streaming: bool = True,
     ) -> None:
-        self.stages = len(schedules)
-        self.programs: list[Program] = [[i for step in s.steps() for i in step] * batches for s in schedules]
-        self.lengths = [len(program) // batches for program in self.programs]
+        self.stages = len(batches[0])
+        laid_out = [_lay_out(schedules) for schedules in zip(*batches, strict=True)]
+        self.programs: list[Program] = [program for program, _ in laid_out]
+        self.bounds: list[list[int]] = [bounds for _, bounds in laid_out]
         self.channel_depth = channel_depth
         self.costs = costs or Costs()
         self.streaming = streaming
         self.events: list[Event] = []
         self._clock = [0.0] * self.stages
         self._position = [0] * self.stages
+        self._batch = [0] * self.stages
         self._forwards = [0] * self.stages
         self._down = [_Channel() for _ in range(self.stages)]  # _down[k]: activations from k to k+1
         self._up = [_Channel() for _ in range(self.stages)]  # _up[k]: gradients from k to k-1
-        self._batch_ends: list[dict[int, float]] = [{} for _ in range(batches + 1)]
+        self._batch_ends: list[dict[int, float]] = [{} for _ in batches]
 
     def run(self) -> list[Event]:
         """Walk to the end.
@@ -139,15 +144,16 @@ class Walk:
         self.events.append(Event(stage, position, instruction, start, end))
         self._clock[stage] = end
         self._position[stage] = position + 1
-        if (position + 1) % self.lengths[stage] == 0:
-            self._batch_ends[(position + 1) // self.lengths[stage]][stage] = end
+        if position + 1 == self.bounds[stage][self._batch[stage] + 1]:
+            self._batch_ends[self._batch[stage]][stage] = end
+            self._batch[stage] += 1
         return True
 
     def _ready_time(self, stage: int, instruction: PipeInstruction) -> float | None:
         """When everything that the instruction waits for is there; None while it is not known."""
-        batch, offset = divmod(self._position[stage], self.lengths[stage])
-        if offset == 0 and batch and not self.streaming:
-            ends = self._batch_ends[batch]
+        batch = self._batch[stage]
+        if batch and not self.streaming and self._position[stage] == self.bounds[stage][batch]:
+            ends = self._batch_ends[batch - 1]
             return max(ends.values()) if len(ends) == self.stages else None
         if isinstance(instruction, ForwardPass):
             return self._credit_time(stage)
@@ -213,6 +219,18 @@ class Walk:
         instruction = self.programs[stage][index]
         grid = format_grid(self.events, self.stages, fault=(stage, index, instruction))
         raise ScheduleError(f"stage {stage}, step {index}, {instruction}: {message}\n{grid}")
+
+
+def _lay_out(schedules: Sequence[InterlockedTrainSchedule]) -> tuple[Program, list[int]]:
+    """One stage's instructions of all batches, one after the other, and where each batch begins and the last ends."""
+    distinct = {id(schedule): schedule for schedule in schedules}
+    written = {key: [i for step in schedule.steps() for i in step] for key, schedule in distinct.items()}
+    program: Program = []
+    bounds = [0]
+    for schedule in schedules:
+        program += written[id(schedule)]
+        bounds.append(len(program))
+    return program, bounds
 
 
 def _label(instruction: PipeInstruction) -> tuple[int, int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -14,6 +16,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ibp_deepspeed import InterlockedPipelineModule, InterlockingConfig
 from ibp_deepspeed.heads import CausalLMLoss
+from ibp_deepspeed.initialization import resolve_interlocking
+from ibp_deepspeed.virtual import VirtualPipeline
 from models.causal_lm import CausalLM
 from models.errors import ModelError
 
@@ -46,6 +50,34 @@ def pipeline_module(
         interlocking=interlocking,
         partition_method=bounds,
     )
+
+
+def virtual_pipeline(
+    model: CausalLM,
+    config: Mapping[str, Any],
+    num_stages: int,
+    manual: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    monitor: Any = None,
+) -> VirtualPipeline:
+    """All stages of a language model on one device, with the weights that processes would start from.
+
+    Args:
+        model: the cut model.
+        config: DeepSpeed configuration.
+        num_stages: K.
+        manual: a partition, see :meth:`CausalLM.partition`.
+        device: where they go.
+        monitor: DeepSpeed's, for the losses.
+    """
+    options = resolve_interlocking(config).aux_head
+    bounds = model.partition(num_stages, aux_heads=options, manual=manual)
+    stages = [nn.Sequential(*map(model.build_layer, range(low, high))) for low, high in pairwise(bounds)]
+    heads = None
+    if options is not None:
+        heads = [model.aux_head(k, options, after=bounds[k + 1] - 1) for k in range(num_stages - 1)]
+    loss_fn = CausalLMLoss(options.chunk_tokens if options else None)
+    return VirtualPipeline(stages, heads, loss_fn, config, device, monitor)
 
 
 class Description(BaseModel):

@@ -3,7 +3,10 @@
     deepspeed --num_accelerators 4 scripts/train_lm.py --deepspeed_config ds_configs/pairwise_cpu.json \\
         --model models/configs/llama-tiny.json --data data/stdlib --steps 200 --output runs/first
 
-torchrun works too. Each process is one pipeline stage of one data-parallel replica.
+torchrun works too. Each process is one pipeline stage of one data-parallel replica. With --one-process the same stages
+are trained in one process on one device, without a launcher, to study how a strategy learns:
+
+    python scripts/train_lm.py --one-process --stages 8 --deepspeed_config ds_configs/pairwise_cpu.json …
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import contextlib
 import io
 import json
 import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -33,6 +37,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, metavar="CONFIG", help="Hugging Face config: JSON file, folder or hub name")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the model's config")
     add("--stages", type=int, metavar="K", help="pipeline stages (default: the number of processes)")
+    add("--one-process", action="store_true", help="all stages in this process, on one device; needs --stages")
     add("--partition", metavar="N,N,…", help="decoder layers of each stage (default: balance parameters and heads)")
     add("--sequence-length", type=int, default=256, metavar="S", help="tokens of a sample (default: %(default)s)")
     add("--steps", type=int, default=200, metavar="N", help="batches to train (default: %(default)s)")
@@ -81,7 +86,8 @@ class Plan:
     interlocking: Any
     model: Any
     stages: int
-    partition: list[int] | None
+    bounds: list[int]
+    replicas: int
     train: Any
     held_out: Any
 
@@ -93,8 +99,12 @@ def check(args: argparse.Namespace) -> Plan:
     from models import CausalLM, ModelError
     from models import load_config as load_model_config
 
+    if args.one_process:
+        become_only_process(args.stages)
     if "RANK" not in os.environ:
-        raise ModelError("train_lm.py needs a launcher: deepspeed --num_accelerators 4 scripts/train_lm.py ….")
+        raise ModelError(
+            "train_lm.py needs a launcher (deepspeed --num_accelerators 4 scripts/train_lm.py …) or --one-process."
+        )
     first, world = os.environ["RANK"] == "0", int(os.environ["WORLD_SIZE"])
     settings = load_config(args.deepspeed_config)
     check_deepspeed_settings(settings)
@@ -102,7 +112,7 @@ def check(args: argparse.Namespace) -> Plan:
     if first:
         warn_of_schedule(settings, args.steps)
     stages = args.stages or world
-    if stages < 1 or world % stages:
+    if not args.one_process and (stages < 1 or world % stages):
         raise ModelError(f"{world} processes can't be divided into pipelines of {stages} stages: start a multiple.")
     train = open_tokens(args.data, "train", verify=first)
     held_out = open_tokens(args.data, "heldout", verify=first)
@@ -116,8 +126,29 @@ def check(args: argparse.Namespace) -> Plan:
     model = CausalLM(config, seed=args.seed)
     train.check_vocabulary(model.vocab_size)
     partition = parse_partition(args.partition)
-    model.partition(stages, aux_heads=interlocking.aux_head, manual=partition)
-    return Plan(settings, interlocking, model, stages, partition, train, held_out)
+    bounds = model.partition(stages, aux_heads=interlocking.aux_head, manual=partition)
+    replicas = max(1, world // stages)
+    return Plan(settings, interlocking, model, stages, bounds, replicas, train, held_out)
+
+
+def become_only_process(stages: int | None) -> None:
+    """What a launcher would have said to a single process.
+
+    Raises:
+        ModelError: there is a launcher, or the number of stages is not given.
+    """
+    from models.errors import ModelError
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ModelError(f"--one-process was started as {os.environ['WORLD_SIZE']} processes: leave the launcher out.")
+    if stages is None:
+        raise ModelError("--one-process needs --stages K, the number of pipeline stages to train.")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", port)
 
 
 def warn_of_schedule(settings: dict[str, Any], steps: int) -> None:
@@ -132,12 +163,15 @@ def warn_of_schedule(settings: dict[str, Any], steps: int) -> None:
 
 
 def start(plan: Plan, args: argparse.Namespace) -> Any:
-    """Meet the other processes and make the engine."""
+    """Meet the other processes and make the engine, or the virtual pipeline."""
     import deepspeed
     import torch
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
 
     from ibp_deepspeed import init_distributed, initialize
-    from models.pipeline import pipeline_module
+    from models.pipeline import pipeline_module, virtual_pipeline
 
     deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
     with contextlib.ExitStack() as stack:
@@ -145,7 +179,11 @@ def start(plan: Plan, args: argparse.Namespace) -> Any:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         init_distributed()
         torch.manual_seed(args.seed + int(os.environ["RANK"]))  # dropout
-        module = pipeline_module(plan.model, plan.interlocking, plan.stages, plan.partition)
+        if args.one_process:
+            monitor = MonitorMaster(get_monitor_config(plan.settings))
+            device = get_accelerator().current_device_name()
+            return virtual_pipeline(plan.model, plan.settings, plan.stages, plan.bounds, device, monitor)
+        module = pipeline_module(plan.model, plan.interlocking, plan.stages, plan.bounds)
         return initialize(model=module, config=plan.settings)[0]
 
 
@@ -158,7 +196,8 @@ def loaders(engine: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any
     from ibp_deepspeed.data import DataError, MicroBatchLoader
 
     size, count = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    rank, replicas = engine.grid.get_data_parallel_rank(), engine.grid.get_data_parallel_world_size()
+    replicas = plan.replicas
+    rank = engine.grid.get_data_parallel_rank() if replicas > 1 else 0
     options = {"data_parallel_rank": rank, "data_parallel_size": replicas, "seed": args.seed}
     train = MicroBatchLoader(plan.train, args.sequence_length, size, **options)
     if train.micro_batches_per_epoch < count:
@@ -249,8 +288,8 @@ def save(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
     engine.save_checkpoint(str(args.output / "checkpoint"), tag=tag)
     description = Description(
         model=plan.model.config.to_dict(),
-        bounds=list(engine.module.parts),
-        interlocking=plan.interlocking.model_dump(),
+        bounds=plan.bounds,
+        interlocking=plan.interlocking.model_dump(exclude_unset=True),
         sequence_length=args.sequence_length,
         data=str(args.data),
     )
@@ -269,8 +308,8 @@ def main(phase: entry.SameOnAllRanks) -> None:
         options = plan.interlocking.aux_head
         head_parameters = plan.model.aux_head_parameters(options) if options else 0
         print(
-            f"{plan.stages} stages × {engine.grid.get_data_parallel_world_size()} replicas, "
-            f"layers {engine.module.parts}, "
+            f"{plan.stages} stages × {plan.replicas} replicas, "
+            f"layers {plan.bounds}, "
             f"{parameters:,} parameters and {head_parameters:,} a head, strategy "
             f"{plan.interlocking.strategy} ({plan.interlocking.mode}), "
             f"{engine.gradient_accumulation_steps()} micro-batches",

@@ -30,6 +30,23 @@ from ibp_deepspeed.initialization import check_deepspeed_settings, load_config
         ({"mode": "window", "window_weights": [1.0]}, "has 1 values, the width is 2"),
         ({"mode": "window", "window_weights": [0.0, 1.0]}, "the first above 0"),
         ({"mode": "window", "window_weights": [1.0, float("nan")]}, "finite"),
+        ({"schedule": [{"from_step": 5, "width": 2}, {"from_step": 5, "width": 3}]}, r"must rise, they are \[5, 5\]"),
+        ({"schedule": [{"from_step": 0, "width": 2}], "strategy": "local"}, "strategy and width are never used"),
+        ({"schedule": [{"from_step": 3, "widht": 2}]}, 'unknown key "interlocking.schedule.0.widht" .* "width"'),
+        ({"schedule": [{"from_step": -1, "width": 2}]}, '"interlocking.schedule.0.from_step".*got -1'),
+        ({"schedule": [{"from_step": 1}]}, '"interlocking.schedule.0.width": field required'),
+        ({"global_interval": 1}, '"interlocking.global_interval".*greater than or equal to 2, got 1'),
+        ({"mixed": {"width": 3, "fraction": 1.5}}, '"interlocking.mixed.fraction".*less than or equal to 1, got 1.5'),
+        ({"mixed": {"width": 3, "fraction": 0}}, "greater than 0, got 0"),
+        ({"mixed": {"width": 3, "part": 0.5}}, 'unknown key "interlocking.mixed.part"'),
+        (
+            {"mode": "window", "window_weights": [1, 1], "mixed": {"width": 3, "fraction": 0.5}},
+            "window_weights are for one width",
+        ),
+        (
+            {"mode": "window", "window_weights": [1, 1], "schedule": [{"from_step": 1, "width": 3}]},
+            "window_weights are for one width",
+        ),
         ("local", "must be an object"),
     ],
 )

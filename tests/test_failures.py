@@ -40,3 +40,12 @@ def test_a_stage_that_raises_in_the_middle_of_a_batch_ends_all_ranks() -> None:
     assert "a layer of this stage broke" in run.output[1] and "Traceback" in run.output[1]
     for rank in (0, 2, 3):
         assert "Traceback" not in run.output[rank] and "lost the connection" in run.output[rank], run.output[rank]
+
+
+def test_a_stage_that_dies_ends_those_that_wait_for_its_readout() -> None:
+    """The others have trained two batches, and nothing but a readout can wake them."""
+    run = launch("failures", 4, "last stage dies", timeout=100)
+    assert all(code not in (0, None) for code in run.codes), (run.codes, run.output)
+    assert run.seconds < 60, f"all ranks ended {run.seconds:.0f} s after the start"
+    assert "lost the connection for readouts from stage 3 to stage 2" in run.output[2], run.output[2]
+    assert all("Traceback" not in output and "lost the connection" in output for output in run.output[:3]), run.output

@@ -46,6 +46,43 @@ def test_every_strategy_equals_the_reference(stages: int) -> None:
     run(stages, matrix(stages), 1e-5)
 
 
+def courses(stages: int) -> list[dict[str, Any]]:
+    """Strategies over time and micro-batch: phases, periodic backpropagation, three mixtures, all of them at once."""
+    local = {"strategy": "local"}
+    phases = [{"from_step": 1, "width": 2, "mode": "window"}, {"from_step": 2, "width": stages}]
+    phases += [{"from_step": 4, "width": 1}, {"from_step": 5, "width": stages, "mode": "window"}]
+    mixtures: list[dict[str, Any]] = [
+        {**local, "mixed": {"width": 2, "fraction": 0.25}},
+        {**local, "mixed": {"width": 3, "fraction": 0.5, "mode": "window"}},
+        {"strategy": "pairwise", "mixed": {"width": stages, "fraction": 0.5}},
+    ]
+    return [
+        {**local, "schedule": phases},
+        {**local, "global_interval": 2},
+        {"strategy": "pairwise", "mode": "window", "global_interval": 3},
+        *mixtures,
+        {**mixtures[1], "schedule": phases, "global_interval": 3, "hop_slack": 1},
+    ]
+
+
+@pytest.mark.parametrize("stages", [3, 4])
+def test_courses_equal_the_reference(stages: int) -> None:
+    """Phases of width and mode, periodic backpropagation, mixed micro-batches, and all of them: 7 batches each."""
+    blocks = courses(stages)
+    slack: list[dict[str, Any]] = [{**block, "mode": "window", "hop_slack": 1} for block in blocks[3:6]]
+    pairs = [*itertools.product(blocks, (5,) if stages == 3 else (1, 2, 5)), *((block, 5) for block in slack)]
+    cases: list[dict[str, Any]] = [
+        {"stages": stages, "micro_batches": count, "steps": 7, "eval": count == 2, "interlocking": block}
+        for block, count in pairs
+    ]
+    everything = {**cases[0], "micro_batches": 5, "interlocking": blocks[-1]}
+    cases.append({**everything, "interlocking": {**blocks[-1], "streaming": False}})
+    cases.append({**everything, "checkpoint": True})
+    reports = run(stages, cases, 1e-5)
+    # Stage 1 recomputes what waits for a gradient: batches 1-3 and 5-6 whole, 3 of 5 micro-batches of 0 and 4.
+    assert reports[1][-1]["recomputations"] == 5 * 5 + 2 * 3
+
+
 def test_one_stage_is_plain_training() -> None:
     run(
         1,
@@ -124,6 +161,8 @@ def test_data_parallel() -> None:
         }
         for zero in (0, 1)
     ]
+    mixed = {"strategy": "local", "mixed": {"width": 2, "fraction": 0.5}, "global_interval": 3}
+    cases += [{"stages": 2, "micro_batches": 4, "zero": zero, "interlocking": mixed} for zero in (0, 1)]
     run(4, cases, 1e-5)
 
 

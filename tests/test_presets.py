@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from ibp_deepspeed import Strategy
-from ibp_deepspeed.check import checked_schedules
+from ibp_deepspeed.check import checked_course
+from ibp_deepspeed.course import Course
 from ibp_deepspeed.initialization import check_deepspeed_settings, load_config, resolve_interlocking
 from ibp_deepspeed.known_keys import TOP_LEVEL, unknown_keys
 
@@ -70,11 +70,11 @@ def test_preset(path: Path) -> None:
     assert unknown_keys(settings) == []
     check_deepspeed_settings(settings)
     config = resolve_interlocking(settings)
-    strategy = Strategy.from_config(config, 4, aux_heads=config.aux_head is not None)
-    width = {"local": 1, "pairwise": 2, "3wise": 3, "global": 4}[path.stem.split("_")[0]]
-    assert strategy.width == width
     parsed = DeepSpeedConfig({k: v for k, v in settings.items() if k != "interlocking"})
-    checked_schedules(strategy, parsed.gradient_accumulation_steps, config.channel_depth)
+    course = Course(config, 4, parsed.gradient_accumulation_steps, aux_heads=config.aux_head is not None)
+    width = {"local": 1, "pairwise": 2, "3wise": 3, "global": 4}[path.stem.split("_")[0]]
+    assert [strategy.width for strategy in course.strategies()] == [width]
+    checked_course(course)
     assert parsed.bfloat16_config.enabled == path.stem.endswith("gpu")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ibp_deepspeed import InterlockedReference
+from ibp_deepspeed.config import ConfigError
 
 M = 3
 A, B, C = 2.0, 3.0, 5.0  # three scalar stages
@@ -84,3 +85,87 @@ def test_local_learning_equals_detached_stages() -> None:
     want = torch.autograd.grad(losses[0] + losses[1] + losses[2], parameters)
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def chained(interlocking: dict[str, Any]) -> list[float]:
+    """Gradients of stages (A), (B, C), (D, E) of scalar layers and of two heads, one micro-batch of x = 1."""
+    layers = [Scale(v) for v in (A, B, C, D, E)]
+    stages = [nn.Sequential(layers[0]), nn.Sequential(*layers[1:3]), nn.Sequential(*layers[3:])]
+    heads = [Scale(P), Scale(Q)]
+    reference = InterlockedReference(stages, heads, linear_loss, interlocking)
+    one = torch.ones(1, dtype=torch.float64)
+    reference.accumulate([(one, one)])
+    return [float(module.weight.grad) for module in [*layers, *heads]]  # type: ignore[arg-type]
+
+
+D, E = 13.0, 17.0
+
+
+def test_borrowed_layers() -> None:
+    """L0 = P·B·A behind B of the next stage, L1 = Q·D·C·B·A, L2 = E·D·C·B·A."""
+    heads = [B * A, D * C * B * A]
+    local = {"strategy": "local", "aux_head": {"borrow": 1}}
+    l0, l1, l2 = P * B * A, Q * D * C * B * A, E * D * C * B * A
+    assert chained({**local, "mode": "furthest"}) == pytest.approx([l0 / A, l1 / B, l1 / C, l2 / D, l2 / E, *heads])
+    window = [l0 / A, (l0 + l1) / 2 / B, l1 / C, (l1 + l2) / 2 / D, l2 / E, *heads]
+    assert chained({**local, "mode": "window"}) == pytest.approx(window)
+    wider = {"strategy": "pairwise", "mode": "window", "aux_head": {"borrow": 1}}
+    both = [(l0 + l1) / 2 / A, (l0 + l1 + l2) / 3 / B, (l1 + l2) / 2 / C, (l1 + l2) / 2 / D, l2 / E, *heads]
+    assert chained(wider) == pytest.approx(both)
+
+
+def test_more_borrowed_layers_than_a_stage_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match='borrow" is 3, but stage 1 is not an nn.Sequential of at least as many'):
+        chained({"strategy": "local", "aux_head": {"borrow": 3}})
+
+
+class Follower(Scale):
+    """A head that is a copy of the last stage's readout."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(value)
+        self.own = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.weight.requires_grad_(False)
+
+    def readout_tensors(self) -> list[Tensor]:
+        return [self.weight]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.own * super().forward(hidden)
+
+
+@pytest.mark.parametrize(("options", "used"), [
+    ({"readout": "frozen"}, [0, 0, 0, 0, 0, 0, 0, 0]),
+    ({"readout": "shared", "refresh_interval": 2, "refresh_delay": 3}, [0, 0, 0, 0, 0, 2, 2, 4]),
+    ({"readout": "shared", "refresh_interval": 1, "refresh_delay": 0}, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ({"readout": "shared", "refresh_interval": 3, "refresh_delay": 1}, [0, 0, 0, 0, 3, 3, 3, 6]),
+])  # fmt: skip
+def test_heads_use_the_readout_of_the_batch_that_the_rule_names(options: dict[str, Any], used: list[int]) -> None:
+    """The last readout is set to 10 + t before batch t; the losses tell which one the head has."""
+    last, head = Follower(10.0).requires_grad_(True), Follower(99.0)
+    reference = InterlockedReference(
+        [Scale(1.0), last], [head], linear_loss, {"strategy": "local", "aux_head": options}
+    )
+    one = torch.ones(1, dtype=torch.float64)
+    seen = []
+    for batch in range(8):
+        with torch.no_grad():
+            last.weight.fill_(10.0 + batch)
+        seen.append(reference.accumulate([(one, one)])[0].item() - 10)
+    assert seen == used
+
+
+def test_average_of_readouts() -> None:
+    """copy ← β·copy + (1-β)·newest, from the initial one on."""
+    last, head = Follower(0.0).requires_grad_(True), Follower(99.0)
+    options = {"readout": "shared", "refresh_interval": 1, "refresh_delay": 0, "average": 0.75}
+    reference = InterlockedReference(
+        [Scale(1.0), last], [head], linear_loss, {"strategy": "local", "aux_head": options}
+    )
+    one = torch.ones(1, dtype=torch.float64)
+    seen = []
+    for batch in range(3):
+        with torch.no_grad():
+            last.weight.fill_(16.0 * batch)
+        seen.append(reference.accumulate([(one, one)])[0].item())
+    assert seen == [0, 4, 11]

@@ -132,14 +132,22 @@ def test_evaluation_agrees_with_training(trained: Path, data: Path) -> None:
     assert alone == pytest.approx(in_training, rel=1e-5)
 
 
-def test_torchrun_trains_too(data: Path, config: Path, tmp_path: Path) -> None:
-    done = run(
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612"),
-        *("scripts/train_lm.py", "--deepspeed_config", config, "--data", data, "--steps", "2", "--output", tmp_path),
-        *SMALL,
-    )
+def test_torchrun_and_one_process_train_the_same(data: Path, config: Path, tmp_path: Path) -> None:
+    """Two stages as processes and as virtual ones: the same losses, and files that evaluate alike."""
+    words = ["scripts/train_lm.py", "--deepspeed_config", config, "--data", data, "--steps", "3", *SMALL, "--output"]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612")
+    done = run(*torchrun, *words, tmp_path / "two")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "checkpoint" / "latest").exists()
+    done = run(sys.executable, *words, tmp_path / "one", "--one-process", "--stages", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ends = []
+    for name in ("two", "one"):
+        rows = [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        ends.append([row["held_out"] for row in rows if "held_out" in row][-1])
+        assert (tmp_path / name / "checkpoint" / "latest").read_text() == "global_step3"
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+    done = script("evaluate_lm.py", "--checkpoint", tmp_path / "one" / "checkpoint", "--max-batches", "2")
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_compiler_is_needed(data: Path, config: Path, tmp_path: Path) -> None:
@@ -274,4 +282,6 @@ def test_help_and_no_launcher() -> None:
     for name, process in started.items():
         assert b"usage:" in process.communicate()[0] and process.returncode == 0, name
     done = script("train_lm.py", "--deepspeed_config", "x", "--data", "x", "--model", "x")
-    assert_one_sentence(done, "needs a launcher: deepspeed")
+    assert_one_sentence(done, "needs a launcher (deepspeed")
+    done = script("train_lm.py", "--one-process", "--deepspeed_config", "x", "--data", "y", "--model", "z")
+    assert_one_sentence(done, "--one-process needs --stages")

@@ -31,8 +31,25 @@ class Layer(nn.Module):
 class Head(Layer):
     """A linear readout."""
 
+    def readout_tensors(self) -> list[Tensor]:
+        return [self.weight, self.bias]
+
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden @ self.weight.T + self.bias
+
+
+class FollowingHead(Layer):
+    """A layer of its own before a copy of the last stage's readout, which is another one until it is made equal."""
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(seed, dtype)
+        self.readout = Head(seed + 1000, dtype).requires_grad_(False)
+
+    def readout_tensors(self) -> list[Tensor]:
+        return self.readout.readout_tensors()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.readout(super().forward(hidden))
 
 
 def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -53,24 +70,32 @@ def make_module(
     *,
     heads: bool = True,
     dropout: float = 0.0,
+    follow: bool = False,
 ) -> InterlockedPipelineModule:
+    kind = FollowingHead if follow else Head
     bounds = list(range(0, 2 * stages + 1, 2))
     return InterlockedPipelineModule(
         layer_specs(stages, dtype, dropout),
         num_stages=stages,
         loss_fn=loss_fn,
-        aux_head=(lambda stage: Head(100 + stage, dtype)) if heads else None,
+        aux_head=(lambda stage: kind(100 + stage, dtype)) if heads else None,
         interlocking=interlocking,
         partition_method=bounds,
     )
 
 
 def make_reference(
-    stages: int, interlocking: Any, dtype: torch.dtype = torch.float32, *, heads: bool = True
+    stages: int,
+    interlocking: Any,
+    dtype: torch.dtype = torch.float32,
+    *,
+    heads: bool = True,
+    follow: bool = False,
 ) -> InterlockedReference:
+    kind = FollowingHead if follow else Head
     layers = [spec.build() for spec in layer_specs(stages, dtype)]
     trunks = [nn.Sequential(*layers[2 * k : 2 * k + 2]) for k in range(stages)]
-    aux_heads = [Head(100 + k, dtype) for k in range(stages - 1)] if heads else None
+    aux_heads = [kind(100 + k, dtype) for k in range(stages - 1)] if heads else None
     return InterlockedReference(trunks, aux_heads, loss_fn, interlocking)
 
 

@@ -22,7 +22,12 @@ def engine_of(case: dict[str, Any]) -> Any:
         "zero_optimization": {"stage": case["zero"]},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": 0.02}},
-        "interlocking": {"strategy": "pairwise", "mode": "window"},
+        "interlocking": {
+            "strategy": "pairwise",
+            "mode": "window",
+            "schedule": [{"from_step": 3, "width": 1}],  # after the checkpoint
+            "global_interval": 3,
+        },
     }
     return initialize(model=make_module(2), config=config)[0]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +23,14 @@ CONFIG: dict[str, Any] = {
     "gradient_accumulation_steps": 3,
     "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
     "interlocking": {"strategy": "pairwise"},
+}
+WAITING: dict[str, Any] = {
+    **CONFIG,
+    "interlocking": {
+        "strategy": "local",
+        "channel_depth": 60,
+        "aux_head": {"readout": "shared", "refresh_interval": 2, "refresh_delay": 0},
+    },
 }
 
 
@@ -43,8 +53,13 @@ def module_with(layer: Any, stages: int = 4, at: int = 3) -> InterlockedPipeline
     )
 
 
-def train(module: InterlockedPipelineModule, phase: entry.SameOnAllRanks, data: Iterator[Any] | None = None) -> None:
-    engine = initialize(model=module, config=CONFIG)[0]
+def train(
+    module: InterlockedPipelineModule,
+    phase: entry.SameOnAllRanks,
+    data: Iterator[Any] | None = None,
+    config: dict[str, Any] = CONFIG,
+) -> None:
+    engine = initialize(model=module, config=config)[0]
     phase.ends()
     for step in range(4):
         engine.train_batch(data or iter(micro_batches(step, 3)))
@@ -87,8 +102,18 @@ def cases(phase: entry.SameOnAllRanks) -> dict[str, Callable[[], None]]:
             InterlockedPipelineModule([nn.Linear(2, 2)] * 3, num_stages=4, loss_fn=loss_fn, aux_head=None), phase
         ),
         "two configs": lambda: train(make_module(4, {"strategy": "local"}), phase),
+        "last stage dies": lambda: train(make_module(4, follow=True), phase, dying_data(rank), WAITING),
         "scalar parameter": lambda: train(module_with(LayerSpec(Scalar)), phase),
     }
+
+
+def dying_data(rank: int) -> Iterator[Any]:
+    """Data of which the last stage dies at the end of the first batch, while others wait for its next readout."""
+    yield from micro_batches(0, 3)
+    if rank == 3:
+        time.sleep(2)
+        os._exit(7)
+    yield from itertools.cycle(micro_batches(1, 3))
 
 
 class Scalar(nn.Module):

@@ -27,7 +27,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     dtype, heads = DTYPES[case.get("dtype", "fp32")], case.get("heads", True)
     replicas = dist.get_world_size() // stages
     engine = make_engine(case, stages, count, dtype, heads, replicas)
-    reference = make_reference(stages, case["interlocking"], dtype, heads=heads)
+    reference = make_reference(stages, case["interlocking"], dtype, heads=heads, follow=follows(case))
     rank = engine.grid.get_data_parallel_rank()
     parameters = [p for k in range(stages) for p in reference.parameters(k)]
     optimizers = [reference_optimizer(case, reference.parameters(k)) for k in range(stages)]
@@ -36,7 +36,8 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     for step in range(case.get("steps", 5)):
         rows = [micro_batches(step, count, dtype, r) for r in range(replicas)]
         loss = engine.train_batch(iter(rows[rank]))
-        losses = reference.accumulate([pair for row in rows for pair in row])
+        # All replicas' first micro-batches come first: they are the wide ones where widths are mixed.
+        losses = reference.accumulate([pair for column in zip(*rows, strict=True) for pair in column])
         clip_reference(case, reference, stages)
         if (
             step == 0
@@ -55,11 +56,22 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
             worst["loss"] = max(worst["loss"], abs(loss.item() - expected) / abs(expected))
         if case.get("eval") and step == 2:
             worst["eval"] = compare_evaluation(engine, reference, count, dtype, rank, replicas)
-    worst["parameter"] = compare(list(engine.module.parameters()), reference.parameters(engine.stage_id))
+    worst["parameter"] = compare(list(engine.module.parameters()), stage_parameters(reference, engine.stage_id))
     worst["recomputations"] = float(engine.recomputations)
     engine.close()
     destroy_groups()
     return worst
+
+
+def follows(case: dict[str, Any]) -> bool:
+    """Whether the heads have a copy of the last readout."""
+    return (case["interlocking"].get("aux_head") or {}).get("readout", "private") != "private"
+
+
+def stage_parameters(reference: InterlockedReference, stage: int) -> list[torch.Tensor]:
+    """All of a stage, a head's copy included, in the order of the engine's module."""
+    modules = [reference.stages[stage], *reference.aux_heads[stage : stage + 1]]
+    return [p for module in modules for p in module.parameters()]
 
 
 def destroy_groups() -> None:
@@ -83,7 +95,7 @@ def make_engine(case: dict[str, Any], stages: int, count: int, dtype: torch.dtyp
         "pipeline": {"activation_checkpoint_interval": int(case.get("checkpoint", False))},
         "interlocking": case["interlocking"],
     }
-    module = make_module(stages, dtype=dtype, heads=heads)
+    module = make_module(stages, dtype=dtype, heads=heads, follow=follows(case))
     return initialize(model=module, config=config)[0]
 
 
@@ -110,7 +122,7 @@ def record_first_gradients(engine: Any) -> list[torch.Tensor]:
     step = engine.optimizer.step
 
     def recording_step(*args: Any, **kwargs: Any) -> Any:
-        parameters = list(engine.module.parameters())
+        parameters = [p for p in engine.module.parameters() if p.requires_grad]
         if not gradients and all(p.grad is not None for p in parameters):
             gradients.extend(p.grad.clone() for p in parameters if p.grad is not None)
         return step(*args, **kwargs)

@@ -1,0 +1,59 @@
+"""Figures of the records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.quality.records import Record
+
+_NAMES = {
+    "local, shared": "N = 1 (local)",
+    "2-wise window, shared": "N = 2 (pairwise)",
+    "3-wise window, shared": "N = 3",
+    "global": "backpropagation",
+}
+
+
+def draw_check(records: Sequence[Record], path: Path) -> None:
+    """Accuracy of the last exit over batches, a panel for each number of hops."""
+    hops = sorted({record["run"]["task"]["hops"] for record in records})
+    figure, panels = plt.subplots(1, len(hops), figsize=(4.6 * len(hops), 3.2), squeeze=False, sharey=True)
+    for panel, p in zip(panels[0], hops, strict=True):
+        for row, name in _NAMES.items():
+            for record in records:
+                if record["run"]["row"] == row and record["run"]["task"]["hops"] == p:
+                    panel.plot(*_last_exit(record), label=name)
+        panel.set(title=f"{p} hop{'s' * (p > 1)}: {p + 1} layers must cooperate", xlabel="batches")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("accuracy of the last exit")
+    panels[0][-1].legend(fontsize=8, loc="lower right")
+    figure.suptitle("p-hop induction, four stages of one layer", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_text(records: Sequence[Record], path: Path) -> None:
+    """Held-out loss of the last exit over batches, one line a strategy (first seed, K = 4, all layers)."""
+    layers, steps = (max(record["run"][key] for record in records) for key in ("layers", "steps"))
+    figure, panel = plt.subplots(figsize=(7, 4.2))
+    for record in records:
+        run = record["run"]
+        if (run["seed"], run["layers"], run["steps"]) == (0, layers, steps) and run["stages"] == 4:
+            panel.plot(*_last_exit(record), label=run["row"])
+    panel.set(xlabel="batches", ylabel="held-out loss of the last exit (nats)")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _last_exit(record: Record) -> tuple[list[int], list[float]]:
+    return [step for step, _ in record["curve"]], [values[-1] for _, values in record["curve"]]

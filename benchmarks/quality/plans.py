@@ -1,0 +1,202 @@
+"""The rows of each table: which trainings a study consists of, the most important first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.records import Record, load
+from benchmarks.quality.run import Run
+
+TEXT = "data/quality"
+SEEDS = (0, 1, 2)
+
+
+def block(width: int, mode: str = "window", readout: str = "private", **more: Any) -> dict[str, Any]:
+    """An interlocking block of width N with heads; ``more`` may hold ``aux_head`` options."""
+    names = {1: {"strategy": "local"}, 2: {"strategy": "pairwise"}}
+    heads = {"readout": readout, **more.pop("aux_head", {})}
+    return {**names.get(width, {"strategy": "nwise", "width": width}), "mode": mode, "aux_head": heads, **more}
+
+
+def backpropagation() -> dict[str, Any]:
+    """Global, with heads that only watch (their gradient reaches no trunk)."""
+    return {"strategy": "global", "mode": "furthest", "aux_head": {}}
+
+
+HOP_ROWS: dict[str, dict[str, Any]] = {
+    "global": backpropagation(),
+    "local, private": block(1),
+    "local, shared": block(1, readout="shared"),
+    "local, shared, 1 block": block(1, readout="shared", aux_head={"blocks": 1}),
+    **{
+        f"{n}-wise {mode}, {readout}": block(n, mode, readout)
+        for n, mode, readout in product((2, 3, 4), ("window", "furthest"), ("shared", "private"))
+        if not (n == 4 and mode == "furthest")
+    },
+}
+STEPS = {1: 1500, 2: 2500, 3: 3000, 4: 3000}
+
+
+def hop(row: str, interlocking: dict[str, Any], hops: int, seed: int, stages: int = 4, study: str = "hops") -> Run:
+    """A training on p-hop induction, one layer a stage: 1024 tokens a batch, until solved."""
+    return Run(
+        study=study,
+        row=row,
+        interlocking=interlocking,
+        task={"hops": hops},
+        stages=stages,
+        layers=stages,
+        rate=3e-3,
+        steps=STEPS[hops],
+        seed=seed,
+        until_solved=True,
+        evaluations=STEPS[hops] // 100,
+    )
+
+
+def check(results: Path) -> Iterator[Run]:
+    """The standing check of a few minutes: does a wider reach build a longer circuit?"""
+    rows = ("local, shared", "2-wise window, shared", "3-wise window, shared", "global")
+    for p, row in product((1, 2), rows):
+        yield hop(row, HOP_ROWS[row], p, seed=0, study="check")
+
+
+def hops(results: Path) -> Iterator[Run]:
+    """p = 1 and 2 at K = 4 for all rows and seeds."""
+    for seed, p in product(SEEDS, (1, 2)):
+        for row, interlocking in HOP_ROWS.items():
+            yield hop(row, interlocking, p, seed)
+
+
+TEXT_ROWS: dict[str, dict[str, Any]] = {
+    "global": backpropagation(),
+    "local, private": block(1),
+    "local, shared": block(1, readout="shared"),
+    "local, shared, 1 block": block(1, readout="shared", aux_head={"blocks": 1}),
+    "pairwise window, private": block(2),
+    "pairwise window, shared": block(2, readout="shared"),
+    "3-wise window, private": block(3),
+    "3-wise window, shared": block(3, readout="shared"),
+    "pairwise furthest, private": block(2, "furthest"),
+    "pairwise furthest, shared": block(2, "furthest", "shared"),
+    "local + half pairwise, shared": block(1, readout="shared", mixed={"width": 2, "fraction": 0.5}),
+    "local + global every 4th, shared": block(1, readout="shared", global_interval=4),
+}
+HEADLINES = [
+    "global",
+    "local, private",
+    "local, shared",
+    "local, shared, 1 block",
+    "pairwise window, private",
+    "pairwise window, shared",
+]
+RATES = (2e-3, 4e-3, 8e-3)
+STEPS_OF_SWEEP, STEPS_OF_TEXT = 500, 1500
+
+
+def sweep(results: Path) -> Iterator[Run]:
+    """Short trainings at three learning rates, for every row and every depth."""
+    for rate in RATES:
+        for row, interlocking in TEXT_ROWS.items():
+            yield text(row, interlocking, rate=rate, steps=STEPS_OF_SWEEP, study="sweep")
+        for layers in (2, 4, 6):
+            yield shallow(layers, rate=rate, steps=STEPS_OF_SWEEP, study="sweep")
+
+
+def texts(results: Path) -> Iterator[Run]:
+    """Every row at its best rate; more seeds for the headlines; other numbers of stages for the best and the worst."""
+    rates = best_rates(load(results / "sweep.jsonl"))
+    for row, interlocking in TEXT_ROWS.items():
+        yield text(row, interlocking, rate=rates[row, 8])
+    for layers in (2, 4, 6):
+        yield shallow(layers, rate=rates["global", layers])
+    for share in (0.5, 0.6, 0.75):  # what global reaches in a part of the time, with a schedule of that length
+        yield text("global", TEXT_ROWS["global"], rate=rates["global", 8], steps=round(share * STEPS_OF_TEXT))
+    for seed, row in product(SEEDS[1:], HEADLINES):
+        yield text(row, TEXT_ROWS[row], rate=rates[row, 8], seed=seed)
+    for stages, row in product((8, 2), ("pairwise window, shared", "local, private", "local, shared")):
+        yield text(row, TEXT_ROWS[row], rate=rates[row, 8], stages=stages)
+
+
+def borrow(results: Path) -> Iterator[Run]:
+    """Borrowed depth against private blocks and pairwise, stages of three layers: three hops, then text."""
+    rows = {
+        "local, shared": block(1, readout="shared"),
+        "local, shared, 1 block": block(1, readout="shared", aux_head={"blocks": 1}),
+        "local, shared, borrows 1 (window)": block(1, readout="shared", aux_head={"borrow": 1}),
+        "local, shared, borrows 1 (furthest)": block(1, "furthest", "shared", aux_head={"borrow": 1}),
+        "local, shared, 2 blocks": block(1, readout="shared", aux_head={"blocks": 2}),
+        "local, shared, borrows 2 (window)": block(1, readout="shared", aux_head={"borrow": 2}),
+        "pairwise window, shared": block(2, readout="shared"),
+        "global": backpropagation(),
+    }
+    for row, interlocking in rows.items():
+        run = hop(row, interlocking, 3, seed=0, stages=2, study="borrow")
+        yield replace(run, layers=6)
+    for row, interlocking in rows.items():
+        yield text(row, interlocking, rate=4e-3, stages=3, layers=9, steps=STEPS_OF_SWEEP, study="borrow")
+
+
+def best_rates(records: list[Record]) -> dict[tuple[str, int], float]:
+    """(row, layers) → the rate whose last exit ended lowest in the sweep."""
+    ends: dict[tuple[str, int], dict[float, float]] = {}
+    for record in records:
+        run = record["run"]
+        ends.setdefault((run["row"], run["layers"]), {})[run["rate"]] = record["curve"][-1][1][-1]
+    return {key: min(of, key=lambda rate: of[rate]) for key, of in ends.items()}
+
+
+def shallow(layers: int, **values: Any) -> Run:
+    """Global on the first layers only: a control, whose loss says what depth is worth."""
+    return text("global", backpropagation(), layers=layers, stages=2, **values)
+
+
+def text(row: str, interlocking: dict[str, Any], *, rate: float, study: str = "text", **values: Any) -> Run:
+    """A training on text: 1024 tokens a batch."""
+    defaults: dict[str, Any] = {
+        "stages": 4,
+        "layers": 8,
+        "steps": STEPS_OF_TEXT,
+        "seed": 0,
+        "width": 64,
+        "batch": 8,
+        "micro_batches": 2 if "mixed" in interlocking else 1,
+        "cosine": True,
+        "evaluations": 6,
+        "task": {"folder": TEXT},
+    }
+    return Run(study=study, row=row, interlocking=interlocking, rate=rate, **{**defaults, **values})
+
+
+def stuck(results: Path) -> Iterator[Run]:
+    """Why furthest sticks on text: what helps, and whether its gradients agree with the last loss's."""
+    for readout in ("private", "shared"):
+        for row, interlocking in {
+            "local": block(1, readout=readout),
+            "window": block(2, readout=readout),
+            "furthest": block(2, "furthest", readout),
+            "furthest, 1 block": block(2, "furthest", readout, aux_head={"blocks": 1}),
+        }.items():
+            yield text(f"{row}, {readout}", interlocking, rate=4e-3, steps=500, cosines=True, study="stuck")
+    changes: dict[str, dict[str, Any]] = {
+        "a quarter of the rate": {"rate": 1e-3},
+        "no weight decay": {"options": {"weight_decay": 0.0}},
+        "three times the steps": {"steps": 1500},
+    }
+    for name, change in changes.items():
+        values: dict[str, Any] = {"rate": 4e-3, "steps": 500, "cosines": True, "study": "stuck"} | change
+        yield text(f"furthest, private, {name}", block(2, "furthest"), **values)
+
+
+PLANS: dict[str, Callable[[Path], Iterator[Run]]] = {
+    "check": check,
+    "hops": hops,
+    "sweep": sweep,
+    "text": texts,
+    "stuck": stuck,
+    "borrow": borrow,
+}

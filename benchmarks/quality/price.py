@@ -1,0 +1,61 @@
+"""What a strategy costs at K stages: work, and the time a batch that its schedule predicts, against 1F1B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ibp_deepspeed.config import InterlockingConfig
+from ibp_deepspeed.course import Course
+from ibp_deepspeed.simulate import Prediction, simulate_course
+from ibp_deepspeed.walk import Costs
+
+HEAD = 0.1  # forward and both products of a private readout, where a stage's forward is 1
+MICRO_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Price:
+    """Ratios to backpropagation (1F1B without heads) at the same K and M.
+
+    Attributes:
+        work: of all stages together.
+        time: a batch.
+    """
+
+    work: float
+    time: float
+
+
+def price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float) -> Price:
+    """The price of an interlocking block, M = 4, no latency; products to weights and to inputs cost a forward each.
+
+    A head that copies its readout saves the product to its weights; a block in a head is a layer that is computed
+    forward and backward, a borrowed layer one product to its input. The gradient of a borrowed layer's loss is taken
+    to arrive before it is waited for.
+    """
+    config = InterlockingConfig.parse(interlocking)
+    options = config.aux_head
+    head = 0.0
+    if options is not None:
+        head = (
+            HEAD * (1.0 if options.readout == "private" else 2 / 3)
+            + (3 * options.blocks + options.borrow) / layers_per_stage
+        )
+    if config.strategy == "global" and config.mode == "furthest":
+        head = 0.0  # its heads only watch
+    own = _predict(config, stages, head)
+    baseline = _predict(InterlockingConfig(strategy="global", aux_head=None), stages, 0.0)
+    return Price(work=_work(own) / _work(baseline), time=own.batch_time / baseline.batch_time)
+
+
+@cache
+def _predict(config: InterlockingConfig, stages: int, head: float) -> Prediction:
+    course = Course(config, stages, MICRO_BATCHES, aux_heads=config.aux_head is not None)
+    return simulate_course(course, Costs(head=head))
+
+
+def _work(prediction: Prediction) -> float:
+    return sum((1 - idle) * prediction.batch_time for idle in prediction.idle)

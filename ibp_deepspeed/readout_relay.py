@@ -1,0 +1,116 @@
+"""How copies of the last stage's readout travel to the other stages, while all of them train.
+
+From stage to stage, on the host, in a gloo process group of their own (so that the order of NCCL's operations is not
+touched), moved by one background thread a stage. What a copy is used for is not known here.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+
+from ibp_deepspeed.errors import InterlockingError, PeerLostError
+
+Copy = tuple[int, list[Tensor]]
+_END = -1  # in the place of a batch: no copy follows
+_SELDOM = timedelta(days=365)  # a thread may wait for the next copy as long as the training takes
+_PATIENCE = default_pg_timeout.total_seconds()
+
+
+class ReadoutRelay:
+    """One stage's part of the way: copies come from the next stage, and go on to the one before at once.
+
+    Args:
+        group: a gloo group of one pipeline, for this alone; group ranks are stages.
+        stage: k; the last one sends, the others receive.
+        like: tensors on the host, of the shapes and dtypes of a copy.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, stage: int, like: Sequence[Tensor]) -> None:
+        self.group, self.stage = group, stage
+        self._is_last = stage == group.size() - 1
+        self._below_listens = stage > 0
+        self._like = [tensor.to("meta") for tensor in like]
+        self._given: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[Copy | Exception] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"readouts of stage {stage}", daemon=True)
+        self._thread.start()
+
+    def send(self, batch: int, copy: list[Tensor]) -> None:
+        """On the last stage: start a copy, taken as ``batch`` began, on its way. Its tensors must not change."""
+        self._given.put((batch, copy))
+
+    def take(self, batch: int) -> list[Tensor]:
+        """On the other stages: the next copy, which must be the one taken as ``batch`` began. Waits for it.
+
+        Raises:
+            PeerLostError: it can't come any more.
+            InterlockingError: another copy came.
+        """
+        try:
+            arrived = self._arrived.get(timeout=_PATIENCE)
+        except queue.Empty:
+            arrived = TimeoutError(f"nothing came in {_PATIENCE / 60:.0f} minutes")
+        if isinstance(arrived, Exception):
+            reason = str(arrived).partition("\n")[0]
+            raise PeerLostError(
+                f"lost the connection for readouts from stage {self.stage + 1} to stage {self.stage}: {reason}"
+            ) from arrived
+        taken, copy = arrived
+        if taken != batch:
+            raise InterlockingError(
+                f"stage {self.stage} waits for the readout of batch {batch} and was given that of batch {taken}: the "
+                "stages don't train the same batches."
+            )
+        return copy
+
+    def close(self, *, wait: bool) -> None:
+        """The last stage says that no copy follows; ``wait`` until that has passed through this stage.
+
+        A process that ends with its thread inside a receive would be aborted.
+        """
+        if self._is_last:
+            self._given.put((_END, []))
+        if wait:
+            self._thread.join(_PATIENCE)
+
+    def _run(self) -> None:
+        try:
+            batch = 0
+            while batch != _END:
+                batch, copy = self._given.get() if self._is_last else self._receive()
+                if batch != _END and not self._is_last:
+                    self._arrived.put((batch, copy))
+                self._pass_on(batch, copy)
+            self._arrived.put(EOFError("the last stage has ended"))
+        except Exception as error:
+            self._arrived.put(error)
+
+    def _receive(self) -> Copy:
+        batch = torch.empty(1, dtype=torch.int64)
+        self._receive_into(batch)
+        copy = [] if batch.item() == _END else [torch.empty_like(tensor, device="cpu") for tensor in self._like]
+        for tensor in copy:
+            self._receive_into(tensor)
+        return int(batch), copy
+
+    def _receive_into(self, tensor: Tensor) -> None:
+        work = dist.irecv(tensor, group=self.group, group_src=self.stage + 1)
+        assert work is not None
+        work.wait(_SELDOM)
+
+    def _pass_on(self, batch: int, copy: list[Tensor]) -> None:
+        if not self._below_listens:
+            return
+        try:
+            for tensor in [torch.tensor([batch]), *copy]:
+                dist.send(tensor, group=self.group, group_dst=self.stage - 1)
+        except RuntimeError:
+            self._below_listens = False  # it has ended: if too early, the channels say so

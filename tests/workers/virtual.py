@@ -1,0 +1,99 @@
+"""Train the same stages with the engine and, in every process, as virtual ones; exchange checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ibp_deepspeed import initialize
+from ibp_deepspeed.virtual import VirtualPipeline
+from tests.launch import report
+from tests.toys import loss_fn, make_module, make_reference, micro_batches
+from tests.workers.parity import compare, destroy_groups
+
+STAGES, COUNT = 3, 2
+
+
+def settings(case: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": COUNT,
+        "zero_optimization": {"stage": case.get("zero", 0)},
+        "bf16": {"enabled": case.get("bf16", False)},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 3, "total_num_steps": 8}},
+        "interlocking": case["interlocking"],
+        **case.get("settings", {}),
+    }
+
+
+def make_engine(case: dict[str, Any]) -> Any:
+    return initialize(model=make_module(STAGES, follow=case.get("follow", False)), config=settings(case))[0]
+
+
+def make_virtual(case: dict[str, Any]) -> VirtualPipeline:
+    parts = make_reference(STAGES, {"strategy": "local"}, follow=case.get("follow", False))
+    stages = cast(list[nn.Sequential], parts.stages)
+    return VirtualPipeline(stages, parts.aux_heads, loss_fn, settings(case))
+
+
+def difference(virtual: VirtualPipeline, engine: Any) -> float:
+    k = engine.stage_id
+    modules = [virtual.reference.stages[k], *virtual.reference.aux_heads[k : k + 1]]
+    return compare(list(engine.module.parameters()), [p for module in modules for p in module.parameters()])
+
+
+def run(case: dict[str, Any]) -> dict[str, float]:
+    engine, virtual, folder = make_engine(case), make_virtual(case), Path(case["folder"])
+    worst: dict[str, float] = {"loss": 0.0}
+    for step in range(5):
+        rows = micro_batches(step, COUNT)
+        loss, losses = engine.train_batch(iter(rows)), virtual.train_batch(iter(rows))
+        expected = losses[engine.stage_id].item()
+        worst["loss"] = max(worst["loss"], abs(loss.item() - expected) / abs(expected))
+    worst["trained"] = difference(virtual, engine)
+    if case.get("exchange"):
+        worst |= exchange(case, engine, virtual, folder)
+    engine.close()
+    dist.barrier()
+    return worst
+
+
+def exchange(case: dict[str, Any], engine: Any, virtual: VirtualPipeline, folder: Path) -> dict[str, float]:
+    """Each loads the other's checkpoint into a new object; all four go on alike."""
+    engine.save_checkpoint(str(folder / "engine"), tag="five")
+    if dist.get_rank() == 0:
+        virtual.save_checkpoint(folder / "virtual", tag="five")
+    dist.barrier()
+    loaded_virtual = make_virtual(case)
+    loaded_virtual.load_checkpoint(folder / "engine")
+    loaded_engine = make_engine(case)
+    loaded_engine.load_checkpoint(str(folder / "virtual"))
+    for step in range(5, 8):
+        for trained in (engine, virtual, loaded_engine, loaded_virtual):
+            trained.train_batch(iter(micro_batches(step, COUNT)))
+    assert loaded_engine.global_steps == loaded_virtual.global_steps == 8
+    result = {
+        "virtual from engine": difference(loaded_virtual, engine),
+        "engine from virtual": difference(virtual, loaded_engine),
+    }
+    loaded_engine.close()
+    return result
+
+
+if __name__ == "__main__":
+    deepspeed.init_distributed("gloo")
+    deepspeed.utils.logger.setLevel("ERROR")
+    torch.set_num_threads(1)
+    results = []
+    for each in json.loads(sys.argv[1]):
+        results.append(run(each))
+        destroy_groups()
+    report(results)
