@@ -29,6 +29,7 @@ _HOMES = {
     "InterlockingError": "errors",
     "ModuleError": "module",
     "Strategy": "strategy",
+    "VirtualPipeline": "virtual",
     "init_distributed": "distributed",
     "initialize": "initialization",
 }
@@ -44,6 +45,7 @@ __all__ = [
     "InterlockingError",
     "ModuleError",
     "Strategy",
+    "VirtualPipeline",
     "init_distributed",
     "initialize",
 ]

@@ -45,7 +45,8 @@ class StageReadout:
         self._tensors = _agreed_tensors(module, self.stage, group)
         self.refresh_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors)
         self._start_equal(group)
-        self._source = ReadoutSource(self._on_host(), rule.average if rule else None)
+        self._beta = rule.average if rule and self.stage == self._last else None
+        self._source = ReadoutSource(self._on_host(), self._beta)
         self._taken: dict[int, list[Tensor]] = {}
         self._relay = ReadoutRelay(group, self.stage, self._on_host()) if rule else None
         if rule is not None:
@@ -116,8 +117,8 @@ class StageReadout:
             )
         self._taken = {taken: saved[taken] for taken in pending}
         # without one (another configuration, or before the first copy) the average begins at the readout loaded
-        average = self.rule.average
-        self._source = ReadoutSource(self._on_host() if state.get("average") is None else state["average"], average)
+        average = state.get("average")
+        self._source = ReadoutSource(self._on_host() if average is None else average, self._beta)
 
     def close(self, *, wait: bool) -> None:
         """End the background thread; ``wait`` until the last stage has no more copies to send."""

@@ -15,7 +15,8 @@ import torch
 from benchmarks.quality.gradients import cosines
 from benchmarks.quality.plans import HOP_ROWS, PLANS, TEXT_ROWS, best_rates, hop
 from benchmarks.quality.price import price
-from benchmarks.quality.report import depth_table, hop_table, markdown, text_table
+from benchmarks.quality.records import load
+from benchmarks.quality.report import DOCS, RESULTS, depth_table, filled, hop_table, markdown, text_table
 from benchmarks.quality.run import SOLVED, Run, train
 from benchmarks.quality.tasks import HopTask
 from ibp_deepspeed import InterlockingConfig
@@ -119,3 +120,9 @@ def test_gradient_of_backpropagation_agrees_with_itself() -> None:
     local = make_reference(3, {"strategy": "local"})
     values = cosines(local, *micro_batches(0, 1)[0])
     assert values[-1] == pytest.approx(1.0) and all(value < 0.99 for value in values[:-1])
+
+
+def test_tables_of_the_page_are_those_of_the_records() -> None:
+    page = (DOCS / "learning.md").read_text(encoding="utf-8")
+    assert page.count("<!-- table: ") == page.count("<!-- end -->") > 0
+    assert filled(page, {path.stem: load(path) for path in RESULTS.glob("*.jsonl")}) == page

@@ -2,6 +2,11 @@
 
 Every finished training is a line of ``results/STUDY.jsonl`` with its whole configuration; those that are there are
 not trained again.
+
+    python -m benchmarks.quality check     # minutes: does a wider reach build a longer circuit? with table and figure
+    python scripts/prepare_data.py --out data/quality --vocab-size 512 --max-bytes 14000000   # before sweep and text
+    python -m benchmarks.quality sweep     # then text, which takes its learning rates from there
+    python -m benchmarks.quality.report    # tables and figures of everything that is done
 """
 
 from __future__ import annotations
@@ -14,11 +19,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.quality.figures import draw_check
 from benchmarks.quality.plans import PLANS
 from benchmarks.quality.records import load
+from benchmarks.quality.report import hop_table, markdown
 from benchmarks.quality.run import finish
 
+ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
+CHECKED = Path("runs/learning-check")
 
 
 def main() -> None:
@@ -26,9 +35,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=sorted(PLANS))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help=f"folder of the records (default: {RESULTS.relative_to(ROOT)}, for check {CHECKED})",
+    )
     parser.add_argument("--list", action="store_true", help="show what would be trained, and stop")
     args = parser.parse_args()
+    args.results = args.results or (CHECKED if args.study == "check" else RESULTS)
     path = args.results / f"{args.study}.jsonl"
     done = {record["id"] for record in load(path)}
     missing = [run for run in PLANS[args.study](args.results) if run.id not in done]
@@ -42,6 +56,10 @@ def main() -> None:
         for record in tqdm(pool.imap_unordered(finish, missing), total=len(missing), desc=args.study, unit="run"):
             file.write(json.dumps(record) + "\n")
             file.flush()
+    if args.study == "check":
+        print(markdown(hop_table(load(path), (1, 2))))
+        draw_check(load(path), args.results / "check.png")
+        print(f"figure in {args.results / 'check.png'}")
 
 
 if __name__ == "__main__":

@@ -150,18 +150,32 @@ def stuck_table(records: Iterable[Record]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Print the tables of all records that exist, and draw the figures of docs/."""
+    """Print the tables of all records that exist, put them into docs/learning.md, and draw its figures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
-    parser.add_argument("--figures", type=Path, default=DOCS, help="folder for the figures (default: %(default)s)")
+    parser.add_argument(
+        "--docs", type=Path, default=DOCS, help="folder of learning.md and figures (default: %(default)s)"
+    )
     args = parser.parse_args()
     of = {path.stem: load(path) for path in sorted(args.results.glob("*.jsonl"))}
     for title, table in tables(of):
         print(f"{title}\n\n{markdown(table)}\n")
-    if "check" in of:
-        draw_check(of["check"], args.figures / "learning-check.png")
+    page = args.docs / "learning.md"
+    page.write_text(filled(page.read_text(encoding="utf-8"), of), encoding="utf-8")
+    if "hops" in of:
+        draw_check([r for r in of["hops"] if r["run"]["seed"] == 0], args.docs / "learning-check.png")
     if "text" in of:
-        draw_text(of["text"], args.figures / "learning-text.png")
+        draw_text(of["text"], args.docs / "learning-text.png")
+
+
+def filled(text: str, of: dict[str, list[Record]]) -> str:
+    """A page with each table between ``<!-- table: TITLE -->`` and ``<!-- end -->`` made again."""
+    for title, table in tables(of):
+        start, end = f"<!-- table: {title} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(start)
+        if found:
+            text = f"{before}{start}\n{markdown(table)}\n\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def tables(of: dict[str, list[Record]]) -> Iterator[tuple[str, list[list[str]]]]:
