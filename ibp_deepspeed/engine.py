@@ -140,6 +140,13 @@ class InterlockedPipelineEngine(PipelineEngine):
         self._report()
         return loss
 
+    @property
+    def refresh_bytes(self) -> int:
+        """Bytes of one copy of the last stage's readout that travels to the heads; 0 if none does."""
+        if self._readout is None or self._readout.rule is None:
+            return 0
+        return self._readout.refresh_bytes
+
     def latest_losses(self) -> tuple[Tensor, int] | None:
         """On rank 0: the newest complete set of all K losses [K] and its batch's number (from 1); else None."""
         return self._board.latest() if self.global_rank == 0 else None
@@ -417,6 +424,6 @@ class InterlockedPipelineEngine(PipelineEngine):
         if self.monitor.enabled:
             samples = batch * self.train_batch_size()
             events = [(f"Train/Exits/stage_{k}_loss", loss, samples) for k, loss in enumerate(losses.tolist())]
-            if self._readout is not None and self._readout.rule is not None:
-                events.append(("Train/Readout/bytes_per_refresh", self._readout.refresh_bytes, samples))
+            if self.refresh_bytes:
+                events.append(("Train/Readout/bytes_per_refresh", self.refresh_bytes, samples))
             self.monitor.write_events(events)

@@ -296,6 +296,26 @@ def save(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
     description.write(args.output / "checkpoint" / tag)
 
 
+def describe(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
+    """Say on rank 0 what is going to be trained."""
+    options, micro_batches = plan.interlocking.aux_head, engine.gradient_accumulation_steps()
+    head_parameters = plan.model.aux_head_parameters(options) if options else 0
+    lines = [
+        f"{plan.stages} stages × {plan.replicas} replicas, layers {plan.bounds}, "
+        f"{sum(plan.model.parameter_counts()):,} parameters and {head_parameters:,} a head, strategy "
+        f"{plan.interlocking.strategy} ({plan.interlocking.mode}), {micro_batches} micro-batches"
+    ]
+    if options and options.readout == "shared":
+        size = "" if args.one_process else f" ({engine.refresh_bytes:,} bytes)"
+        lines.append(
+            f"the last stage's readout{size} goes to all heads every {options.refresh_interval} batches and is used "
+            f"{options.delay(plan.stages, micro_batches)} batches later"
+        )
+    if plan.model.was_tied:
+        lines.append("the readout is not tied to the embedding: they live on different stages.")
+    print("\n".join(lines), flush=True)
+
+
 def main(phase: entry.SameOnAllRanks) -> None:
     """Check, start, train, save."""
     args = parse_arguments()
@@ -304,19 +324,7 @@ def main(phase: entry.SameOnAllRanks) -> None:
     train, held_out = loaders(engine, plan, args)
     args.output.mkdir(parents=True, exist_ok=True)
     if engine.global_rank == 0:
-        parameters = sum(plan.model.parameter_counts())
-        options = plan.interlocking.aux_head
-        head_parameters = plan.model.aux_head_parameters(options) if options else 0
-        print(
-            f"{plan.stages} stages × {plan.replicas} replicas, "
-            f"layers {plan.bounds}, "
-            f"{parameters:,} parameters and {head_parameters:,} a head, strategy "
-            f"{plan.interlocking.strategy} ({plan.interlocking.mode}), "
-            f"{engine.gradient_accumulation_steps()} micro-batches",
-            flush=True,
-        )
-        if plan.model.was_tied:
-            print("the readout is not tied to the embedding: they live on different stages.")
+        describe(engine, plan, args)
     phase.ends()
     losses = Run(engine, args, engine.train_batch_size() * args.sequence_length).train(train, held_out)
     save(engine, plan, args)

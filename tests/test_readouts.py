@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from itertools import accumulate, pairwise
 from typing import Any
 
+import pytest
 import torch
 
 from ibp_deepspeed.config import least_refresh_delay
 from ibp_deepspeed.readout import RefreshRule
 from tests.launch import launch
-from tests.test_parity import interlocking, run
+from tests.test_parity import interlocking
 from tests.toys import make_reference, micro_batches
 
 
@@ -43,7 +44,7 @@ def frozen(stages: int, micro_batches: int, width: int, **options: Any) -> dict[
 
 
 def matrix(stages: int) -> list[dict[str, Any]]:
-    """Intervals, delays, averages, widths, modes and micro-batches, each with each of its neighbours."""
+    """Intervals, delays, averages, widths, modes and numbers of micro-batches, mixed."""
     return [
         case(stages, 1, 1),
         case(stages, 2, 2, mode="window", eval=True),
@@ -64,27 +65,105 @@ def matrix(stages: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_three_stages_equal_the_reference() -> None:
-    """Parameters, copies and losses: 1e-5 relative in fp32."""
-    run(3, matrix(3), 1e-5)
+def following(interval: int, delay: int | None = None, width: int = 2, **head: Any) -> dict[str, Any]:
+    block: dict[str, Any] = case(3, 2, width, interval, delay)["interlocking"]
+    block["aux_head"].update(head)
+    return block
 
 
-def test_four_processes_equal_the_reference() -> None:
-    """Four stages, and two stages × two replicas with ZeRO 0 and 1 (where the reference's default delay is another one,
+def run(world_size: int, cases: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[Any]]]:
+    """Run cases in one set of processes: by name, what each rank says of each case."""
+    flat = [{"task": "parity", **each} for group in cases.values() for each in group]
+    reports = launch("readouts", world_size, flat, timeout=500).check().reports
+    ends = list(accumulate(map(len, cases.values()), initial=0))
+    return {name: [rows[low:high] for rows in reports] for name, (low, high) in zip(cases, pairwise(ends), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Any]]]:
+    """Three processes."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    resumed = {"average": following(2, 5, average=0.5), "newest": following(1)}
+    return run(
+        3,
+        {
+            "parity": matrix(3),
+            "late": [{"task": "late", "interlocking": block} for block in (following(2, width=1), following(1, 1))],
+            "resume": [{"task": "resume", "interlocking": b, "folder": str(folder / n)} for n, b in resumed.items()],
+            "refusals": [{"task": "refusals", "interlocking": following(2)}],
+            "average": [{"task": "average", "interlocking": following(1, 0, average=0.9)}],
+            "real": [
+                {"task": "real", "interlocking": following(2, 1, blocks=1), "tied": False},
+                {"task": "real", "interlocking": following(1, 2, width=1, blocks=1), "tied": True},
+            ],
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def four() -> dict[str, list[list[Any]]]:
+    """Four processes: four stages, and two stages × two replicas (where the reference's default delay is another one,
     because it sees the micro-batches of both)."""
-    replicas = [
-        case(2, 1, 1, interval=2, delay=3, zero=0, clip=0.05),
-        case(2, 5, 2, mode="window", delay=0, zero=1),
-        case(2, 2, 2, interval=2, average=0.5, optimizer="adamw", zero=1, clip=0.05, eval=True),
-        frozen(2, 2, 1, zero=1),
-    ]
-    run(4, [*matrix(4)[1::2], case(4, 1, 1, interval=2, average=0.5), *replicas], 1e-5)
+    return run(
+        4,
+        {
+            "parity": [*matrix(4)[1::2], case(4, 1, 1, interval=2, average=0.5)],
+            "replicas": [
+                case(2, 1, 1, interval=2, delay=3, zero=0, clip=0.05),
+                case(2, 5, 2, mode="window", delay=0, zero=1),
+                case(2, 2, 2, interval=2, average=0.5, optimizer="adamw", zero=1, clip=0.05, eval=True),
+                frozen(2, 2, 1, zero=1),
+            ],
+            "bf16": [
+                case(2, 5, 2, delay=1, zero=0, dtype="bf16"),
+                case(2, 5, 1, delay=1, zero=1, dtype="bf16"),
+                frozen(2, 5, 2, zero=1, dtype="bf16"),
+            ],
+        },
+    )
 
 
-def test_bf16() -> None:
-    """Two replicas; micro-batches, steps and tolerance are those of test_parity's bf16 test."""
-    cases = [case(2, 5, 2 - zero, delay=1, zero=zero, dtype="bf16") for zero in (0, 1)]
-    run(4, [*cases, frozen(2, 5, 2, zero=1, dtype="bf16")], 3e-2)
+def check(ranks: list[list[dict[str, float]]], tolerance: float) -> None:
+    """Gradients, parameters with copies, losses and evaluations: relative errors."""
+    for rank, rows in enumerate(ranks):
+        for number, row in enumerate(rows):
+            errors = {name: row[name] for name in ("gradient", "parameter", "loss", "eval")}
+            assert max(errors.values()) <= tolerance, f"rank {rank}, case {number}: {errors}"
+
+
+def test_equals_the_reference(three: dict[str, Any], four: dict[str, Any]) -> None:
+    """Parameters, copies and losses: 1e-5 in fp32."""
+    for ranks in (three["parity"], four["parity"], four["replicas"]):
+        check(ranks, 1e-5)
+
+
+def test_bf16(four: dict[str, Any]) -> None:
+    """Micro-batches, steps and tolerance are those of test_parity's bf16 test."""
+    check(four["bf16"], 3e-2)
+
+
+def test_numbers_do_not_depend_on_time(three: dict[str, Any]) -> None:
+    """A slow last stage and late messages."""
+    assert three["late"] == [[{"same": [True, True]}] * 2] * 3
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(three: dict[str, Any]) -> None:
+    """In a new engine, and in one that has trained on; without the pending copies it is refused."""
+    for average, newest in three["resume"]:
+        assert average["pending"] == [2, 4] and newest["pending"] == [3, 4, 5]
+        assert average["same"] == newest["same"] == [True, True]
+        assert re.search("batch 6 and later need .* when batch 2 began, but .* does not exist", average["refusal"])
+
+
+def test_an_average_is_exact_in_bf16(three: dict[str, Any]) -> None:
+    """Copies are the rounded average: rounded averages would stand still."""
+    assert all(all(same) for [same] in three["average"]), three["average"]
+
+
+def test_real_models_equal_the_reference(three: dict[str, Any]) -> None:
+    """A cut llama with a block in each head, tied or not: 1e-5."""
+    for row in [row for rows in three["real"] for row in rows]:
+        assert row["loss"] <= 1e-5 and row["parameter"] <= 1e-5, row
 
 
 REFUSALS = [
@@ -96,36 +175,10 @@ REFUSALS = [
 ]
 
 
-def following(interval: int, delay: int | None = None, width: int = 2, **head: Any) -> dict[str, Any]:
-    block: dict[str, Any] = case(3, 2, width, interval, delay)["interlocking"]
-    block["aux_head"].update(head)
-    return block
-
-
-def test_late_messages_resumed_runs_and_real_models(tmp_path: Path) -> None:
-    """Three stages each; all in one set of processes."""
-    cases: list[dict[str, Any]] = [
-        {"task": "late", "interlocking": following(2, width=1)},
-        {"task": "late", "interlocking": following(1, 1)},
-        {"task": "resume", "interlocking": following(2, 5, average=0.5), "folder": str(tmp_path / "average")},
-        {"task": "resume", "interlocking": following(1), "folder": str(tmp_path / "newest")},
-        {"task": "refusals", "interlocking": following(2)},
-        {"task": "average", "interlocking": following(1, 0, average=0.9)},
-        {"task": "real", "interlocking": following(2, 1, blocks=1), "tied": False},
-        {"task": "real", "interlocking": following(1, 2, width=1, blocks=1), "tied": True},
-    ]
-    for rows in launch("readouts", 3, cases).check().reports:
-        late, (average, newest, refusals, rounded), real = rows[:2], rows[2:6], rows[6:]
-        assert [row["same"] for row in late] == [[True, True]] * 2, "numbers don't depend on time"
-        assert average["pending"] == [2, 4] and newest["pending"] == [3, 4, 5]
-        assert average["same"] == newest["same"] == [True, True], "resumed runs equal the uninterrupted one bitwise"
-        assert re.search(
-            "batch 6 and later need the readout .* batch 2 began, but .* does not exist", average["refusal"]
-        )
-        for text, sentence in zip(refusals, REFUSALS, strict=True):
+def test_what_cannot_follow_is_refused_on_all_ranks(three: dict[str, Any]) -> None:
+    for [texts] in three["refusals"]:
+        for text, sentence in zip(texts, REFUSALS, strict=True):
             assert re.search(sentence, text), text
-        assert all(rounded), f"bf16 does not round an average's small steps away: {rounded}"
-        assert all(row["loss"] <= 1e-5 and row["parameter"] <= 1e-5 for row in real), real
 
 
 def test_the_rule() -> None:

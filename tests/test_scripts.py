@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("config")
     settings = json.loads((ROOT / "ds_configs" / "pairwise_cpu.json").read_text())
     settings.update(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2, steps_per_print=2)
+    settings["interlocking"]["aux_head"] = {"readout": "shared", "blocks": 1, "refresh_interval": 2}
     settings["tensorboard"]["output_path"] = str(folder / "tensorboard")
     (folder / "pairwise.json").write_text(json.dumps(settings))
     return folder / "pairwise.json"
@@ -78,6 +80,7 @@ def trained(data: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 stages × 2 replicas" in done.stdout and "unigram entropy" in done.stdout
+    assert re.search(r"readout \([\d,]+ bytes\) goes to all heads every 2 batches and is used 2 batches", done.stdout)
     return out
 
 
@@ -91,6 +94,7 @@ def test_training_leaves_history_scalars_and_a_checkpoint(trained: Path, config:
     events.Reload()
     scalars = set(events.Tags()["scalars"])
     wanted = {f"{kind}/Exits/stage_{k}_loss" for kind in ("Train", "Eval") for k in range(2)}
+    wanted.add("Train/Readout/bytes_per_refresh")
     assert wanted <= scalars, scalars
     assert (trained / "checkpoint" / "latest").read_text() == "global_step8"
 

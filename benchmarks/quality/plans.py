@@ -94,7 +94,7 @@ HEADLINES = [
     "pairwise window, private",
     "pairwise window, shared",
 ]
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (4e-3, 2e-3, 8e-3)
 STEPS_OF_SWEEP, STEPS_OF_TEXT = 500, 1500
 
 

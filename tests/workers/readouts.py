@@ -1,4 +1,4 @@
-"""Three stages whose heads follow the last one: late messages, a stop and a new start, a real model."""
+"""Stages whose heads follow the last one: as the reference, late messages, a stop and a new start, a real model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from models.pipeline import pipeline_module
 from tests.launch import report
 from tests.test_models import SEQUENCE, shifted, tiny
 from tests.toys import FollowingHead, Head, Layer, loss_fn, make_module, micro_batches
-from tests.workers.parity import OPTIMIZERS, compare, stage_parameters
+from tests.workers.parity import OPTIMIZERS, compare, run_case, stage_parameters
 
 STAGES, COUNT = 3, 2
 
@@ -190,6 +190,7 @@ if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
     deepspeed.utils.logger.setLevel("ERROR")
     tasks: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "parity": run_case,
         "late": late,
         "resume": resume,
         "refusals": refusals,
