@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ibp_deepspeed import ConfigError, InterlockingConfig, Strategy
+from ibp_deepspeed.config import AuxHeadConfig
 from ibp_deepspeed.distributed import check_compiler
 from ibp_deepspeed.initialization import check_deepspeed_settings, load_config
 
@@ -46,6 +47,15 @@ from ibp_deepspeed.initialization import check_deepspeed_settings, load_config
         (
             {"mode": "window", "window_weights": [1, 1], "schedule": [{"from_step": 1, "width": 3}]},
             "window_weights are for one width",
+        ),
+        ({"aux_head": {"average": 0.5}}, 'average is for readout "shared", the readout is "private"'),
+        ({"aux_head": {"readout": "frozen", "refresh_interval": 2}}, 'refresh_interval is for readout "shared"'),
+        ({"aux_head": {"readout": "shared", "average": 1.0}}, '"interlocking.aux_head.average".*less than 1, got 1'),
+        ({"aux_head": {"readout": "own"}}, "'private', 'shared' or 'frozen', got 'own'"),
+        ({"aux_head": {"blocks": -1}}, '"interlocking.aux_head.blocks".*got -1'),
+        (
+            {"mode": "window", "window_weights": [1, 1], "aux_head": {"borrow": 1}},
+            "window_weights don't go together with aux_head.borrow",
         ),
         ("local", "must be an object"),
     ],
@@ -110,3 +120,12 @@ def test_an_optimizer_that_needs_a_compiler_names_the_way_out(monkeypatch: pytes
         check_compiler({"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}})
     check_compiler({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}})
     check_compiler({"optimizer": {"type": "SGD"}})
+
+
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "options", "delay"),
+    [(4, 1, {}, 10), (32, 1, {}, 33), (4, 2, {"refresh_interval": 1}, 3), (4, 2, {"refresh_delay": 0}, 0)],
+)
+def test_default_delay_of_a_readout(stages: int, micro_batches: int, options: dict[str, int], delay: int) -> None:
+    """max(R, ⌈K/M⌉ + 1)."""
+    assert AuxHeadConfig(readout="shared", **options).delay(stages, micro_batches) == delay  # type: ignore[arg-type]

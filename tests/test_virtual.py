@@ -68,3 +68,20 @@ def test_wrong_settings_are_refused() -> None:
         make(train_batch_size=7)
     with pytest.raises(ValueError, match="ended after 0 of 1"):
         make().train_batch(iter([]))
+
+
+def test_many_stages_train_on_one_device(tmp_path: Path) -> None:
+    parts = make_reference(32, {"strategy": "local"})
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "interlocking": {"strategy": "nwise", "width": 4, "mode": "window"},
+    }
+    run = VirtualPipeline(cast(list[nn.Sequential], parts.stages), parts.aux_heads, loss_fn, config)
+    batch = micro_batches(0, 1)
+    first = run.train_batch(iter(batch))
+    for _ in range(10):
+        last = run.train_batch(iter(batch))
+    assert first.shape == (32,) and last.mean() < first.mean()
+    run.save_checkpoint(tmp_path)
+    assert len(list((tmp_path / "global_step11").glob("mp_rank_*"))) == 32

@@ -94,32 +94,46 @@ HEADLINES = [
     "pairwise window, private",
     "pairwise window, shared",
 ]
-RATES = (4e-3, 2e-3, 8e-3)
-STEPS_OF_SWEEP, STEPS_OF_TEXT = 500, 1500
+RATES = (8e-3, 4e-3, 16e-3)
+STEPS_OF_SWEEP, STEPS_OF_TEXT = 750, 3000
 
 
 def sweep(results: Path) -> Iterator[Run]:
-    """Short trainings at three learning rates, for every row and every depth."""
+    """Short trainings at three learning rates: every row on one layer a stage, the headlines on two, the controls."""
     for rate in RATES:
         for row, interlocking in TEXT_ROWS.items():
             yield text(row, interlocking, rate=rate, steps=STEPS_OF_SWEEP, study="sweep")
-        for layers in (2, 4, 6):
+        for layers in (1, 2, 3):
             yield shallow(layers, rate=rate, steps=STEPS_OF_SWEEP, study="sweep")
+    for rate, row in product(RATES, HEADLINES):
+        yield text(row, TEXT_ROWS[row], rate=rate, layers=8, steps=STEPS_OF_SWEEP, study="sweep")
 
 
 def texts(results: Path) -> Iterator[Run]:
-    """Every row at its best rate; more seeds for the headlines; other numbers of stages for the best and the worst."""
+    """One layer a stage, K = 4: every row at its best rate, the controls, more seeds for the headlines."""
     rates = best_rates(load(results / "sweep.jsonl"))
     for row, interlocking in TEXT_ROWS.items():
-        yield text(row, interlocking, rate=rates[row, 8])
-    for layers in (2, 4, 6):
+        yield text(row, interlocking, rate=rates[row, 4])
+    for layers in (1, 2, 3):
         yield shallow(layers, rate=rates["global", layers])
     for share in (0.5, 0.6, 0.75):  # what global reaches in a part of the time, with a schedule of that length
-        yield text("global", TEXT_ROWS["global"], rate=rates["global", 8], steps=round(share * STEPS_OF_TEXT))
+        yield text("global", TEXT_ROWS["global"], rate=rates["global", 4], steps=round(share * STEPS_OF_TEXT))
     for seed, row in product(SEEDS[1:], HEADLINES):
-        yield text(row, TEXT_ROWS[row], rate=rates[row, 8], seed=seed)
+        yield text(row, TEXT_ROWS[row], rate=rates[row, 4], seed=seed)
+
+
+def deep(results: Path) -> Iterator[Run]:
+    """Eight layers: the headlines at K = 4, the controls, the best and the worst at K = 8 and 2."""
+    rates = best_rates(load(results / "sweep.jsonl"))
+    for row in HEADLINES:
+        yield text(row, TEXT_ROWS[row], rate=rates[row, 8], layers=8, study="deep")
+    for layers in (2, 4):
+        yield shallow(layers, rate=rates["global", min(layers, 3)], study="deep")
     for stages, row in product((8, 2), ("pairwise window, shared", "local, private", "local, shared")):
-        yield text(row, TEXT_ROWS[row], rate=rates[row, 8], stages=stages)
+        yield text(row, TEXT_ROWS[row], rate=rates[row, 8], layers=8, stages=stages, study="deep")
+    for share in (0.4, 0.6, 0.8):
+        steps = round(share * STEPS_OF_TEXT)
+        yield text("global", TEXT_ROWS["global"], rate=rates["global", 8], layers=8, steps=steps, study="deep")
 
 
 def borrow(results: Path) -> Iterator[Run]:
@@ -138,7 +152,7 @@ def borrow(results: Path) -> Iterator[Run]:
         run = hop(row, interlocking, 3, seed=0, stages=2, study="borrow")
         yield replace(run, layers=6)
     for row, interlocking in rows.items():
-        yield text(row, interlocking, rate=4e-3, stages=3, layers=9, steps=STEPS_OF_SWEEP, study="borrow")
+        yield text(row, interlocking, rate=8e-3, stages=3, layers=9, steps=STEPS_OF_SWEEP, study="borrow")
 
 
 def best_rates(records: list[Record]) -> dict[tuple[str, int], float]:
@@ -152,17 +166,17 @@ def best_rates(records: list[Record]) -> dict[tuple[str, int], float]:
 
 def shallow(layers: int, **values: Any) -> Run:
     """Global on the first layers only: a control, whose loss says what depth is worth."""
-    return text("global", backpropagation(), layers=layers, stages=2, **values)
+    return text("global", backpropagation(), layers=layers, stages=1, **values)
 
 
 def text(row: str, interlocking: dict[str, Any], *, rate: float, study: str = "text", **values: Any) -> Run:
     """A training on text: 1024 tokens a batch."""
     defaults: dict[str, Any] = {
         "stages": 4,
-        "layers": 8,
+        "layers": 4,
         "steps": STEPS_OF_TEXT,
         "seed": 0,
-        "width": 64,
+        "width": 32,
         "batch": 8,
         "micro_batches": 2 if "mixed" in interlocking else 1,
         "cosine": True,
@@ -181,14 +195,14 @@ def stuck(results: Path) -> Iterator[Run]:
             "furthest": block(2, "furthest", readout),
             "furthest, 1 block": block(2, "furthest", readout, aux_head={"blocks": 1}),
         }.items():
-            yield text(f"{row}, {readout}", interlocking, rate=4e-3, steps=500, cosines=True, study="stuck")
+            yield text(f"{row}, {readout}", interlocking, rate=8e-3, steps=STEPS_OF_SWEEP, cosines=True, study="stuck")
     changes: dict[str, dict[str, Any]] = {
-        "a quarter of the rate": {"rate": 1e-3},
+        "a quarter of the rate": {"rate": 2e-3},
         "no weight decay": {"options": {"weight_decay": 0.0}},
-        "three times the steps": {"steps": 1500},
+        "three times the steps": {"steps": 3 * STEPS_OF_SWEEP},
     }
     for name, change in changes.items():
-        values: dict[str, Any] = {"rate": 4e-3, "steps": 500, "cosines": True, "study": "stuck"} | change
+        values: dict[str, Any] = {"rate": 8e-3, "steps": STEPS_OF_SWEEP, "cosines": True, "study": "stuck"} | change
         yield text(f"furthest, private, {name}", block(2, "furthest"), **values)
 
 
@@ -197,6 +211,7 @@ PLANS: dict[str, Callable[[Path], Iterator[Run]]] = {
     "hops": hops,
     "sweep": sweep,
     "text": texts,
+    "deep": deep,
     "stuck": stuck,
     "borrow": borrow,
 }

@@ -184,14 +184,15 @@ def tables(of: dict[str, list[Record]]) -> Iterator[tuple[str, list[list[str]]]]
         records = [r for r in of.get(study, []) if "hops" in r["run"]["task"]]
         if records:
             yield title, hop_table(records, sorted({r["run"]["task"]["hops"] for r in records}))
-    texts = of.get("text", [])
-    for stages in (4, 8, 2):
-        if any(r["run"]["stages"] == stages and r["run"]["row"] != "global" for r in texts):
-            yield f"text, K = {stages}", text_table(texts, stages)
-    if texts:
-        yield "controls", depth_table(texts)
+    for study, layers in (("text", 4), ("deep", 8)):
+        texts = of.get(study, [])
+        for stages in (4, 8, 2):
+            if any(r["run"]["stages"] == stages and r["run"]["row"] != "global" for r in texts):
+                yield f"text, {layers} layers, K = {stages}", text_table(texts, stages)
+        if texts:
+            yield f"controls, {layers} layers", depth_table(texts)
     borrowed = [r for r in of.get("borrow", []) if "folder" in r["run"]["task"]]
-    if borrowed:
+    if any(r["run"]["row"] == "global" for r in borrowed):
         yield "text, 3 stages of 3 layers", text_table(borrowed, 3)
     if of.get("stuck"):
         yield "agreement of gradients", stuck_table(of["stuck"])
