@@ -27,17 +27,21 @@ def backpropagation() -> dict[str, Any]:
     return {"strategy": "global", "mode": "furthest", "aux_head": {}}
 
 
-HOP_ROWS: dict[str, dict[str, Any]] = {
-    "global": backpropagation(),
-    "local, private": block(1),
-    "local, shared": block(1, readout="shared"),
-    "local, shared, 1 block": block(1, readout="shared", aux_head={"blocks": 1}),
-    **{
-        f"{n}-wise {mode}, {readout}": block(n, mode, readout)
-        for n, mode, readout in product((2, 3, 4), ("window", "furthest"), ("shared", "private"))
-        if not (n == 4 and mode == "furthest")
-    },
-}
+def hop_rows(stages: int) -> dict[str, dict[str, Any]]:
+    """Every width, mode and readout at K stages, and heads with a block."""
+    rows = {
+        "global": backpropagation(),
+        "local, private": block(1),
+        "local, shared": block(1, readout="shared"),
+        "local, shared, 1 block": block(1, readout="shared", aux_head={"blocks": 1}),
+    }
+    for n, mode, readout in product(range(2, stages + 1), ("window", "furthest"), ("shared", "private")):
+        if not (n == stages and mode == "furthest"):  # that is global
+            rows[f"{n}-wise {mode}, {readout}"] = block(n, mode, readout)
+    return rows
+
+
+HOP_ROWS = hop_rows(4)
 STEPS = {1: 1500, 2: 2500, 3: 3000, 4: 3000}
 
 
@@ -66,10 +70,13 @@ def check(results: Path) -> Iterator[Run]:
 
 
 def hops(results: Path) -> Iterator[Run]:
-    """p = 1 and 2 at K = 4 for all rows and seeds."""
-    for seed, p in product(SEEDS, (1, 2)):
-        for row, interlocking in HOP_ROWS.items():
-            yield hop(row, interlocking, p, seed)
+    """All of p = 1 … 4, K = 4 and 8; first what says most: p = 1 and 2 at K = 4, then each p and K with one seed."""
+    parts = [(4, (1, 2), SEEDS), (4, (3,), SEEDS[:1]), (8, (1, 2, 3), SEEDS[:1]), (4, (4,), SEEDS[:1])]
+    parts += [(4, (3, 4), SEEDS[1:]), (8, (1, 2, 3), SEEDS[1:]), (8, (4,), SEEDS)]
+    for stages, ps, seeds in parts:
+        for seed, p in product(seeds, ps):
+            for row, interlocking in hop_rows(stages).items():
+                yield hop(row, interlocking, p, seed, stages)
 
 
 TEXT_ROWS: dict[str, dict[str, Any]] = {
@@ -137,7 +144,7 @@ def deep(results: Path) -> Iterator[Run]:
 
 
 def borrow(results: Path) -> Iterator[Run]:
-    """Borrowed depth against private blocks and pairwise, stages of three layers: three hops, then text."""
+    """Borrowed depth against private blocks and pairwise, stages of three layers: text, then three hops."""
     rows = {
         "local, shared": block(1, readout="shared"),
         "local, shared, 1 block": block(1, readout="shared", aux_head={"blocks": 1}),
@@ -149,10 +156,10 @@ def borrow(results: Path) -> Iterator[Run]:
         "global": backpropagation(),
     }
     for row, interlocking in rows.items():
+        yield text(row, interlocking, rate=8e-3, stages=3, layers=9, steps=STEPS_OF_SWEEP, study="borrow")
+    for row, interlocking in rows.items():
         run = hop(row, interlocking, 3, seed=0, stages=2, study="borrow")
         yield replace(run, layers=6)
-    for row, interlocking in rows.items():
-        yield text(row, interlocking, rate=8e-3, stages=3, layers=9, steps=STEPS_OF_SWEEP, study="borrow")
 
 
 def best_rates(records: list[Record]) -> dict[tuple[str, int], float]:
