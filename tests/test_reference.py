@@ -134,6 +134,20 @@ class Follower(Scale):
         return self.own * super().forward(hidden)
 
 
+def followed(options: dict[str, Any], values: list[float]) -> list[float]:
+    """The head's copy in each batch, if the last readout has these values as the batches begin."""
+    last, head = Follower(values[0]).requires_grad_(True), Follower(99.0)
+    config = {"strategy": "local", "aux_head": options}
+    reference = InterlockedReference([Scale(1.0), last], [head], linear_loss, config)
+    one = torch.ones(1, dtype=torch.float64)
+    seen = []
+    for value in values:
+        with torch.no_grad():
+            last.weight.fill_(value)
+        seen.append(reference.accumulate([(one, one)])[0].item())
+    return seen
+
+
 @pytest.mark.parametrize(("options", "used"), [
     ({"readout": "frozen"}, [0, 0, 0, 0, 0, 0, 0, 0]),
     ({"readout": "shared", "refresh_interval": 2, "refresh_delay": 3}, [0, 0, 0, 0, 0, 2, 2, 4]),
@@ -141,31 +155,11 @@ class Follower(Scale):
     ({"readout": "shared", "refresh_interval": 3, "refresh_delay": 1}, [0, 0, 0, 0, 3, 3, 3, 6]),
 ])  # fmt: skip
 def test_heads_use_the_readout_of_the_batch_that_the_rule_names(options: dict[str, Any], used: list[int]) -> None:
-    """The last readout is set to 10 + t before batch t; the losses tell which one the head has."""
-    last, head = Follower(10.0).requires_grad_(True), Follower(99.0)
-    reference = InterlockedReference(
-        [Scale(1.0), last], [head], linear_loss, {"strategy": "local", "aux_head": options}
-    )
-    one = torch.ones(1, dtype=torch.float64)
-    seen = []
-    for batch in range(8):
-        with torch.no_grad():
-            last.weight.fill_(10.0 + batch)
-        seen.append(reference.accumulate([(one, one)])[0].item() - 10)
-    assert seen == used
+    """The last readout is t as batch t begins; the losses tell which one the head has."""
+    assert followed(options, [float(t) for t in range(8)]) == used
 
 
 def test_average_of_readouts() -> None:
     """copy ← β·copy + (1-β)·newest, from the initial one on."""
-    last, head = Follower(0.0).requires_grad_(True), Follower(99.0)
     options = {"readout": "shared", "refresh_interval": 1, "refresh_delay": 0, "average": 0.75}
-    reference = InterlockedReference(
-        [Scale(1.0), last], [head], linear_loss, {"strategy": "local", "aux_head": options}
-    )
-    one = torch.ones(1, dtype=torch.float64)
-    seen = []
-    for batch in range(3):
-        with torch.no_grad():
-            last.weight.fill_(16.0 * batch)
-        seen.append(reference.accumulate([(one, one)])[0].item())
-    assert seen == [0, 4, 11]
+    assert followed(options, [0.0, 16.0, 32.0]) == [0, 4, 11]
