@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ibp_deepspeed.config import ConfigError
 from ibp_deepspeed.initialization import check_deepspeed_settings, resolve_interlocking
 from ibp_deepspeed.module import aux_head_path, shared_readout_path
+from ibp_deepspeed.readout import ReadoutSource
 from ibp_deepspeed.reference import InterlockedReference
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -129,7 +130,7 @@ class VirtualPipeline:
             torch.save({key: value.cpu() for key, value in module.state_dict().items()}, folder / name)
         for k in range(self.stages):
             torch.save(self._stage_state(k), folder / f"mp_rank_{k:02d}_model_states.pt")
-        source = self.reference.source
+        source = self._refreshed_source()
         if source is not None:
             torch.save({"taken": self.reference.taken, "average": source.average}, shared_readout_path(str(folder)))
         (Path(save_dir) / "latest").write_text(folder.name, encoding="utf-8")
@@ -148,9 +149,15 @@ class VirtualPipeline:
             if scheduler is not None:
                 scheduler.load_state_dict(state["lr_scheduler"])
             self.reference.batch = state["global_steps"]
-        if self.reference.source is not None:
+        source = self._refreshed_source()
+        if source is not None:
             state = torch.load(shared_readout_path(str(folder)), map_location=self.device, weights_only=True)
-            self.reference.taken, self.reference.source.average = state["taken"], state["average"]
+            self.reference.taken, source.average = state["taken"], state["average"]
+
+    def _refreshed_source(self) -> ReadoutSource | None:
+        """What makes copies of the last readout; None if none is ever made again (private, frozen)."""
+        options = self.reference.config.aux_head
+        return self.reference.source if options is not None and options.readout == "shared" else None
 
     def _report(self) -> None:
         interval = self.config.get("steps_per_print", 10)

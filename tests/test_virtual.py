@@ -42,8 +42,8 @@ def test_bf16_keeps_full_precision_masters(tmp_path: Path) -> None:
         assert all(error <= 3e-2 for error in rows[0].values()), rows
 
 
-def make(**changes: Any) -> VirtualPipeline:
-    parts = make_reference(2, {"strategy": "local"})
+def make(follow: bool = False, **changes: Any) -> VirtualPipeline:
+    parts = make_reference(2, {"strategy": "local"}, follow=follow)
     config = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
     stages = cast(list[nn.Sequential], parts.stages)
     return VirtualPipeline(stages, parts.aux_heads, loss_fn, config | changes)
@@ -56,6 +56,18 @@ def test_resumed_bf16_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     runs[0].save_checkpoint(tmp_path)
     runs[1].load_checkpoint(tmp_path)
     losses = [[run.train_batch(iter(micro_batches(step, 1))).tolist() for step in (3, 4, 5)] for run in runs]
+    assert losses[0] == losses[1]
+
+
+def test_frozen_readouts_need_no_file_of_copies(tmp_path: Path) -> None:
+    """The engine writes none for them, so that none may be asked for."""
+    interlocking = {"strategy": "local", "aux_head": {"readout": "frozen"}}
+    runs = [make(follow=True, interlocking=interlocking) for _ in range(2)]
+    runs[0].train_batch(iter(micro_batches(0, 1)))
+    runs[0].save_checkpoint(tmp_path)
+    assert not list(tmp_path.rglob("shared_readout*"))
+    runs[1].load_checkpoint(tmp_path)
+    losses = [run.train_batch(iter(micro_batches(1, 1))).tolist() for run in runs]
     assert losses[0] == losses[1]
 
 
