@@ -89,7 +89,8 @@ class CausalLMLoss:
         if isinstance(outputs, LazyLogits):
             chunk_tokens = _default_chunk(outputs) if self.chunk_tokens is None else self.chunk_tokens
             return chunked_cross_entropy(outputs, labels, chunk_tokens=chunk_tokens)
-        total = _summed_loss(outputs.flatten(0, -2), labels.flatten(), -100)
+        logits = outputs.flatten(0, -2)
+        total = F.cross_entropy(logits.to(_loss_dtype(logits.dtype)), labels.flatten(), reduction="sum")
         return total / _count(labels, -100)
 
 
@@ -111,12 +112,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for rows in _chunks(hidden.shape[0], chunk_tokens):
             chunk = hidden[rows].detach().requires_grad_(gradients.hidden is not None)
             with torch.set_grad_enabled(gradients.needed):
-                loss = _summed_loss(readout(chunk), labels[rows], ignore_index) / count
-            gradients.add(loss, rows, chunk)
-            total = total + loss.detach()
+                logits = readout(chunk)
+            log_probabilities = F.log_softmax(logits.detach(), -1, dtype=total.dtype)
+            losses, counted = _token_losses(log_probabilities, labels[rows], ignore_index)
+            total = total + losses.sum()
+            if logits.requires_grad:
+                cotangent = _cotangent(log_probabilities, labels[rows], counted.to(total.dtype) / count)
+                gradients.add(logits, cotangent.to(logits.dtype), rows, chunk)
         ctx.gradients_needed = gradients.mask
         ctx.save_for_backward(*gradients.finish())
-        return total
+        return total / count
 
     @staticmethod
     @once_differentiable
@@ -137,12 +142,10 @@ class _Gradients:
         # many small bf16 addends into one bf16 sum would be lost to rounding
         self.sums = [torch.zeros_like(p, dtype=_loss_dtype(p.dtype)) for p in self.parameters]
 
-    def add(self, loss: Tensor, rows: slice, chunk: Tensor) -> None:
-        """Differentiate one chunk's loss, which frees its logits; a loss that depends on nothing adds nothing."""
-        if not self.needed or not loss.requires_grad:
-            return
+    def add(self, logits: Tensor, cotangent: Tensor, rows: slice, chunk: Tensor) -> None:
+        """Carry one chunk's dL/dlogits [t, V] back, which frees the graph."""
         inputs = self.parameters if self.hidden is None else [chunk, *self.parameters]
-        grads = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+        grads = list(torch.autograd.grad(logits, inputs, cotangent, allow_unused=True))
         if self.hidden is not None:
             grad = grads.pop(0)
             if grad is not None:
@@ -165,9 +168,23 @@ def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _summed_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    logits = logits.to(_loss_dtype(logits.dtype))
-    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+def _token_losses(log_probabilities: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Loss of each row [t], 0 where its label does not count, and which count."""
+    counted = labels != ignore_index
+    losses = -log_probabilities.gather(1, labels.masked_fill(~counted, 0).unsqueeze(1)).squeeze(1)
+    return losses.masked_fill(~counted, 0.0), counted
+
+
+def _cotangent(log_probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """weight · (probabilities - one-hot label) of each row, in the place of the log probabilities [t, V].
+
+    Written out because autograd's way through log-softmax and the choice of the label's entry fills and reads two
+    more tensors of this size, and a head is mostly this.
+    """
+    probabilities = log_probabilities.exp_()
+    target = labels.masked_fill(weights == 0, 0).unsqueeze(1)
+    probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
+    return probabilities.mul_(weights.unsqueeze(1))
 
 
 def _count(labels: Tensor, ignore_index: int) -> Tensor:

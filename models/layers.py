@@ -68,7 +68,7 @@ class Readout(nn.Module):
         return _lazy(hidden, self._read, self.readout)
 
     def _read(self, rows: Tensor) -> Tensor:
-        return self.readout(inputs_embeds=rows[None], use_cache=False).logits[0]
+        return self.readout(inputs_embeds=rows[None], use_cache=False).logits.squeeze(0)
 
 
 class HeadLayer(Readout):

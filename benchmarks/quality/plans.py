@@ -101,7 +101,7 @@ HEADLINES = [
     "pairwise window, private",
     "pairwise window, shared",
 ]
-RATES = (8e-3, 4e-3, 16e-3)
+RATES = (8e-3, 16e-3, 4e-3)
 STEPS_OF_SWEEP, STEPS_OF_TEXT = 750, 3000
 
 
