@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ibp_deepspeed.course import BatchStrategy, Course
 from ibp_deepspeed.schedule import (
     AuxLoss,
+    BorrowedProduct,
     ForwardPass,
     InputProduct,
     InterlockedBackward,
@@ -78,7 +79,9 @@ class _StageCheck:
         self.live: set[int] = set()
         self.buffers: dict[int, int] = {}
         self.cotangents: set[tuple[int, int]] = set()  # (micro-batch, loss): dL/dh_k is known
+        self.borrowed: set[tuple[int, int]] = set()  # (micro-batch, loss): dL/d(borrowed layers' output) is known
         self.input_gradients: set[tuple[int, int]] = set()  # (micro-batch, loss): dL/dh_{k-1} is known
+        self.lost: list[tuple[int, int]] = []  # (micro-batch, loss): computed by a head
         self.sent: list[tuple[int, int]] = []
         self.updated: list[int] = []
         self.reduced = self.stepped = 0
@@ -91,12 +94,11 @@ class _StageCheck:
             self._require(self.stepped == 0, "after the optimizer step")
             getattr(self, f"_{type(instruction).__name__}")(instruction)
         self._require(self.stepped == 1, f"the optimizer steps {self.stepped} times")
-        expected = sorted(
-            (m, loss)
-            for loss in range(self.stage, self.batch.stages)
-            for m, strategy in enumerate(self.batch.micro_batches)
-            if strategy.crosses(loss, self.stage)
-        )
+        last = self.batch.stages - 1
+        strategies = list(enumerate(self.batch.micro_batches))
+        losses = sorted((m, loss) for m, s in strategies for loss in s.losses_at(self.stage) if loss < last)
+        self._require(sorted(self.lost) == losses, f"computes the heads' losses {sorted(self.lost)}, not {losses}")
+        expected = sorted((m, loss) for m, s in strategies for loss in range(last + 1) if s.crosses(loss, self.stage))
         self._require(sorted(self.sent) == expected, f"sends gradients {sorted(self.sent)}, not {expected}")
 
     def _require(self, holds: bool, message: str) -> None:
@@ -126,7 +128,9 @@ class _StageCheck:
 
     def _AuxLoss(self, instruction: AuxLoss) -> None:
         self._require_live(instruction)
-        self.cotangents.add((instruction.micro_batch, self.stage))
+        key = (instruction.micro_batch, instruction.loss)
+        self.lost.append(key)
+        (self.borrowed if instruction.loss < self.stage else self.cotangents).add(key)
 
     def _RelayGrad(self, instruction: RelayGrad) -> None:
         self._require_live(instruction)
@@ -141,6 +145,12 @@ class _StageCheck:
         self._require(key in self.cotangents, "product of a gradient that is not here")
         self.input_gradients.add(key)
 
+    def _BorrowedProduct(self, instruction: BorrowedProduct) -> None:
+        self._require_live(instruction)
+        key = (instruction.micro_batch, instruction.loss)
+        self._require(key in self.borrowed, "product through borrowed layers of a loss that is not here")
+        self.input_gradients.add(key)
+
     def _SendGrad(self, instruction: SendGrad) -> None:
         key = (instruction.micro_batch, instruction.loss)
         self._require(key in self.input_gradients, "sends a gradient that was not computed")
@@ -153,6 +163,8 @@ class _StageCheck:
         self._require(m not in self.updated, "a second update gradient for a micro-batch")
         for loss in strategy.weights(self.stage):
             self._require((m, loss) in self.cotangents, f"update without the gradient of loss {loss}")
+        if strategy.borrowed_share(self.stage):
+            self._require((m, self.stage - 1) in self.borrowed, "update without the loss that borrows layers")
         if strategy.update_gives_input_gradient(self.stage):
             self.input_gradients.add((m, strategy.reach(self.stage)))
         self.updated.append(m)

@@ -29,7 +29,8 @@ class AuxHeadConfig(BaseModel):
     blocks: int = Field(default=0, ge=0)
     """Decoder blocks of the model's own kind, in the head alone, before its norm and readout."""
     borrow: int = Field(default=0, ge=0)
-    """Layers of the next stage that the head stands behind. InterlockedReference only."""
+    """q: the head of stage k stands behind the first q layers of stage k+1, and is computed there: their forward pass
+    is needed anyway, and serves as the head's blocks. Every stage but the first needs more than q layers."""
     refresh_interval: int = Field(default=10, ge=1)
     """R: the last stage's readout is copied as it stands when batch r·R begins, r = 1, 2, …"""
     refresh_delay: int | None = Field(default=None, ge=0)

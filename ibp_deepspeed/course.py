@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ibp_deepspeed.config import ConfigError, InterlockingConfig, Mode
-from ibp_deepspeed.strategy import Strategy
+from ibp_deepspeed.strategy import Strategy, borrows
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class BatchStrategy:
     """The strategies of one batch.
 
     Attributes:
-        micro_batches: one strategy a micro-batch; stages, hop_slack and aux_heads are the same in all.
+        micro_batches: one strategy a micro-batch; they differ in width, mode and weights only.
     """
 
     micro_batches: tuple[Strategy, ...]
@@ -23,7 +23,7 @@ class BatchStrategy:
     def __post_init__(self) -> None:
         if not self.micro_batches:
             raise ValueError("a batch needs at least one micro-batch")
-        if len({(s.stages, s.hop_slack, s.aux_heads) for s in self.micro_batches}) > 1:
+        if len({(s.stages, s.hop_slack, s.aux_heads, s.borrow) for s in self.micro_batches}) > 1:
             raise ValueError(f"the micro-batches of a batch differ in more than width, mode and weights: {self}")
 
     @classmethod
@@ -137,7 +137,8 @@ class Course:
     def _strategy(self, width: int, mode: Mode | None) -> Strategy:
         config = self._config
         width = min(width, self._stages)
-        return Strategy(self._stages, width, mode or config.mode, config.hop_slack, None, self._aux_heads)
+        mode = mode or config.mode
+        return Strategy(self._stages, width, mode, config.hop_slack, None, self._aux_heads, borrows(config))
 
     def _check_mixed(self, strategy: Strategy) -> None:
         mixed = self._config.mixed

@@ -56,12 +56,13 @@ class InterlockedPipelineEngine(PipelineEngine):
         self._recompute = self.module.activation_checkpoint_interval > 0
         self.module.activation_checkpoint_interval = 0
         self._trunk_parameters = self.module.trunk_parameters()
+        self._borrows = self.module.borrow > 0 and self.stage_id > 0  # a head stands behind layers of this stage
         self._set_schedule()
         self.boundaries = Boundaries(self.grid, self.device, self._channel_depth)
         self._readout = StageReadout.from_config(interlocking, self.module, self.grid, self.micro_batches)
         self._board = self._make_board()
         self._ledger = SampleLedger(self.stage_id)
-        self._loss_sum: Tensor | None = None
+        self._loss_sums: dict[int, Tensor] = {}
         self._failed = False
         atexit.register(self._flush_at_exit)
 
@@ -112,7 +113,8 @@ class InterlockedPipelineEngine(PipelineEngine):
 
         Returns:
             this stage's loss: the mean over its micro-batches and data-parallel ranks, detached (NaN for a stage
-            without a head). No other stage is waited for to compute it.
+            without a head). No other stage is waited for to compute it. With borrowed layers the loss of the stage
+            before is computed here, and returned, but for the last stage.
 
         Raises:
             BatchError: no data, or another stage sees other samples.
@@ -123,22 +125,22 @@ class InterlockedPipelineEngine(PipelineEngine):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self.module.train()
-        self._loss_sum = None
+        self._loss_sums = {}
         self.strategies = self.course.at(self.global_steps)
         try:
             if self._readout is not None:
                 self._readout.begin_batch(self.global_steps)
             self._exec_schedule(self._train_schedule())
-            loss = self._mean_loss(self._loss_sum, self.micro_batches)
+            losses = self._mean_losses(self.micro_batches)
             if not self.interlocking.streaming:
                 dist.barrier()
         except BaseException:
             self._failed = True
             raise
         if self.grid.get_data_parallel_rank() == 0:
-            self._board.publish(self.stage_id, self.global_steps, loss)
+            self._board.publish(self.global_steps, losses)
         self._report()
-        return loss
+        return losses[self.module.losses[-1]] if losses else torch.full((), torch.nan, device=self.device)
 
     @property
     def refresh_bytes(self) -> int:
@@ -169,13 +171,13 @@ class InterlockedPipelineEngine(PipelineEngine):
         self.module.eval()
         count = num_micro_batches or self.micro_batches
         link = self.boundaries.evaluation_link()
-        total: Tensor | None = None
+        self._loss_sums = {}
         try:
             for m in range(count):
-                loss = self._eval_micro_batch(m, link)
-                total = loss if total is None or loss is None else total + loss
+                self._eval_micro_batch(m, link)
             losses = torch.zeros(self.num_stages, dtype=torch.float64, device=self.device)
-            losses[self.stage_id] = self._mean_loss(total, count)
+            for index, loss in self._mean_losses(count).items():
+                losses[index] = loss
             dist.all_reduce(losses, group=self.grid.get_pipe_parallel_group())
             self._ledger.check()
         except BaseException:
@@ -221,8 +223,12 @@ class InterlockedPipelineEngine(PipelineEngine):
     # Instructions
 
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
-        travels = self.strategies[micro_batch].distance(self.stage_id) > 0
-        live = LiveMicroBatch(self.module.trunk, recompute=self._recompute and travels)
+        recompute = self._recompute and self.strategies[micro_batch].distance(self.stage_id) > 0
+        if self._borrows:
+            layers, borrowed = self.module.remaining_layers, self.module.borrowed_layers
+            live = LiveMicroBatch(layers, borrowed=borrowed, recompute=recompute)
+        else:
+            live = LiveMicroBatch(self.module.trunk, recompute=recompute)
         live.inputs, live.labels, live.sample_checksum = self._load()
         self.pipe_buffers["live"][buffer_id] = live
 
@@ -234,31 +240,35 @@ class InterlockedPipelineEngine(PipelineEngine):
 
     def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        k, strategy = self.stage_id, self.strategies[micro_batch]
         self.boundaries.wait_for_credit()
+        live.forward(product_follows=any(strategy.crosses(loss, k) for loss in strategy.losses_at(k)))
         if self.is_last_stage():
-            live.loss = self._loss_of(live.forward(product_follows=True), live.labels)
-            self._add_loss(live.loss)
-        else:
-            live.forward(product_follows=self.strategies[micro_batch].crosses(self.stage_id, self.stage_id))
+            live.outputs = self._loss_of(live.outputs, live.labels)
+            self._add_loss(k, live.outputs)
+            live.cotangents[k] = torch.full_like(live.outputs, 1 / self.micro_batches)
 
     def _exec_send_activations(self, buffer_id: int, micro_batch: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
         spec = TensorSpec.of(live.outputs, self.stage_id)
         header = (self.global_steps, micro_batch, live.sample_checksum)
         self.boundaries.send_activation(spec, live.outputs.detach(), header)
+        if not self.strategies[micro_batch].losses_at(self.stage_id):
+            live.drop_graph()
 
-    def _exec_aux_loss(self, buffer_id: int, micro_batch: int) -> None:
+    def _exec_aux_loss(self, buffer_id: int, micro_batch: int, loss: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        k, strategy = self.stage_id, self.strategies[micro_batch]
-        hidden = live.outputs.detach().requires_grad_(len(strategy.users(k)) > 0)
-        assert self.module.aux_head is not None
-        loss = self._loss_of(self.module.aux_head(hidden), live.labels)
-        self._add_loss(loss)
+        strategy = self.strategies[micro_batch]
+        read, cotangents = (live.cut, live.borrowed_cotangents) if self._borrows else (live.outputs, live.cotangents)
+        assert self.module.aux_head is not None and read is not None
+        hidden = read.detach().requires_grad_(len(strategy.users(loss)) > 0)
+        value = self._loss_of(self.module.aux_head(hidden), live.labels)
+        self._add_loss(loss, value)
         with self._accumulating():
-            (loss / self.micro_batches).backward()
+            (value / self.micro_batches).backward()
         if hidden.grad is not None:
-            live.cotangents[k] = hidden.grad
-        if not strategy.crosses(k, k):
+            cotangents[loss] = hidden.grad
+        if not strategy.crosses(loss, self.stage_id):
             live.drop_graph()
 
     def _exec_relay_grad(self, buffer_id: int, micro_batch: int, loss: int) -> None:
@@ -266,6 +276,11 @@ class InterlockedPipelineEngine(PipelineEngine):
         gradient, header = self.boundaries.receive_gradient()
         self._ledger.add(header, self.global_steps, micro_batch, loss)
         live.cotangents[loss] = gradient
+
+    def _exec_borrowed_product(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        live.borrowed_product(loss)
+        live.drop_graph()
 
     def _exec_input_product(self, buffer_id: int, micro_batch: int, loss: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
@@ -284,16 +299,11 @@ class InterlockedPipelineEngine(PipelineEngine):
         reach, weights = strategy.reach(k), strategy.weights(k)
         both = strategy.update_gives_input_gradient(k)
         with self._accumulating():
-            if self.is_last_stage():
-                assert live.loss is not None
-                scaled = live.loss * (weights[k] / self.micro_batches)
-                scaled.backward(inputs=None if both else self._trunk_parameters or None)
-            else:
-                live.update(weights, None if both else self._trunk_parameters)
+            live.update(weights, None if both else self._trunk_parameters or None, strategy.borrowed_share(k))
         if both:
             live.input_gradients[reach] = live.input_gradient(weights[reach])
         self.recomputations += live.recomputations
-        self._free(live)
+        live.free()
 
     def _exec_reduce_grads(self) -> None:
         """Overrides PipelineEngine's: alone in its group and without a partitioned optimizer nothing is to do."""
@@ -311,6 +321,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         schedule.AuxLoss: _exec_aux_loss,
         schedule.RelayGrad: _exec_relay_grad,
         schedule.RecvGrad: _exec_relay_grad,
+        schedule.BorrowedProduct: _exec_borrowed_product,
         schedule.InputProduct: _exec_input_product,
         schedule.SendGrad: _exec_send_grad,
         schedule.InterlockedBackward: _exec_interlocked_backward,
@@ -341,19 +352,19 @@ class InterlockedPipelineEngine(PipelineEngine):
     def _loss_of(self, outputs: Any, labels: Any) -> Tensor:
         return outputs if self.module.loss_fn is None else self.module.loss_fn(outputs, labels)
 
-    def _add_loss(self, loss: Tensor) -> None:
+    def _add_loss(self, index: int, loss: Tensor) -> None:
         loss = loss.detach()
-        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+        self._loss_sums[index] = self._loss_sums[index] + loss if index in self._loss_sums else loss
 
-    def _mean_loss(self, total: Tensor | None, count: int) -> Tensor:
-        """Mean over micro-batches and over the stage's data-parallel ranks."""
-        if total is None:
-            return torch.full((), float("nan"), device=self.device)
-        mean = total.detach() / count
+    def _mean_losses(self, count: int) -> dict[int, Tensor]:
+        """By index, means over micro-batches and over the stage's data-parallel ranks; NaN for a missing head."""
+        missing = torch.full((), torch.nan, device=self.device)
+        means = {index: self._loss_sums.get(index, missing) / count for index in self.module.losses}
         if self.is_data_parallel:
-            dist.all_reduce(mean, group=self.grid.get_data_parallel_group())
-            mean /= self.grid.get_data_parallel_world_size()
-        return mean
+            for mean in means.values():
+                dist.all_reduce(mean, group=self.grid.get_data_parallel_group())
+                mean /= self.grid.get_data_parallel_world_size()
+        return means
 
     @contextmanager
     def _accumulating(self) -> Iterator[None]:
@@ -369,21 +380,22 @@ class InterlockedPipelineEngine(PipelineEngine):
         if self.using_bf16_optimizer:
             self.optimizer.update_hp_grads()
 
-    @staticmethod
-    def _free(live: LiveMicroBatch) -> None:
-        live.inputs = live.labels = live.outputs = live.loss = None
-        live.cotangents.clear()
-
-    def _eval_micro_batch(self, micro_batch: int, link: Any) -> Tensor | None:
+    def _eval_micro_batch(self, micro_batch: int, link: Any) -> None:
         inputs, labels, key = self._load()
         if not self.is_first_stage():
             inputs, header = link.receive()
             self._ledger.add(header, -1, micro_batch, key)
-        outputs = self.module.trunk(inputs)
+        if self._borrows:
+            read = self.module.borrowed_layers(inputs)
+            outputs = self.module.remaining_layers(read)
+        else:
+            read = outputs = self.module.trunk(inputs)
         if self.is_last_stage():
-            return self._loss_of(outputs, labels)
-        link.send(TensorSpec.of(outputs, self.stage_id), outputs, (-1, micro_batch, key))
-        return None if self.module.aux_head is None else self._loss_of(self.module.aux_head(outputs), labels)
+            self._add_loss(self.stage_id, self._loss_of(outputs, labels))
+        else:
+            link.send(TensorSpec.of(outputs, self.stage_id), outputs, (-1, micro_batch, key))
+        if self.module.aux_head is not None:
+            self._add_loss(self.module.losses[0], self._loss_of(self.module.aux_head(read), labels))
 
     # Optimizer, reports
 

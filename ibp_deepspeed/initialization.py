@@ -67,8 +67,10 @@ def initialize(
         # DeepSpeed would sum the micro-batches of a batch in bf16
         without_block.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     deepspeed_config = DeepSpeedConfig(without_block, mpu)
-    _check_module(model, Course(interlocking, model.num_stages, deepspeed_config.gradient_accumulation_steps))
-    _check_aux_head(interlocking.aux_head, model.num_stages, deepspeed_config.gradient_accumulation_steps)
+    micro_batches = deepspeed_config.gradient_accumulation_steps
+    options = interlocking.aux_head
+    _check_module(model, Course(interlocking, model.num_stages, micro_batches), options.borrow if options else 0)
+    _check_aux_head(options, model.num_stages, micro_batches)
     trained = [p for p in model.parameters() if p.requires_grad]  # DeepSpeed would take copied readouts too
     engine = InterlockedPipelineEngine(
         interlocking=interlocking,
@@ -172,7 +174,7 @@ def _enabled(settings: Mapping[str, Any], key: str) -> bool:
     return bool(block.get("enabled", False)) if isinstance(block, Mapping) else bool(block)
 
 
-def _check_module(model: InterlockedPipelineModule, course: Course) -> None:
+def _check_module(model: InterlockedPipelineModule, course: Course, borrow: int = 0) -> None:
     """Refuse a module that some batch of the training can't be trained with."""
     stages, tied = model.num_stages, model.tied_across_stages()
     headed = [s for s in course.strategies() if not s.is_backpropagation]
@@ -187,19 +189,19 @@ def _check_module(model: InterlockedPipelineModule, course: Course) -> None:
             f"layer {tied[0]!r} is tied across stages, which width {narrow[0]} of {stages} stages can't train: untie "
             f'it, or use strategy "global" throughout.'
         )
+    if model.has_aux_heads and borrow != model.borrow:
+        raise ModuleError(
+            f'"interlocking.aux_head.borrow" is {borrow}, which decides where heads are built: give the block to '
+            "InterlockedPipelineModule too."
+        )
     if model.dynamic_shape:
         raise ModuleError("dynamic_shape is not supported, because receives are posted ahead: pad to one shape.")
 
 
 def _check_aux_head(options: AuxHeadConfig | None, stages: int, micro_batches: int) -> None:
-    """Refuse borrowed layers, and warn of a readout that stages have to wait for."""
+    """Warn of a readout that stages have to wait for."""
     if options is None:
         return
-    if options.borrow:
-        raise ConfigError(
-            f'"interlocking.aux_head.borrow" is {options.borrow}, which InterlockedReference alone can train with: '
-            'use "blocks".'
-        )
     least = least_refresh_delay(stages, micro_batches)
     if options.readout == "shared" and options.delay(stages, micro_batches) < least:
         log_dist(

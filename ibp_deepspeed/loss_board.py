@@ -19,7 +19,7 @@ class LossBoard:
     """The newest losses of K stages.
 
     Args:
-        store: key-value store of the job; the board uses keys ``<prefix>/<stage>``.
+        store: key-value store of the job; the board uses keys ``<prefix>/<loss>``.
         stages: K.
         window: how many batches of losses a stage keeps visible; at least as many as the first stage can be ahead
             of the last one.
@@ -27,13 +27,13 @@ class LossBoard:
 
     def __init__(self, store: dist.Store, stages: int, window: int) -> None:
         self.store, self.stages, self.window = store, stages, window
-        self._queue: queue.SimpleQueue[tuple[int, int, Tensor] | None] = queue.SimpleQueue()
-        self._recent: dict[int, float] = {}
+        self._queue: queue.SimpleQueue[tuple[int, dict[int, Tensor]] | None] = queue.SimpleQueue()
+        self._recent: dict[int, dict[int, float]] = {}  # loss → batch → value
         self._thread: threading.Thread | None = None
 
-    def publish(self, stage: int, batch: int, loss: Tensor) -> None:
-        """Make a stage's loss of a batch visible; returns at once."""
-        self._queue.put((stage, batch, loss))
+    def publish(self, batch: int, losses: dict[int, Tensor]) -> None:
+        """Make a stage's losses of a batch visible, by their indices; returns at once."""
+        self._queue.put((batch, losses))
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name="loss board", daemon=True)
             self._thread.start()
@@ -56,13 +56,16 @@ class LossBoard:
 
     def _write(self) -> None:
         while (entry := self._queue.get()) is not None:
-            stage, batch, loss = entry
-            self._recent[batch] = float(loss)
-            for old in sorted(self._recent)[: -self.window]:
-                del self._recent[old]
+            batch, losses = entry
+            for index, loss in losses.items():
+                recent = self._recent.setdefault(index, {})
+                recent[batch] = float(loss)
+                for old in sorted(recent)[: -self.window]:
+                    del recent[old]
             if not self._queue.empty():
                 continue
             try:
-                self.store.set(str(stage), json.dumps(list(self._recent.items())))
+                for index, recent in self._recent.items():
+                    self.store.set(str(index), json.dumps(list(recent.items())))
             except RuntimeError:  # the store ended with the job: nobody is left to read
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,16 +34,21 @@ class InterlockedPipelineModule(PipelineModule):
         num_stages: K; or give ``topology``.
         topology: axes of parallelism, with ``pipe`` and ``data``.
         loss_fn: ``loss_fn(outputs, labels)`` → scalar tensor, used with every exit.
-        aux_head: ``aux_head(stage_id)`` → module applied to h_k; None only for backpropagation.
-        interlocking: the configuration, here or in the DeepSpeed JSON.
+        aux_head: ``aux_head(stage_id)`` → module applied to h_k; None only for backpropagation. With borrowed layers
+            it is built on the next stage, and applied to what that stage's first ``borrow`` layers give.
+        interlocking: the configuration, here or in the DeepSpeed JSON (here if it borrows layers).
         partition_method: one of PipelineModule's names, or the K+1 layer indices at which stages begin and end.
         kwargs: PipelineModule's.
 
     Attributes:
-        aux_head: this stage's head, None on the last stage and without heads.
+        aux_head: this stage's head, None on the last stage and without heads; with borrowed layers that of the loss
+            of the stage before, None on the first stage.
+        borrow: layers of each stage that stand before the head of the stage before.
+        losses: the losses that this stage computes, in that order; without heads its own number all the same.
 
     Raises:
-        ModuleError: more stages than layers, a world that the stages don't divide, or wrong bounds.
+        ModuleError: more stages than layers, a world that the stages don't divide, wrong bounds, or stages with too few
+            layers to borrow.
     """
 
     def __init__(
@@ -70,8 +76,11 @@ class InterlockedPipelineModule(PipelineModule):
         super().__init__(layers, num_stages=num_stages, topology=topology, loss_fn=loss_fn, **kwargs)
         self.interlocking = config
         self.has_aux_heads = aux_head is not None
-        wants_head = aux_head is not None and self.stage_id < self.num_stages - 1
-        self.aux_head: nn.Module | None = aux_head(self.stage_id) if aux_head and wants_head else None
+        self.borrow = config.aux_head.borrow if aux_head and config and config.aux_head else 0
+        self._check_borrow()
+        own, last = self.stage_id - bool(self.borrow), self.num_stages - 1
+        self.losses = [loss for loss in sorted({own, last if self.stage_id == last else own}) if loss >= 0]
+        self.aux_head: nn.Module | None = aux_head(own) if aux_head and 0 <= own < last else None
         if self.aux_head is not None:
             self.aux_head.to(get_accelerator().device_name(self.local_rank))
         self._check_parameters()
@@ -79,6 +88,23 @@ class InterlockedPipelineModule(PipelineModule):
     def trunk(self, inputs: Any) -> Any:
         """f_k: this stage's layers, without DeepSpeed's hooks on the module's call."""
         return PipelineModule.forward(self, inputs)
+
+    def borrowed_layers(self, inputs: Any) -> Any:
+        """The first ``borrow`` layers: h_{k-1} → what the head of the stage before reads."""
+        for layer in self.forward_funcs[: self.borrow]:
+            inputs = layer(inputs)
+        return inputs
+
+    def remaining_layers(self, hidden: Any) -> Any:
+        """The layers behind :meth:`borrowed_layers`; both together are the trunk."""
+        for layer in self.forward_funcs[self.borrow :]:
+            hidden = layer(hidden)
+        return hidden
+
+    @property
+    def head_boundary(self) -> int:
+        """The index of the layer before which this stage's head stands."""
+        return self.parts[self.stage_id] + self.borrow if self.borrow else self.parts[self.stage_id + 1]
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """θ_k, those that are trained."""
@@ -112,6 +138,18 @@ class InterlockedPipelineModule(PipelineModule):
             counts.append(sum(p.numel() for p in parameters if p.requires_grad))
         return counts
 
+    def _check_borrow(self) -> None:
+        if not self.borrow:
+            return
+        for stage, (low, high) in enumerate(pairwise(self.parts)):
+            if stage and high - low <= self.borrow:
+                raise ModuleError(
+                    f'"interlocking.aux_head.borrow" is {self.borrow}, but stage {stage} has {high - low} layers: it '
+                    "needs more than are borrowed. Use fewer stages, or borrow less."
+                )
+        if self.seed_layers:
+            raise ModuleError('seed_layers does not go together with "interlocking.aux_head.borrow".')
+
     def _check_parameters(self) -> None:
         """DeepSpeed's start-up broadcast views parameters as bytes, which 0-dimensional ones can't be."""
         scalars = [name for name, p in self.named_parameters() if p.dim() == 0]
@@ -125,17 +163,17 @@ class InterlockedPipelineModule(PipelineModule):
         super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
         if self.aux_head is not None and self._grid.data_parallel_id == 0:
             state = {name: tensor.clone() for name, tensor in self.aux_head.state_dict().items()}
-            checkpoint_engine.save(state_dict=state, path=aux_head_path(save_dir, self.parts[self.stage_id + 1]))
+            checkpoint_engine.save(state_dict=state, path=aux_head_path(save_dir, self.head_boundary))
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
         """Overrides PipelineModule's: the inverse of :meth:`save_state_dict`."""
         super().load_state_dir(load_dir, checkpoint_engine, strict)
         if self.aux_head is None:
             return
-        path = aux_head_path(load_dir, self.parts[self.stage_id + 1])
+        path = aux_head_path(load_dir, self.head_boundary)
         if not os.path.exists(path):
             found = sorted(os.path.basename(p) for p in glob.glob(os.path.join(load_dir, "aux_head_*")))
-            raise ModuleError(f"{load_dir} has no head after layer {self.parts[self.stage_id + 1]}, only {found}.")
+            raise ModuleError(f"{load_dir} has no head before layer {self.head_boundary}, only {found}.")
         self.aux_head.load_state_dict(checkpoint_engine.load(path, map_location=torch.device("cpu")), strict=strict)
 
 

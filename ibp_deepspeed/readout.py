@@ -95,13 +95,14 @@ def install(copies: Sequence[Tensor], newest: Sequence[Tensor]) -> None:
             copy.copy_(new)
 
 
-def source_readout(last_stage: nn.Module) -> list[Tensor]:
-    """The readout of the model's last layer.
+def source_readout(last_stage: nn.Module, but: nn.Module | None = None) -> list[Tensor]:
+    """The readout of the model's last layer; ``but``: a head inside the stage, which is no layer of the model.
 
     Raises:
         InterlockingError: no layer of the stage offers one.
     """
-    offers = [module for module in last_stage.modules() if isinstance(module, HasReadout)]
+    others = set(but.modules()) if but is not None else set()
+    offers = [module for module in last_stage.modules() if isinstance(module, HasReadout) and module not in others]
     if not offers:
         raise InterlockingError(
             'readout "shared" or "frozen" needs a last layer with a method readout_tensors(), this model has none.'

@@ -69,8 +69,13 @@ class InterlockedReference:
             self._install(initial)
 
     def parameters(self, stage: int) -> list[nn.Parameter]:
-        """Trunk and head parameters of a stage, in that order."""
-        return [p for module in [self.stages[stage], *self.aux_heads[stage : stage + 1]] for p in _trained(module)]
+        """Trunk and head parameters of a stage, in that order; with borrowed layers the head of the stage before."""
+        return [p for module in self.modules(stage) for p in _trained(module)]
+
+    def modules(self, stage: int) -> list[nn.Module]:
+        """Trunk, and head if there is one, that live on a stage together."""
+        head = stage - bool(self._borrow)
+        return [self.stages[stage], *(self.aux_heads[head : head + 1] if head >= 0 else [])]
 
     def accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
         """Add the gradients of the next batch to ``.grad``.
@@ -146,10 +151,10 @@ class InterlockedReference:
         if not self._borrow:
             return
         for k, stage in enumerate(self.stages[1:], 1):
-            if not isinstance(stage, nn.Sequential) or len(stage) < self._borrow:
+            if not isinstance(stage, nn.Sequential) or len(stage) <= self._borrow:
                 raise ConfigError(
-                    f'"interlocking.aux_head.borrow" is {self._borrow}, but stage {k} is not an nn.Sequential of at '
-                    "least as many layers."
+                    f'"interlocking.aux_head.borrow" is {self._borrow}, but stage {k} is not an nn.Sequential of more '
+                    "layers."
                 )
 
     def _refresh_readouts(self, micro_batches: int) -> None:

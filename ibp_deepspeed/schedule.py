@@ -29,6 +29,7 @@ from ibp_deepspeed.strategy import Strategy
 
 __all__ = [
     "AuxLoss",
+    "BorrowedProduct",
     "ForwardPass",
     "InputProduct",
     "InterlockedBackward",
@@ -46,7 +47,8 @@ __all__ = [
 
 
 class AuxLoss(BufferOpInstruction):
-    """Forward and backward of this stage's head: the head's gradient and dL_k/dh_k (buffer_id, micro_batch)."""
+    """Forward and backward of a head: its gradient, and dL_loss at the states that it reads (buffer_id, micro_batch,
+    loss)."""
 
 
 class RelayGrad(BufferOpInstruction):
@@ -55,6 +57,11 @@ class RelayGrad(BufferOpInstruction):
 
 class InputProduct(BufferOpInstruction):
     """Vector-Jacobian product of dL_loss/dh_k to the stage's input (buffer_id, micro_batch, loss)."""
+
+
+class BorrowedProduct(BufferOpInstruction):
+    """Vector-Jacobian product of the loss before this stage's, through the stage's first layers, to the stage's input
+    (buffer_id, micro_batch, loss)."""
 
 
 class InterlockedBackward(BufferOpInstruction):
@@ -72,6 +79,7 @@ class InterlockedTrainSchedule(PipeSchedule):
         hop_slack: extra slots for a gradient's travel over each boundary.
         mode: ``furthest`` or ``window``.
         aux_heads: whether stages before the last have heads (only backpropagation works without).
+        borrow: whether these heads stand behind the first layers of the next stage.
     """
 
     def __init__(
@@ -83,9 +91,10 @@ class InterlockedTrainSchedule(PipeSchedule):
         hop_slack: int = 0,
         mode: Mode = "furthest",
         aux_heads: bool = True,
+        borrow: bool = False,
     ) -> None:
         super().__init__(micro_batches, stages, stage_id)
-        strategy = Strategy(stages, width, mode, hop_slack, aux_heads=aux_heads)
+        strategy = Strategy(stages, width, mode, hop_slack, aux_heads=aux_heads, borrow=borrow)
         self.batch = BatchStrategy.uniform(strategy, micro_batches)
 
     @classmethod
@@ -93,7 +102,14 @@ class InterlockedTrainSchedule(PipeSchedule):
         """The schedule of a batch whose micro-batches have strategies of their own."""
         first = batch[0]
         schedule = cls(
-            len(batch), first.stages, stage_id, first.width, first.hop_slack, first.mode, aux_heads=first.aux_heads
+            len(batch),
+            first.stages,
+            stage_id,
+            first.width,
+            first.hop_slack,
+            first.mode,
+            aux_heads=first.aux_heads,
+            borrow=first.borrow,
         )
         schedule.batch = batch
         return schedule
@@ -123,7 +139,7 @@ class InterlockedTrainSchedule(PipeSchedule):
             yield commands
 
     def _forward(self, micro_batch: int) -> list[PipeInstruction]:
-        """Forward, own loss, and its product upstream at once; without a reach, the update too."""
+        """Forward, the losses computed here, and their products upstream at once; without a reach, the update too."""
         k, strategy = self.stage_id, self.batch[micro_batch]
         at = self._at(micro_batch)
         commands: list[PipeInstruction] = [LoadMicroBatch(**at)]
@@ -132,23 +148,28 @@ class InterlockedTrainSchedule(PipeSchedule):
         commands.append(ForwardPass(**at))
         if not self.is_last_stage:
             commands.append(SendActivation(**at))
-            if strategy.has_loss(k):
-                commands.append(AuxLoss(**at))
-        if strategy.distance(k) == 0:
-            commands += self._update(micro_batch)
-        elif strategy.crosses(k, k):
-            commands += [InputProduct(**at, loss=k), SendGrad(**at, loss=k)]
+        for loss in strategy.losses_at(k):
+            if loss < self.stages - 1:
+                commands.append(AuxLoss(**at, loss=loss))
+            if loss < k:
+                product = [BorrowedProduct(**at, loss=loss), SendGrad(**at, loss=loss)]
+                commands += product if strategy.crosses(loss, k) else []
+            elif strategy.distance(k) == 0:
+                commands += self._update(micro_batch)
+            elif strategy.crosses(loss, k):
+                commands += [InputProduct(**at, loss=loss), SendGrad(**at, loss=loss)]
         return commands
 
     def _backward(self, micro_batch: int, hops: int) -> list[PipeInstruction]:
-        """What the gradient of loss k + hops asks for: nothing beyond the micro-batch's own reach."""
-        distance = self.batch[micro_batch].distance(self.stage_id)
-        if hops < distance:
-            return self._relay(micro_batch, self.stage_id + hops)
-        return self._update(micro_batch) if hops == distance else []
+        """What the gradients of the losses of stage k + hops ask for: nothing beyond the micro-batch's own reach."""
+        k, strategy = self.stage_id, self.batch[micro_batch]
+        commands: list[PipeInstruction] = []
+        for loss in strategy.losses_at(k + hops):
+            commands += self._update(micro_batch) if loss == strategy.reach(k) else self._relay(micro_batch, loss)
+        return commands
 
     def _relay(self, micro_batch: int, loss: int) -> list[PipeInstruction]:
-        """Receive the gradient of a nearer loss and pass it on, if anybody here or upstream uses it."""
+        """Receive the gradient of another loss and pass it on, if anybody here or upstream uses it."""
         at, strategy = self._at(micro_batch), self.batch[micro_batch]
         if not strategy.crosses(loss, self.stage_id + 1):
             return []
@@ -161,7 +182,7 @@ class InterlockedTrainSchedule(PipeSchedule):
         """The trunk's one update gradient of a micro-batch; what upstream uses is sent as early as it exists."""
         k, strategy, at = self.stage_id, self.batch[micro_batch], self._at(micro_batch)
         reach = strategy.reach(k)
-        commands: list[PipeInstruction] = [] if reach == k else [RecvGrad(**at, loss=reach)]
+        commands: list[PipeInstruction] = [] if strategy.distance(k) == 0 else [RecvGrad(**at, loss=reach)]
         send = [SendGrad(**at, loss=reach)] if strategy.crosses(reach, k) else []
         if send and not strategy.update_gives_input_gradient(k):
             return [*commands, InputProduct(**at, loss=reach), *send, InterlockedBackward(**at)]

@@ -19,7 +19,7 @@ from ibp_deepspeed.readout_relay import ReadoutRelay
 
 
 class StageReadout:
-    """The readout of the last stage, or a head's copy of it.
+    """The readout of the last stage, or a head's copy of it, or with borrowed layers both.
 
     Made at the same time on all ranks. From then on all copies are equal to the last stage's readout, and the batches
     decide alone when they change.
@@ -42,13 +42,14 @@ class StageReadout:
         self._last = grid.pipe_parallel_size - 1
         self._writes = self.stage == self._last and grid.get_data_parallel_rank() == 0
         group = new_pipeline_group(grid, "gloo")
-        self._tensors = _agreed_tensors(module, self.stage, group)
-        self.refresh_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors)
+        self._tensors = _Tensors(module, self.stage == self._last)
+        self._like = self._tensors.agreed(group)
+        self.refresh_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._like)
         self._start_equal(group)
         self._beta = rule.average if rule and self.stage == self._last else None
         self._source = ReadoutSource(self._on_host(), self._beta)
         self._taken: dict[int, list[Tensor]] = {}
-        self._relay = ReadoutRelay(group, self.stage, self._on_host()) if rule else None
+        self._relay = ReadoutRelay(group, self.stage, self._like) if rule else None
         if rule is not None:
             log_dist(
                 f"heads follow the last stage's readout: {self.refresh_bytes / 2**20:.1f} MiB every {rule.interval} "
@@ -81,8 +82,8 @@ class StageReadout:
         if taken is not None:
             self._collect(taken)
             newest = self._taken.pop(taken)
-            if self.stage < self._last:
-                install(self._tensors, newest)
+            if self._tensors.copies:
+                install(self._tensors.copies, newest)
 
     def save(self, folder: str, batch: int, checkpoint_engine: Any) -> None:
         """Write the copies that are taken but not yet used before ``batch`` to a checkpoint."""
@@ -132,44 +133,56 @@ class StageReadout:
             self._taken[taken] = self._relay.take(taken)
 
     def _on_host(self) -> list[Tensor]:
-        """A copy of the tensors."""
-        return [t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for t in self._tensors]
+        """A copy of the last stage's readout, there alone."""
+        source = self._tensors.source
+        return [t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for t in source]
 
     def _start_equal(self, group: dist.ProcessGroup) -> None:
-        source = self._on_host()
+        source = self._on_host() or [torch.empty_like(tensor, device="cpu") for tensor in self._like]
         for tensor in source:
             dist.broadcast(tensor, group=group, group_src=self._last)
-        if self.stage < self._last:
-            install(self._tensors, source)
+        if self._tensors.copies:
+            install(self._tensors.copies, source)
 
 
-def _agreed_tensors(module: InterlockedPipelineModule, stage: int, group: dist.ProcessGroup) -> list[Tensor]:
-    """This stage's tensors, after all stages have looked at theirs and found them fitting."""
-    last = group.size() - 1
-    tensors: list[Tensor] = []
-    try:
-        tensors = _tensors_of(module, stage == last)
-        mine: Any = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
-    except InterlockingError as error:
-        mine = str(error)
-    seen: list[Any] = [None] * (last + 1)
-    dist.all_gather_object(seen, mine, group=group)
-    for answer in seen:
-        if isinstance(answer, str):
-            raise ModuleError(answer)
-    for k, answer in enumerate(seen):
-        if answer != seen[last]:
-            raise ModuleError(f"the head of stage {k} copies a readout of {answer}, the last stage's is {seen[last]}.")
-    return tensors
+class _Tensors:
+    """The tensors of one stage.
+
+    Attributes:
+        source: the last stage's readout, there alone.
+        copies: what this stage's head has in its place.
+        error: what is wrong with them, for all stages to raise.
+    """
+
+    def __init__(self, module: InterlockedPipelineModule, is_last: bool) -> None:
+        self.source: list[Tensor] = []
+        self.copies: list[Tensor] = []
+        self.error: str | None = None
+        try:
+            if is_last:
+                self.source = source_readout(module, but=module.aux_head)
+            if module.aux_head is not None:
+                self.copies = head_readout(module.aux_head)
+        except InterlockingError as error:
+            self.error = str(error)
+        if any(tensor.requires_grad for tensor in self.copies):
+            self.error = (
+                f"the copied readout of a {type(module.aux_head).__name__} is trained too: set requires_grad to False."
+            )
+
+    def agreed(self, group: dist.ProcessGroup) -> list[Tensor]:
+        """The last stage's readout on the meta device, after all stages have found their tensors fitting."""
+        seen: list[Any] = [None] * group.size()
+        dist.all_gather_object(seen, (self.error, _shapes(self.source), _shapes(self.copies)), group=group)
+        for error, _, _ in seen:
+            if error:
+                raise ModuleError(error)
+        source = seen[-1][1]
+        for k, (_, _, copies) in enumerate(seen):
+            if copies and copies != source:
+                raise ModuleError(f"the head of stage {k} copies a readout of {copies}, the last stage's is {source}.")
+        return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in source]
 
 
-def _tensors_of(module: InterlockedPipelineModule, is_last: bool) -> list[Tensor]:
-    if is_last:
-        return source_readout(module)
-    assert module.aux_head is not None
-    tensors = head_readout(module.aux_head)
-    if any(tensor.requires_grad for tensor in tensors):
-        raise ModuleError(
-            f"the copied readout of a {type(module.aux_head).__name__} is trained too: set requires_grad to False."
-        )
-    return tensors
+def _shapes(tensors: list[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

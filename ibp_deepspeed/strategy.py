@@ -23,6 +23,7 @@ class Strategy:
         hop_slack: slots that a gradient may take beyond one for each stage it travels.
         window_weights: N weights of the losses of stages k, k+1, … (None: equal, summing to 1).
         aux_heads: whether stages before the last have a loss of their own.
+        borrow: whether the loss of stage k < K-1 stands behind the first layers of stage k+1, and is computed there.
     """
 
     stages: int
@@ -31,6 +32,7 @@ class Strategy:
     hop_slack: int = 0
     window_weights: tuple[float, ...] | None = None
     aux_heads: bool = True
+    borrow: bool = False
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.width < 1 or self.hop_slack < 0:
@@ -46,7 +48,8 @@ class Strategy:
     @classmethod
     def from_config(cls, config: InterlockingConfig, stages: int, aux_heads: bool = True) -> Strategy:
         """The strategy that a configuration means on ``stages`` stages."""
-        return cls(stages, config.width_for(stages), config.mode, config.hop_slack, config.window_weights, aux_heads)
+        weights, borrow = config.window_weights, borrows(config)
+        return cls(stages, config.width_for(stages), config.mode, config.hop_slack, weights, aux_heads, borrow)
 
     @property
     def is_backpropagation(self) -> bool:
@@ -62,9 +65,18 @@ class Strategy:
         """The furthest stage whose loss trains trunk ``stage``."""
         return min(stage + self.width - 1, self.stages - 1)
 
+    def home(self, loss: int) -> int:
+        """The stage that computes loss ``loss``: its own, or the next one with borrowed layers."""
+        return loss + 1 if self.borrow and loss < self.stages - 1 else loss
+
+    def losses_at(self, stage: int) -> list[int]:
+        """The losses that a stage computes, in that order (two on the last stage with borrowed layers)."""
+        losses = range(self.stages) if self.aux_heads else range(self.stages - 1, self.stages)
+        return [loss for loss in losses if self.home(loss) == stage]
+
     def distance(self, stage: int) -> int:
-        """reach(k) - k: how many boundaries the update gradient of trunk k crosses."""
-        return self.reach(stage) - stage
+        """home(reach(k)) - k: how many boundaries the update gradient of trunk k crosses."""
+        return self.home(self.reach(stage)) - stage
 
     def weights(self, stage: int) -> dict[int, float]:
         """Loss index → its weight in the gradient of trunk ``stage``.
@@ -81,10 +93,6 @@ class Strategy:
         scale = sum(self.window_weights) / sum(kept)
         return {stage + i: weight * scale for i, weight in enumerate(kept)}
 
-    def has_loss(self, stage: int) -> bool:
-        """Whether a stage computes a loss."""
-        return self.aux_heads or stage == self.stages - 1
-
     def users(self, loss: int) -> range:
         """The trunks that loss ``loss`` trains (contiguous, empty if there is none)."""
         first = loss - self.width + 1
@@ -95,19 +103,29 @@ class Strategy:
     def crosses(self, loss: int, stage: int) -> bool:
         """Whether dL_loss/dh travels from ``stage`` to ``stage`` - 1: only if a trunk before ``stage`` uses it."""
         users = self.users(loss)
-        return stage <= loss and len(users) > 0 and users[0] < stage
+        return stage <= self.home(loss) and len(users) > 0 and users[0] < stage
 
     def sends_gradients(self, stage: int) -> bool:
         """Whether ``stage`` sends any gradient to the stage before it."""
-        return any(self.crosses(loss, stage) for loss in range(stage, self.stages))
+        return any(self.crosses(loss, stage) for loss in range(self.stages))
+
+    def borrowed_share(self, stage: int) -> float:
+        """Weight of the loss of the stage before in the gradient of the first layers of ``stage``, where it stands.
+
+        In mode window it is one more in the mean of the trunk's n losses, 1/(n+1); 0: it does not train them.
+        """
+        if not (self.borrow and self.aux_heads and self.mode == "window" and stage > 0):
+            return 0.0
+        return 1.0 / (len(self.weights(stage)) + 1)
 
     def update_gives_input_gradient(self, stage: int) -> bool:
         """Whether the update's backward pass of ``stage`` also yields the gradient that goes upstream.
 
-        It does when the trunk is trained by one loss; a weighted sum of several needs a product of its own for
+        It does when the whole trunk is trained by one loss; a weighted sum of several needs a product of its own for
         the last of them, because what travels is the gradient of one loss, unweighted.
         """
-        return len(self.weights(stage)) == 1 and self.crosses(self.reach(stage), stage)
+        one_loss = len(self.weights(stage)) == 1 and not self.borrowed_share(stage)
+        return one_loss and self.crosses(self.reach(stage), stage)
 
     def live_micro_batches(self, stage: int, micro_batches: int) -> int:
         """The most micro-batches whose activations ``stage`` holds at once."""
@@ -128,3 +146,8 @@ class Strategy:
                 f"{self.hop_slack} on {self.stages} stages is {least}."
             )
         return requested
+
+
+def borrows(config: InterlockingConfig) -> bool:
+    """Whether heads stand behind layers of the next stage."""
+    return config.aux_head is not None and config.aux_head.borrow > 0

@@ -70,7 +70,8 @@ class VirtualPipeline:
         for module in (*stages, *(aux_heads or ())):
             module.to(device=self.device, dtype=dtype)
         self.reference = _FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(config))
-        self.stages = len(stages)
+        options = self.reference.config.aux_head
+        self.stages, self._borrow = len(stages), options.borrow if options else 0
         self.bounds = [sum(len(stage) for stage in stages[:k]) for k in range(len(stages) + 1)]
         self.optimizers = [self._optimizer(k) for k in range(self.stages)]
         self.schedulers = [self._scheduler(optimizer) for optimizer in self.optimizers]
@@ -176,7 +177,7 @@ class VirtualPipeline:
             for index, layer in enumerate(stage.children(), self.bounds[k]):
                 yield f"layer_{index:02d}-model_states.pt", layer
         for k, head in enumerate(self.reference.aux_heads):
-            yield os.path.basename(aux_head_path("", self.bounds[k + 1])), head
+            yield os.path.basename(aux_head_path("", self.bounds[k + 1] + self._borrow)), head
 
     def _stage_state(self, stage: int) -> dict[str, Any]:
         scheduler = self.schedulers[stage]

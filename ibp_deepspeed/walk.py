@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ibp_deepspeed.schedule import (
     AuxLoss,
+    BorrowedProduct,
     ForwardPass,
     InputProduct,
     InterlockedBackward,
@@ -36,13 +37,15 @@ class ScheduleError(AssertionError):
 class Costs:
     """Time of each piece of a stage's work in a micro-batch, in any unit.
 
-    ``head`` is an auxiliary head's (the model's own belongs to the last stage's layers), ``latency`` one message's.
+    ``head`` is an auxiliary head's (the model's own belongs to the last stage's layers), ``borrowed_product`` that of
+    borrowed layers to their input, ``latency`` one message's.
     """
 
     forward: float = 1.0
     input_product: float = 1.0
     weight_product: float = 1.0
     head: float = 0.1
+    borrowed_product: float = 0.0
     latency: float = 0.0
 
     def of(self, instruction: PipeInstruction) -> float:
@@ -53,6 +56,8 @@ class Costs:
             return self.head
         if isinstance(instruction, InputProduct):
             return self.input_product
+        if isinstance(instruction, BorrowedProduct):
+            return self.borrowed_product
         if isinstance(instruction, InterlockedBackward):
             return self.input_product + self.weight_product
         return 0.0
@@ -238,11 +243,12 @@ def _label(instruction: PipeInstruction) -> tuple[int, int]:
     return instruction.micro_batch, getattr(instruction, "loss", -1)
 
 
-_LETTERS = {ForwardPass: "F", AuxLoss: "L", InputProduct: "P", InterlockedBackward: "B"}
+_LETTERS = {ForwardPass: "F", AuxLoss: "L", BorrowedProduct: "Q", InputProduct: "P", InterlockedBackward: "B"}
 
 
 def short_name(instruction: PipeInstruction) -> str:
-    """``F2``: forward of micro-batch 2; ``L``: own loss; ``P2.3``: product of loss 3 to the input; ``B``: update."""
+    """``F2``: forward of micro-batch 2; ``L2.1``: loss 1; ``P2.3``: product of loss 3 to the input; ``Q2.1``: through
+    borrowed layers; ``B``: update."""
     letter = _LETTERS.get(type(instruction), type(instruction).__name__)
     micro_batch = getattr(instruction, "micro_batch", "")
     loss = getattr(instruction, "loss", None)

@@ -99,9 +99,9 @@ class CausalLM:
     ) -> list[int]:
         """Bounds of the stages in ``layer_specs``: stage k has the layers bounds[k] … bounds[k+1]-1.
 
-        The largest stage's parameter count, with an auxiliary head for all stages but the last unless ``aux_heads``
-        is None, is as small as it can be; of such partitions the most even one is taken. Every stage has a decoder
-        layer.
+        The largest stage's parameter count is as small as it can be, with an auxiliary head for all stages but the
+        last (but the first, if heads stand behind layers of the next stage) unless ``aux_heads`` is None; of such
+        partitions the most even one is taken. Every stage has a decoder layer.
 
         Args:
             num_stages: K, from 1 to the number of decoder layers.
@@ -126,7 +126,8 @@ class CausalLM:
         costs[0] += embedding
         costs[-1] += head
         extra = [self.aux_head_parameters(aux_heads) if aux_heads else 0] * (num_stages - 1)
-        return sizes_to_bounds(balanced_sizes(costs, [*extra, 0]))
+        heads = [0, *extra] if aux_heads and aux_heads.borrow else [*extra, 0]
+        return sizes_to_bounds(balanced_sizes(costs, heads))
 
     def _meta_layer(self, index: int) -> nn.Module:
         if self.layer_class(index) is DecoderLayer:

@@ -47,6 +47,7 @@ class Exits:
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         self.folder = find_checkpoint(path)
         self.description = Description.read(self.folder)
+        self._options = InterlockingConfig.parse(self.description.interlocking).aux_head
         self.model = CausalLM(self.description.config())
         self.device = torch.device(device)
         self.states = {i: _load(self._layer_path(i)) for i in range(self.model.num_layers)}
@@ -64,13 +65,13 @@ class Exits:
         for input_ids, labels, _ in batches:
             hidden, labels = input_ids.to(self.device), labels.to(self.device)
             row = torch.full((len(self),), float("nan"), dtype=torch.float64)
-            for stage in range(len(self)):
-                for layer in self.layers[self.description.bounds[stage] : self.description.bounds[stage + 1]]:
-                    hidden = layer(hidden)
-                if stage == len(self) - 1:
-                    row[stage] = loss_fn(hidden, labels).double().cpu()
-                elif stage in self.heads:
-                    row[stage] = loss_fn(self.heads[stage](hidden), labels).double().cpu()
+            readers = {self._boundary(stage): (stage, head) for stage, head in self.heads.items()}
+            for behind, layer in enumerate(self.layers, 1):
+                hidden = layer(hidden)
+                if behind in readers:
+                    stage, head = readers[behind]
+                    row[stage] = loss_fn(head(hidden), labels).double().cpu()
+            row[-1] = loss_fn(hidden, labels).double().cpu()
             yield row, int((labels != -100).sum())
 
     def to_hugging_face(self) -> PreTrainedModel:
@@ -81,13 +82,16 @@ class Exits:
         return Path(self._head_path(stage)).exists()
 
     def _head(self, stage: int) -> nn.Module:
-        options = InterlockingConfig.parse(self.description.interlocking).aux_head
-        assert options is not None
-        head = self.model.aux_head(stage, options, after=self.description.bounds[stage + 1] - 1)
+        assert self._options is not None
+        head = self.model.aux_head(stage, self._options, after=self._boundary(stage) - 1)
         return self._filled(head, _load(Path(self._head_path(stage))))
 
     def _head_path(self, stage: int) -> str:
-        return aux_head_path(str(self.folder), self.description.bounds[stage + 1])
+        return aux_head_path(str(self.folder), self._boundary(stage))
+
+    def _boundary(self, stage: int) -> int:
+        """The layer before which the head of a stage stands."""
+        return self.description.bounds[stage + 1] + (self._options.borrow if self._options else 0)
 
     def _layer_path(self, index: int) -> Path:
         found = sorted(self.folder.glob(f"layer_{index:02d}-*model_states.pt"))

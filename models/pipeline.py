@@ -40,7 +40,7 @@ def pipeline_module(
 
     def aux_head(stage: int) -> nn.Module:
         assert options is not None
-        return model.aux_head(stage, options, after=bounds[stage + 1] - 1)
+        return model.aux_head(stage, options, after=bounds[stage + 1] + options.borrow - 1)
 
     return InterlockedPipelineModule(
         model.layer_specs(),
@@ -75,7 +75,8 @@ def virtual_pipeline(
     stages = [nn.Sequential(*map(model.build_layer, range(low, high))) for low, high in pairwise(bounds)]
     heads = None
     if options is not None:
-        heads = [model.aux_head(k, options, after=bounds[k + 1] - 1) for k in range(num_stages - 1)]
+        behind = [bound + options.borrow for bound in bounds[1:-1]]
+        heads = [model.aux_head(k, options, after=layer - 1) for k, layer in enumerate(behind)]
     loss_fn = CausalLMLoss(options.chunk_tokens if options else None)
     return VirtualPipeline(stages, heads, loss_fn, config, device, monitor)
 

@@ -107,7 +107,8 @@ def test_a_module_is_refused_for_what_comes_later(option: str) -> None:
 
 def stub(tied: list[str], has_heads: bool) -> Any:
     """As much of a module as is checked."""
-    return SimpleNamespace(num_stages=4, tied_across_stages=lambda: tied, has_aux_heads=has_heads, dynamic_shape=False)
+    values = {"num_stages": 4, "has_aux_heads": has_heads, "borrow": 0, "dynamic_shape": False}
+    return SimpleNamespace(**values, tied_across_stages=lambda: tied)
 
 
 @given(data=st.data(), stages=st.integers(1, 7), slack=st.integers(0, 2))

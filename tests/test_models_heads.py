@@ -105,19 +105,21 @@ def test_a_head_starts_with_the_readout_of_its_model() -> None:
         assert head.temperature.item() == 1
 
 
-def test_exits_of_a_checkpoint_with_shared_readout_and_blocks(tmp_path: Path) -> None:
-    """Files as the engine writes them: two stages, the first one's head with two blocks."""
+@pytest.mark.parametrize("borrow", [0, 1])
+def test_exits_of_a_checkpoint_with_shared_readout_and_blocks(tmp_path: Path, borrow: int) -> None:
+    """Files as the engine writes them: two stages, the first one's head with two blocks, behind a borrowed layer."""
     config = tiny("llama")
-    model, bounds = CausalLM(config), [0, 3, 5]
+    options = WITH_BLOCKS.model_copy(update={"borrow": borrow})
+    model, bounds, cut = CausalLM(config), [0, 3 - borrow, 5], 3
     layers = perturbed([model.build_layer(i).eval() for i in range(model.num_layers)])
     head = perturbed([model.aux_head(0, WITH_BLOCKS, after=2).eval()])[0]
     for index, layer in enumerate(layers):
         torch.save(layer.state_dict(), tmp_path / f"layer_{index:02d}-model_00-model_states.pt")
-    torch.save(head.state_dict(), aux_head_path(str(tmp_path), bounds[1]))
+    torch.save(head.state_dict(), aux_head_path(str(tmp_path), cut))
     description = Description(
         model=config.to_dict(),
         bounds=bounds,
-        interlocking={"aux_head": WITH_BLOCKS.model_dump(exclude_unset=True)},
+        interlocking={"aux_head": options.model_dump(exclude_unset=True)},
         sequence_length=SEQUENCE,
         data="nowhere",
     )

@@ -54,7 +54,9 @@ def cut(layers: int = 8, vocab: int = 4096) -> CausalLM:
     return CausalLM(AutoConfig.for_model("gpt2", n_layer=layers, **sizes))
 
 
-@pytest.mark.parametrize("options", [AuxHeadConfig(), AuxHeadConfig(readout="shared", blocks=2), None])
+@pytest.mark.parametrize(
+    "options", [AuxHeadConfig(), AuxHeadConfig(readout="shared", blocks=2), AuxHeadConfig(borrow=1), None]
+)
 @pytest.mark.parametrize("stages", [1, 3, 4, 7, 8])
 def test_every_stage_of_a_model_has_a_decoder_layer_and_the_largest_is_smallest(
     stages: int, options: AuxHeadConfig | None
@@ -64,7 +66,8 @@ def test_every_stage_of_a_model_has_a_decoder_layer_and_the_largest_is_smallest(
 
     def largest(bounds: list[int]) -> int:
         sums = [sum(counts[low:high]) for low, high in pairwise(bounds)]
-        return max(total + (aux if k < stages - 1 else 0) for k, total in enumerate(sums))
+        headless = 0 if options and options.borrow else stages - 1
+        return max(total + (aux if k != headless else 0) for k, total in enumerate(sums))
 
     bounds = model.partition(stages, aux_heads=options)
     assert (bounds[0], bounds[-1], len(bounds)) == (0, model.num_layers, stages + 1)

@@ -83,6 +83,28 @@ def test_courses_equal_the_reference(stages: int) -> None:
     assert reports[1][-1]["recomputations"] == 5 * 5 + 2 * 3
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_borrowed_layers_equal_the_reference(stages: int) -> None:
+    """Heads behind a layer of the next stage: readouts private and shared, slack, recomputation: 1e-5."""
+    plain: dict[str, Any] = {"borrow": 1}
+    shared = {"borrow": 1, "readout": "shared", "refresh_interval": 1}
+    cases = [
+        {
+            "stages": stages,
+            "micro_batches": count,
+            "eval": count == 2,
+            "checkpoint": count == 5,
+            "interlocking": interlocking(width, mode=mode, hop_slack=slack, aux_head=head),
+        }
+        for width, mode in itertools.product(range(1, stages + 1), ("furthest", "window"))
+        for count, slack, head in ((1, 0, plain), (2, 1, shared), (5, 0, plain))
+    ]
+    mixed = {"strategy": "local", "mode": "window", "mixed": {"width": 2, "fraction": 0.5}, "aux_head": plain}
+    cases += [{"stages": stages, "micro_batches": 3, "steps": 7, "interlocking": {**mixed, "global_interval": 3}}]
+    reports = run(stages, cases, 1e-5)
+    assert all(rows[2]["recomputations"] == 25 for rows in reports[:-1]), "local learning waits for a gradient too"
+
+
 def test_one_stage_is_plain_training() -> None:
     run(
         1,
@@ -111,6 +133,7 @@ def test_weights_clipping_checkpointing_and_depth() -> None:
         {**base, "clip": 0.05, "interlocking": interlocking(2, mode="window", clip_scope="global")},
         {**base, "interlocking": interlocking(2, channel_depth=2)},
         {**base, "heads": False, "interlocking": {"strategy": "global", "aux_head": None}},
+        {**base, "heads": False, "checkpoint": True, "interlocking": {"strategy": "global", "aux_head": None}},
         {**base, "interlocking": {"strategy": "global"}},
         *(
             {**base, "checkpoint": True, "interlocking": interlocking(n, mode=m)}
@@ -162,7 +185,12 @@ def test_data_parallel() -> None:
         for zero in (0, 1)
     ]
     mixed = {"strategy": "local", "mixed": {"width": 2, "fraction": 0.5}, "global_interval": 3}
-    cases += [{"stages": 2, "micro_batches": 4, "zero": zero, "interlocking": mixed} for zero in (0, 1)]
+    borrowing = interlocking(1, mode="window", aux_head={"borrow": 1})
+    cases += [
+        {"stages": 2, "micro_batches": 4, "zero": z, "eval": True, "interlocking": block}
+        for z in (0, 1)
+        for block in (mixed, borrowing)
+    ]
     run(4, cases, 1e-5)
 
 
@@ -176,4 +204,7 @@ def test_bf16() -> None:
         for n, mode in ((1, "furthest"), (2, "furthest"), (2, "window"))
         for zero in (0, 1)
     ]
+    borrowing: dict[str, Any] = {"stages": 2, "micro_batches": 5, "dtype": "bf16"}
+    borrowing["interlocking"] = interlocking(1, mode="window", aux_head={"borrow": 1})
+    cases += [{**borrowing, "zero": zero} for zero in (0, 1)]
     run(2, cases, 3e-2)

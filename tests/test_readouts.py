@@ -169,9 +169,10 @@ def test_real_models_equal_the_reference(three: dict[str, Any]) -> None:
 REFUSALS = [
     "needs heads with a method readout_tensors.* a Layer has none",
     "the copied readout of a Head is trained too: set requires_grad to False",
-    r"the head of stage 0 copies a readout of \[\(\(6, 6\), 'torch.float32'\)\], the last stage's is",
+    r"the head of stage 0 copies a readout of \[\(\(6, 6\), torch.float32\)\], the last stage's is",
     "needs a last layer with a method readout_tensors",
-    '"interlocking.aux_head.borrow" is 1, which InterlockedReference alone',
+    '"interlocking.aux_head.borrow" is 1, which decides where heads are built: give the block to Interlocked',
+    '"interlocking.aux_head.borrow" is 2, but stage 1 has 2 layers: it needs more than are borrowed',
 ]
 
 

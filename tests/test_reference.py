@@ -115,7 +115,7 @@ def test_borrowed_layers() -> None:
 
 
 def test_more_borrowed_layers_than_a_stage_has_are_refused() -> None:
-    with pytest.raises(ConfigError, match='borrow" is 3, but stage 1 is not an nn.Sequential of at least as many'):
+    with pytest.raises(ConfigError, match='borrow" is 3, but stage 1 is not an nn.Sequential of more'):
         chained({"strategy": "local", "aux_head": {"borrow": 3}})
 
 

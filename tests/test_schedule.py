@@ -15,6 +15,8 @@ from ibp_deepspeed.check import check_schedules, checked_course, checked_schedul
 from ibp_deepspeed.config import Mode
 from ibp_deepspeed.course import BatchStrategy, Course
 from ibp_deepspeed.schedule import (
+    AuxLoss,
+    BorrowedProduct,
     ForwardPass,
     InputProduct,
     InterlockedBackward,
@@ -32,21 +34,24 @@ MODES: tuple[Mode, ...] = ("furthest", "window")
 
 @pytest.mark.parametrize("stages", range(1, 9))
 def test_every_small_schedule_is_proved(stages: int) -> None:
-    """K, M ≤ 8, N ≤ K, slack ≤ 2, both modes, at the least channel depth (a larger one only waits less)."""
-    for micro_batches, width, slack, mode in itertools.product(range(1, 9), range(1, stages + 1), range(3), MODES):
-        strategy = Strategy(stages, width, mode, slack)
+    """K, M ≤ 8, N ≤ K, slack ≤ 2, both modes, with and without borrowed layers, at the least channel depth (a larger
+    one only waits less)."""
+    axes = itertools.product(range(1, 9), range(1, stages + 1), range(3), MODES, (False, True))
+    for micro_batches, width, slack, mode, borrow in axes:
+        strategy = Strategy(stages, width, mode, slack, borrow=borrow)
         least = strategy.live_micro_batches(0, micro_batches)
         checked_schedules(BatchStrategy.uniform(strategy, micro_batches), least)
     checked_schedules(BatchStrategy.uniform(Strategy(stages, stages, aux_heads=False), 8))
 
 
 def mixtures(stages: int, micro_batches: int) -> Iterator[BatchStrategy]:
-    """Every wider width before every narrower one, slack ≤ 1, all pairs of modes."""
+    """Every wider width before every narrower one, slack ≤ 1, all pairs of modes, with and without borrowed layers."""
     widths = itertools.combinations(range(1, stages + 1), 2)
-    for (narrow, wide), count, slack, modes in itertools.product(
-        widths, range(1, micro_batches), range(2), itertools.product(MODES, MODES)
+    for (narrow, wide), count, slack, modes, borrow in itertools.product(
+        widths, range(1, micro_batches), range(2), itertools.product(MODES, MODES), (False, True)
     ):
-        first, then = Strategy(stages, wide, modes[0], slack), Strategy(stages, narrow, modes[1], slack)
+        first = Strategy(stages, wide, modes[0], slack, borrow=borrow)
+        then = Strategy(stages, narrow, modes[1], slack, borrow=borrow)
         yield BatchStrategy((first,) * count + (then,) * (micro_batches - count))
 
 
@@ -57,13 +62,20 @@ def test_every_small_mixture_is_proved(stages: int) -> None:
         checked_schedules(batch, batch[0].live_micro_batches(0, len(batch)))
 
 
-@given(data=st.data(), stages=st.integers(2, 5), micro_batches=st.integers(1, 4), slack=st.integers(0, 2))
+@given(
+    data=st.data(),
+    stages=st.integers(2, 5),
+    micro_batches=st.integers(1, 4),
+    slack=st.integers(0, 2),
+    borrow=st.booleans(),
+)
 @settings(deadline=None, max_examples=60)
-def test_any_batches_follow_each_other(data: st.DataObject, stages: int, micro_batches: int, slack: int) -> None:
+def test_any_batches_follow_each_other(
+    data: st.DataObject, stages: int, micro_batches: int, slack: int, borrow: bool
+) -> None:
     """Whatever the strategy of each micro-batch, in any order, at the least channel depth."""
-    strategies = st.builds(
-        Strategy, st.just(stages), st.integers(1, stages), st.sampled_from(MODES), hop_slack=st.just(slack)
-    )
+    alike = {"hop_slack": st.just(slack), "borrow": st.just(borrow)}
+    strategies = st.builds(Strategy, st.just(stages), st.integers(1, stages), st.sampled_from(MODES), **alike)
     rows = st.lists(strategies, min_size=micro_batches, max_size=micro_batches)
     batches = [BatchStrategy(tuple(row)) for row in data.draw(st.lists(rows, min_size=1, max_size=6))]
     depth = max(s.live_micro_batches(0, micro_batches) for batch in batches for s in batch.micro_batches)
@@ -173,6 +185,20 @@ def test_the_checker_finds_a_mistake_and_shows_it(
     rows = [line for line in lines if line.startswith("stage ") and " | " in line]
     assert len(rows) == 4, "the grid has a row a stage"
     assert sum(row.count(">>") for row in rows) == 1, "exactly one step is marked"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(AuxLoss, "product through borrowed layers of a loss that is not"), (BorrowedProduct, "was not computed")],
+)
+def test_the_checker_finds_a_mistake_with_borrowed_layers(kind: type, message: str) -> None:
+    batch = BatchStrategy.uniform(Strategy(4, 1, "window", borrow=True), 4)
+    schedules = [InterlockedTrainSchedule.for_batch(batch, k) for k in range(4)]
+    wrong = Edited.for_batch(batch, 2)
+    wrong.edit = drop(kind)
+    schedules[2] = wrong
+    with pytest.raises(ScheduleError, match=message):
+        check_schedules(schedules, batch, batch.channel_depth())
 
 
 @pytest.mark.parametrize("stage", range(3))

@@ -22,6 +22,12 @@ CASES: list[dict[str, Any]] = [
         "exchange": True,
     },
     {
+        "interlocking": {"strategy": "local", "mode": "window", "aux_head": {**SHARED, "borrow": 1}},
+        "follow": True,
+        "exchange": True,
+        "settings": {"gradient_clipping": 0.02},
+    },
+    {
         "interlocking": {"strategy": "pairwise", "clip_scope": "global", "global_interval": 2},
         "settings": {"gradient_clipping": 0.02, "optimizer": {"type": "SGD", "params": {"lr": 0.2, "momentum": 0.9}}},
     },

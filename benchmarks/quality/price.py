@@ -33,28 +33,25 @@ def price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float)
     """The price of an interlocking block, M = 4, no latency; products to weights and to inputs cost a forward each.
 
     A head that copies its readout saves the product to its weights; a block in a head is a layer that is computed
-    forward and backward, a borrowed layer one product to its input. The gradient of a borrowed layer's loss is taken
-    to arrive before it is waited for.
+    forward and backward, a borrowed layer one product to its input.
     """
     config = InterlockingConfig.parse(interlocking)
     options = config.aux_head
-    head = 0.0
+    head = borrowed = 0.0
     if options is not None:
-        head = (
-            HEAD * (1.0 if options.readout == "private" else 2 / 3)
-            + (3 * options.blocks + options.borrow) / layers_per_stage
-        )
+        head = HEAD * (1.0 if options.readout == "private" else 2 / 3) + 3 * options.blocks / layers_per_stage
+        borrowed = options.borrow / layers_per_stage
     if config.strategy == "global" and config.mode == "furthest":
         head = 0.0  # its heads only watch
-    own = _predict(config, stages, head)
-    baseline = _predict(InterlockingConfig(strategy="global", aux_head=None), stages, 0.0)
+    own = _predict(config, stages, Costs(head=head, borrowed_product=borrowed))
+    baseline = _predict(InterlockingConfig(strategy="global", aux_head=None), stages, Costs(head=0.0))
     return Price(work=_work(own) / _work(baseline), time=own.batch_time / baseline.batch_time)
 
 
 @cache
-def _predict(config: InterlockingConfig, stages: int, head: float) -> Prediction:
+def _predict(config: InterlockingConfig, stages: int, costs: Costs) -> Prediction:
     course = Course(config, stages, MICRO_BATCHES, aux_heads=config.aux_head is not None)
-    return simulate_course(course, Costs(head=head))
+    return simulate_course(course, costs)
 
 
 def _work(prediction: Prediction) -> float:

@@ -186,7 +186,7 @@ def tables(of: dict[str, list[Record]]) -> Iterator[tuple[str, list[list[str]]]]
     for study, stages, title in (
         ("hops", 4, "p-hop induction, K = 4"),
         ("hops", 8, "p-hop induction, K = 8"),
-        ("borrow", 2, "three hops, 2 stages of 3 layers"),
+        ("borrow", 2, "p-hop induction, 2 stages of 3 layers"),
     ):
         records = [r for r in of.get(study, []) if "hops" in r["run"]["task"] and r["run"]["stages"] == stages]
         if records:

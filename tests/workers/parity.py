@@ -51,8 +51,8 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
             optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-        if heads or engine.is_last_stage():
-            expected = losses[engine.stage_id].item()
+        if heads and engine.module.losses or engine.is_last_stage():
+            expected = losses[engine.module.losses[-1]].item()
             worst["loss"] = max(worst["loss"], abs(loss.item() - expected) / abs(expected))
         if case.get("eval") and step == 2:
             worst["eval"] = compare_evaluation(engine, reference, count, dtype, rank, replicas)
@@ -70,8 +70,7 @@ def follows(case: dict[str, Any]) -> bool:
 
 def stage_parameters(reference: InterlockedReference, stage: int) -> list[torch.Tensor]:
     """All of a stage, a head's copy included, in the order of the engine's module."""
-    modules = [reference.stages[stage], *reference.aux_heads[stage : stage + 1]]
-    return [p for module in modules for p in module.parameters()]
+    return [p for module in reference.modules(stage) for p in module.parameters()]
 
 
 def destroy_groups() -> None:
@@ -95,7 +94,7 @@ def make_engine(case: dict[str, Any], stages: int, count: int, dtype: torch.dtyp
         "pipeline": {"activation_checkpoint_interval": int(case.get("checkpoint", False))},
         "interlocking": case["interlocking"],
     }
-    module = make_module(stages, dtype=dtype, heads=heads, follow=follows(case))
+    module = make_module(stages, case["interlocking"], dtype=dtype, heads=heads, follow=follows(case))
     return initialize(model=module, config=config)[0]
 
 

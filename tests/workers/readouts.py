@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -122,8 +123,14 @@ def refusals(case: dict[str, Any]) -> list[str]:
         lambda: module_with(WeightOnly),
         lambda: module_with(FollowingHead, last=Layer),
     ]
-    attempts = [lambda module=module: engine_of(case["interlocking"], module()) for module in modules]
-    return [said(attempt) for attempt in [*attempts, lambda: engine_of({"aux_head": {"borrow": 1}})]]
+    attempts: list[Callable[[], Any]] = [partial(trained, case["interlocking"], module) for module in modules]
+    attempts.append(lambda: engine_of({"aux_head": {"borrow": 1}}))
+    attempts.append(lambda: make_module(STAGES, {"aux_head": {"borrow": 2}}))
+    return [said(attempt) for attempt in attempts]
+
+
+def trained(interlocking: dict[str, Any], module: Callable[[], InterlockedPipelineModule]) -> Any:
+    return engine_of(interlocking, module())
 
 
 class WeightOnly(FollowingHead):
