@@ -111,6 +111,7 @@ def check(args: argparse.Namespace) -> Plan:
     interlocking = resolve_interlocking(settings)
     if first:
         warn_of_schedule(settings, args.steps)
+        warn_of_mode(interlocking, args.stages or world)
     stages = args.stages or world
     if not args.one_process and (stages < 1 or world % stages):
         raise ModelError(f"{world} processes can't be divided into pipelines of {stages} stages: start a multiple.")
@@ -158,6 +159,18 @@ def warn_of_schedule(settings: dict[str, Any], steps: int) -> None:
         print(
             f"warning: the configuration's learning rate ends at batch {total}, --steps is {steps}: set "
             f'"scheduler.params.total_num_steps".',
+            file=sys.stderr,
+        )
+
+
+def warn_of_mode(interlocking: Any, stages: int) -> None:
+    """Say it when language models are known to learn slowly with these options."""
+    options, width = interlocking.aux_head, interlocking.width_for(stages)
+    linear = options is not None and options.blocks == options.borrow == 0
+    if interlocking.mode == "furthest" and 1 < width < stages and linear:
+        print(
+            f'warning: mode "furthest" at width {width} with linear heads learns language slowly (docs/learning.md): '
+            'set "mode": "window", or "aux_head": {"blocks": 1}.',
             file=sys.stderr,
         )
 

@@ -55,6 +55,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "pairwise.json"
 
 
+def changed(config: Path, path: Path, **interlocking: Any) -> Path:
+    """A configuration with other options of interlocking, written to ``path``."""
+    settings = json.loads(config.read_text())
+    settings["interlocking"].update(interlocking)
+    path.write_text(json.dumps(settings))
+    return path
+
+
 SMALL = ["--model", "models/configs/llama-tiny.json", "--sequence-length", "32", "--set", "num_hidden_layers=4"]
 
 
@@ -137,8 +145,10 @@ def test_evaluation_agrees_with_training(trained: Path, data: Path) -> None:
 
 
 def test_torchrun_and_one_process_train_the_same(data: Path, config: Path, tmp_path: Path) -> None:
-    """Two stages as processes and as virtual ones: the same losses, and files that evaluate alike."""
-    words = ["scripts/train_lm.py", "--deepspeed_config", config, "--data", data, "--steps", "3", *SMALL, "--output"]
+    """Two stages, heads behind borrowed layers, as processes and as virtual ones: the same losses, and files that
+    evaluate alike."""
+    borrowing = changed(config, tmp_path / "borrow.json", aux_head={"readout": "shared", "borrow": 1})
+    words = ["scripts/train_lm.py", "--deepspeed_config", borrowing, "--data", data, "--steps", "3", *SMALL, "--output"]
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612")
     done = run(*torchrun, *words, tmp_path / "two")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -261,6 +271,15 @@ def test_a_learning_rate_that_ends_too_early_is_named(
 ) -> None:
     refusal(wrong(tmp_path, data, config, **{"--steps": "401", "--partition": "9"}), monkeypatch)
     assert "learning rate ends at batch 400, --steps is 401" in capsys.readouterr().err
+
+
+def test_a_slow_mode_is_named(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mode, warned in (("furthest", True), ("window", False)):
+        slow = str(changed(config, tmp_path / "slow.json", mode=mode, aux_head={}))
+        refusal(wrong(tmp_path, data, config, **{"--deepspeed_config": slow, "--partition": "9"}), monkeypatch)
+        assert ('mode "furthest" at width 2 with linear heads' in capsys.readouterr().err) == warned
 
 
 def test_an_error_is_printed_once_and_ends_the_process(data: Path, config: Path, tmp_path: Path) -> None:
