@@ -26,6 +26,7 @@ from ibp_deepspeed.live import LiveMicroBatch
 from ibp_deepspeed.loss_board import LossBoard
 from ibp_deepspeed.module import InterlockedPipelineModule
 from ibp_deepspeed.samples import BatchError, SampleLedger, to_device, unpack
+from ibp_deepspeed.stage_losses import StageLosses
 from ibp_deepspeed.stage_readout import StageReadout
 
 _FLUSH_SECONDS = 30.0
@@ -60,9 +61,9 @@ class InterlockedPipelineEngine(PipelineEngine):
         self._set_schedule()
         self.boundaries = Boundaries(self.grid, self.device, self._channel_depth)
         self._readout = StageReadout.from_config(interlocking, self.module, self.grid, self.micro_batches)
-        self._board = self._make_board()
+        self._losses = StageLosses(self.module, self.grid, self.device)
+        self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
         self._ledger = SampleLedger(self.stage_id)
-        self._loss_sums: dict[int, Tensor] = {}
         self._failed = False
         atexit.register(self._flush_at_exit)
 
@@ -125,13 +126,13 @@ class InterlockedPipelineEngine(PipelineEngine):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self.module.train()
-        self._loss_sums = {}
+        self._losses.clear()
         self.strategies = self.course.at(self.global_steps)
         try:
             if self._readout is not None:
                 self._readout.begin_batch(self.global_steps)
             self._exec_schedule(self._train_schedule())
-            losses = self._mean_losses(self.micro_batches)
+            losses = self._losses.means(self.micro_batches)
             if not self.interlocking.streaming:
                 dist.barrier()
         except BaseException:
@@ -171,12 +172,12 @@ class InterlockedPipelineEngine(PipelineEngine):
         self.module.eval()
         count = num_micro_batches or self.micro_batches
         link = self.boundaries.evaluation_link()
-        self._loss_sums = {}
+        self._losses.clear()
         try:
             for m in range(count):
                 self._eval_micro_batch(m, link)
             losses = torch.zeros(self.num_stages, dtype=torch.float64, device=self.device)
-            for index, loss in self._mean_losses(count).items():
+            for index, loss in self._losses.means(count).items():
                 losses[index] = loss
             dist.all_reduce(losses, group=self.grid.get_pipe_parallel_group())
             self._ledger.check()
@@ -244,8 +245,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         self.boundaries.wait_for_credit()
         live.forward(product_follows=any(strategy.crosses(loss, k) for loss in strategy.losses_at(k)))
         if self.is_last_stage():
-            live.outputs = self._loss_of(live.outputs, live.labels)
-            self._add_loss(k, live.outputs)
+            live.outputs = self._losses.take(k, live.outputs, live.labels)
             live.cotangents[k] = torch.full_like(live.outputs, 1 / self.micro_batches)
 
     def _exec_send_activations(self, buffer_id: int, micro_batch: int) -> None:
@@ -262,8 +262,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         read, cotangents = (live.cut, live.borrowed_cotangents) if self._borrows else (live.outputs, live.cotangents)
         assert self.module.aux_head is not None and read is not None
         hidden = read.detach().requires_grad_(len(strategy.users(loss)) > 0)
-        value = self._loss_of(self.module.aux_head(hidden), live.labels)
-        self._add_loss(loss, value)
+        value = self._losses.take(loss, self.module.aux_head(hidden), live.labels)
         with self._accumulating():
             (value / self.micro_batches).backward()
         if hidden.grad is not None:
@@ -349,23 +348,6 @@ class InterlockedPipelineEngine(PipelineEngine):
             key,
         )
 
-    def _loss_of(self, outputs: Any, labels: Any) -> Tensor:
-        return outputs if self.module.loss_fn is None else self.module.loss_fn(outputs, labels)
-
-    def _add_loss(self, index: int, loss: Tensor) -> None:
-        loss = loss.detach()
-        self._loss_sums[index] = self._loss_sums[index] + loss if index in self._loss_sums else loss
-
-    def _mean_losses(self, count: int) -> dict[int, Tensor]:
-        """By index, means over micro-batches and over the stage's data-parallel ranks; NaN for a missing head."""
-        missing = torch.full((), torch.nan, device=self.device)
-        means = {index: self._loss_sums.get(index, missing) / count for index in self.module.losses}
-        if self.is_data_parallel:
-            for mean in means.values():
-                dist.all_reduce(mean, group=self.grid.get_data_parallel_group())
-                mean /= self.grid.get_data_parallel_world_size()
-        return means
-
     @contextmanager
     def _accumulating(self) -> Iterator[None]:
         """Around every backward pass into parameters: head and trunk come at different times, and each pass must
@@ -391,11 +373,11 @@ class InterlockedPipelineEngine(PipelineEngine):
         else:
             read = outputs = self.module.trunk(inputs)
         if self.is_last_stage():
-            self._add_loss(self.stage_id, self._loss_of(outputs, labels))
+            self._losses.take(self.stage_id, outputs, labels)
         else:
             link.send(TensorSpec.of(outputs, self.stage_id), outputs, (-1, micro_batch, key))
         if self.module.aux_head is not None:
-            self._add_loss(self.module.losses[0], self._loss_of(self.module.aux_head(read), labels))
+            self._losses.take(self.module.losses[0], self.module.aux_head(read), labels)
 
     # Optimizer, reports
 
@@ -414,13 +396,6 @@ class InterlockedPipelineEngine(PipelineEngine):
             norm = squared.sqrt()
         self._global_grad_norm = norm
         torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.gradient_clipping(), norm)
-
-    def _make_board(self) -> LossBoard:
-        store = dist.distributed_c10d._get_default_store()
-        engine_number = store.add(f"ibp_engines/{self.global_rank}", 1)  # the same on all ranks
-        store = dist.PrefixStore(f"ibp_losses/{engine_number}", store.clone())  # type: ignore[attr-defined]
-        batches_ahead = self.num_stages * (self._channel_depth // self.micro_batches + 2)
-        return LossBoard(store, self.num_stages, window=batches_ahead + 4)
 
     def _report(self) -> None:
         """Print and log what is known on rank 0 at the print interval; nobody waits."""

@@ -31,6 +31,14 @@ class LossBoard:
         self._recent: dict[int, dict[int, float]] = {}  # loss → batch → value
         self._thread: threading.Thread | None = None
 
+    @classmethod
+    def of_engine(cls, stages: int, batches_ahead: int) -> LossBoard:
+        """A board for the next engine of this job, on all ranks; ``batches_ahead``: of a stage before the next one."""
+        store = dist.distributed_c10d._get_default_store()
+        engine_number = store.add(f"ibp_engines/{dist.get_rank()}", 1)  # the same on all ranks
+        store = dist.PrefixStore(f"ibp_losses/{engine_number}", store.clone())  # type: ignore[attr-defined]
+        return cls(store, stages, window=stages * (batches_ahead + 2) + 4)
+
     def publish(self, batch: int, losses: dict[int, Tensor]) -> None:
         """Make a stage's losses of a batch visible, by their indices; returns at once."""
         self._queue.put((batch, losses))
