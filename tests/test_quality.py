@@ -75,12 +75,18 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_prices_follow_the_schedule() -> None:
-    local, pairwise = price(TEXT_ROWS["local, private"], 4, 2), price(TEXT_ROWS["pairwise window, private"], 4, 2)
-    assert price(TEXT_ROWS["global"], 4, 2).time == 1
+    local, pairwise = (
+        price(TEXT_ROWS["local, private"], 4, 2, 1000),
+        price(TEXT_ROWS["pairwise window, private"], 4, 2, 1000),
+    )
+    assert price(TEXT_ROWS["global"], 4, 2, 1000).time == 1
     assert local.time == pytest.approx(3.1 / 5.25, abs=0.01) and pairwise.time == pytest.approx(4.1 / 5.25, abs=0.01)
-    periodic = price(TEXT_ROWS["local + global every 4th, shared"], 4, 2)
+    half = [{"from_step": 500, "width": 4, "mode": "furthest"}]
+    changing = price({**TEXT_ROWS["local, private"], "schedule": half}, 4, 2, 1000)
+    assert changing.time == pytest.approx((local.time + 1) / 2)
+    periodic = price(TEXT_ROWS["local + global every 4th, shared"], 4, 2, 1000)
     assert local.time < periodic.time < 1
-    assert price(TEXT_ROWS["local, shared, 1 block"], 4, 2).work > local.work + 0.3
+    assert price(TEXT_ROWS["local, shared, 1 block"], 4, 2, 1000).work > local.work + 0.3
 
 
 def record(row: str, loss: float, **values: Any) -> dict[str, Any]:

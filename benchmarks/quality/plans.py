@@ -116,8 +116,22 @@ HEADLINES = [
     "pairwise window, private",
     "pairwise window, shared",
 ]
-RATES = (8e-3, 16e-3, 4e-3)
 STEPS_OF_SWEEP, STEPS_OF_TEXT = 750, 2000
+WIDEN_AT = round(0.6 * STEPS_OF_TEXT)
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {  # with the row whose learning rate they take
+    "pairwise window 0.2/0.8, private": (block(2, window_weights=[0.2, 0.8]), "pairwise window, private"),
+    "local, then global, private": (
+        block(1, schedule=[{"from_step": WIDEN_AT, "width": 4, "mode": "furthest"}]),
+        "local, private",
+    ),
+    "pairwise window 0.2/0.8, shared": (
+        block(2, readout="shared", window_weights=[0.2, 0.8]),
+        "pairwise window, shared",
+    ),
+    "3-wise window 0.1/0.2/0.7, private": (block(3, window_weights=[0.1, 0.2, 0.7]), "pairwise window, private"),
+    "local, then pairwise, private": (block(1, schedule=[{"from_step": WIDEN_AT, "width": 2}]), "local, private"),
+}
+RATES = (8e-3, 16e-3, 4e-3)
 
 
 def sweep(results: Path) -> Iterator[Run]:
@@ -140,6 +154,8 @@ def texts(results: Path) -> Iterator[Run]:
         yield shallow(layers, rate=rates["global", layers])
     for share in (0.5, 0.6, 0.75):  # what global reaches in a part of the time, with a schedule of that length
         yield text("global", TEXT_ROWS["global"], rate=rates["global", 4], steps=round(share * STEPS_OF_TEXT))
+    for row, (interlocking, tuned) in VARIANTS.items():
+        yield text(row, interlocking, rate=rates[tuned, 4])
     for seed, row in product(SEEDS[1:], HEADLINES):
         yield text(row, TEXT_ROWS[row], rate=rates[row, 4], seed=seed)
 

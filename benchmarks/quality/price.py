@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from ibp_deepspeed.config import InterlockingConfig
@@ -29,7 +30,24 @@ class Price:
     time: float
 
 
-def price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float) -> Price:
+def price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float, steps: int) -> Price:
+    """The price of a training of ``steps`` batches, phases of its ``schedule`` by their length (see :func:`_price`)."""
+    block = dict(interlocking)
+    phases = block.pop("schedule", [])
+    starts = [0, *(phase["from_step"] for phase in phases), steps]
+    blocks = [block]
+    for phase in phases:
+        named = {"strategy": "nwise", "width": phase["width"], "mode": phase.get("mode", block.get("mode"))}
+        blocks.append({**block, **named})
+    prices = [_price(each, stages, layers_per_stage) for each in blocks]
+    shares = [(end - start) / steps for start, end in pairwise(starts)]
+    return Price(
+        work=sum(share * p.work for share, p in zip(shares, prices, strict=True)),
+        time=sum(share * p.time for share, p in zip(shares, prices, strict=True)),
+    )
+
+
+def _price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float) -> Price:
     """The price of an interlocking block, M = 4, no latency; products to weights and to inputs cost a forward each.
 
     A head that copies its readout saves the product to its weights; a block in a head is a layer that is computed
@@ -41,7 +59,7 @@ def price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float)
     if options is not None:
         head = HEAD * (1.0 if options.readout == "private" else 2 / 3) + 3 * options.blocks / layers_per_stage
         borrowed = options.borrow / layers_per_stage
-    if config.strategy == "global" and config.mode == "furthest":
+    if config.width_for(stages) == stages and config.mode == "furthest":
         head = 0.0  # its heads only watch
     own = _predict(config, stages, Costs(head=head, borrowed_product=borrowed))
     baseline = _predict(InterlockingConfig(strategy="global", aux_head=None), stages, Costs(head=0.0))

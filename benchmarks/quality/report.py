@@ -50,7 +50,7 @@ def text_table(records: Sequence[Record], stages: int = 4) -> list[list[str]]:
         if not full:
             continue
         run, last = full[0]["run"], [r["curve"][-1][1][-1] for r in full]
-        cost = price(run["interlocking"], stages, run["layers"] / stages)
+        cost = price(run["interlocking"], stages, run["layers"] / stages, run["steps"])
         exits = [_spread(column) for column in zip(*(r["curve"][-1][1] for r in full), strict=True)]
         table.append(
             [
