@@ -1,0 +1,37 @@
+"""Stages that sleep, on the real engines: how close each comes to its work, and who wastes how much of a stage's time.
+
+A unit is a stage's forward pass, its product to the input, or its product to the weights; a head costs 0.1 units.
+DualPipeV and zero bubble (ZBV) need M ≥ 2K and are left out below.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from tqdm import tqdm
+
+from benchmarks.speed.emulated import COLUMNS, draw, measure
+from benchmarks.speed.harness import Row
+
+__all__ = ["COLUMNS", "add_arguments", "draw", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The case's options."""
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8], help="K")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="M")
+    names = ["N=1", "N=2", "N=3", "1F1B", "DualPipeV", "ZBV"]
+    parser.add_argument("--contenders", nargs="+", default=names, help="1F1B must be among them")
+    parser.add_argument("--unit", type=float, default=0.1, help="seconds")
+    parser.add_argument("--measured", type=int, default=16, help="micro-batches a repeat, at least two batches")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved; medians count")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """All K and M."""
+    rows: list[Row] = []
+    grid = [(k, m) for k in args.stages for m in args.micro_batches]
+    for stages, micro_batches in tqdm(grid, desc="emulated", unit="set-up"):
+        options = {"unit": args.unit, "measured": args.measured, "repeats": args.repeats}
+        rows += measure(stages, micro_batches, args.contenders, **options)
+    return rows

@@ -1,0 +1,37 @@
+"""Stages that sleep, with messages that take 0 … 4 units: what a slow link costs when it is wide enough.
+
+``slack``: gradients may take one slot more for each boundary (``hop_slack`` 1). The peer's senders do not wait for
+their messages either.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from tqdm import tqdm
+
+from benchmarks.speed.emulated import COLUMNS, draw, measure
+from benchmarks.speed.harness import Row
+
+__all__ = ["COLUMNS", "add_arguments", "draw", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The case's options."""
+    parser.add_argument("--stages", type=int, default=4, help="K")
+    parser.add_argument("--micro-batches", type=int, default=8, help="M")
+    parser.add_argument("--latencies", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0], help="units")
+    names = ["N=1", "N=2", "N=2 slack", "1F1B"]
+    parser.add_argument("--contenders", nargs="+", default=names, help="1F1B must be among them")
+    parser.add_argument("--unit", type=float, default=0.1, help="seconds")
+    parser.add_argument("--measured", type=int, default=16, help="micro-batches a repeat, at least two batches")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved; medians count")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """All latencies."""
+    rows: list[Row] = []
+    for latency in tqdm(args.latencies, desc="latency", unit="set-up"):
+        options = {"unit": args.unit, "measured": args.measured, "repeats": args.repeats, "latency": latency}
+        rows += measure(args.stages, args.micro_batches, args.contenders, **options)
+    return rows

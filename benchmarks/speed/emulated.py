@@ -1,0 +1,184 @@
+"""The real engines on stages that sleep: time per micro-batch and idle share, beside the limit and the prediction.
+
+A unit of sleep is a stage's forward pass, its product to the input, or its product to the weights; a head costs 0.1
+units. Every stage is two layers of half a unit, so that schedules with two chunks a rank cut it in two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from benchmarks.speed.contenders import Batch, Model, applies, make
+from benchmarks.speed.harness import Row, Spread, interleaved, spawn
+from benchmarks.speed.latency import delay_deepspeed, delay_engine
+from benchmarks.speed.sleeping import HEAD_UNITS, WIDTH, Clock, SleepingHead, SleepingLayer, loss_fn
+
+
+def model(stages: int, unit: float, slack: int = 0) -> Model:
+    """Two layers a stage."""
+    return Model(
+        layers=[partial(SleepingLayer, unit / 2)] * (2 * stages),
+        head=partial(SleepingHead, HEAD_UNITS * unit),
+        loss_fn=loss_fn,
+        interlocking={"hop_slack": slack},
+    )
+
+
+def data() -> Iterator[Batch]:
+    """The same micro-batch for ever."""
+    return repeat((torch.zeros(1, WIDTH), torch.zeros(1, WIDTH)))
+
+
+def time_batches(engine: Any, batches: int, warm_up: int = 2) -> tuple[float, float]:
+    """Seconds a batch on the slowest rank, and this rank's idle share."""
+    import torch.distributed as dist
+
+    rows = data()
+    dist.barrier()
+    for _ in range(warm_up):
+        engine.train_batch(rows)
+    start, slept = time.perf_counter(), Clock.slept
+    for _ in range(batches):
+        engine.train_batch(rows)
+    elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    idle = 1 - (Clock.slept - slept) / elapsed.item()
+    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+    return elapsed.item() / batches, idle
+
+
+def worker(arguments: dict[str, Any]) -> list[list[tuple[float, float]]]:
+    """One rank: all contenders of one K and M, interleaved."""
+    import deepspeed
+
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    deepspeed.utils.logger.setLevel("ERROR")
+    stages, count, unit, latency = (arguments[key] for key in ("stages", "micro_batches", "unit", "latency"))
+    contenders = []
+    for name in arguments["contenders"]:
+        engine = make(name.split()[0], model(stages, unit, slack=int("slack" in name)), stages, count)
+        if latency and name.startswith("N="):
+            delay_engine(engine, latency * unit)
+        contenders.append(engine)
+    if latency:
+        delay_deepspeed(latency * unit)
+    batches = max(2, arguments["measured"] // count)
+    return interleaved([partial(time_batches, engine, batches) for engine in contenders], arguments["repeats"])
+
+
+def measure(
+    stages: int,
+    micro_batches: int,
+    contenders: list[str],
+    *,
+    unit: float,
+    measured: int,
+    repeats: int,
+    latency: float = 0.0,
+) -> list[Row]:
+    """Rows of one K and M; a name may end in `` slack``: one slot more for each boundary.
+
+    Args:
+        stages: K, processes.
+        micro_batches: M.
+        contenders: names, ``1F1B`` among them.
+        unit: seconds.
+        measured: micro-batches a repeat, at least two batches.
+        repeats: of all contenders, interleaved.
+        latency: units a message takes.
+    """
+    running = [name for name in contenders if applies(name.split()[0], stages, micro_batches)]
+    by_rank = spawn(
+        stages,
+        worker,
+        {
+            "stages": stages,
+            "micro_batches": micro_batches,
+            "contenders": running,
+            "unit": unit,
+            "latency": latency,
+            "measured": measured,
+            "repeats": repeats,
+        },
+    )
+    rows: list[Row] = []
+    for index, name in enumerate(running):
+        seconds = [second for second, _ in by_rank[0][index]]
+        idle = [min(share for _, share in rank[index]) for rank in by_rank]
+        rows.append(
+            {
+                "stages": stages,
+                "micro_batches": micro_batches,
+                "latency": latency,
+                "contender": name,
+                "units": Spread.of(seconds).scaled(1 / micro_batches / unit),
+                "idle": [round(share, 3) for share in idle],
+                **prediction(name, stages, micro_batches, latency),
+            }
+        )
+    peer = next(row["units"][0] for row in rows if row["contender"] == "1F1B")
+    return [{**row, "speedup": round(peer / row["units"][0], 3)} for row in rows]
+
+
+def prediction(name: str, stages: int, micro_batches: int, latency: float) -> dict[str, float]:
+    """What the schedule's simulation says; nothing for schedules that are not ours."""
+    from ibp_deepspeed.simulate import simulate
+    from ibp_deepspeed.strategy import Strategy
+    from ibp_deepspeed.walk import Costs
+
+    if name in ("DualPipeV", "ZBV"):
+        return {}
+    if name == "1F1B":
+        strategy = Strategy(stages, stages, aux_heads=False)
+    else:
+        strategy = Strategy(stages, int(name.split()[0][2:]), hop_slack=int("slack" in name))
+    said = simulate(strategy, micro_batches, Costs(latency=latency))
+    return {"limit": round(said.limit, 3), "predicted": round(said.micro_batch_time, 3)}
+
+
+def _units(row: Row) -> str:
+    median, low, high = row["units"]
+    return f"{median:.2f} ({low:.2f} … {high:.2f})"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "K": lambda row: str(row["stages"]),
+    "M": lambda row: str(row["micro_batches"]),
+    "latency": lambda row: f"{row['latency']:g}",
+    "": lambda row: row["contender"],
+    "units a micro-batch": _units,
+    "limit": lambda row: f"{row['limit']:.2f}" if "limit" in row else "–",
+    "predicted": lambda row: f"{row['predicted']:.2f}" if "predicted" in row else "–",
+    "against 1F1B": lambda row: f"{row['speedup']:.2f}×",
+    "idle, busiest to idlest stage": lambda row: f"{min(row['idle']):.1%} … {max(row['idle']):.1%}",
+}
+
+
+def draw(rows: list[Row], path: Any) -> None:
+    """Units a micro-batch over M, a panel for each K."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    across = "latency" if len({row["latency"] for row in rows}) > 1 else "micro_batches"
+    stages = sorted({row["stages"] for row in rows})
+    figure, panels = plt.subplots(1, len(stages), figsize=(4.4 * len(stages), 3.4), squeeze=False)
+    for panel, k in zip(panels[0], stages, strict=True):
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            points = [(row[across], row["units"][0]) for row in rows if (row["stages"], row["contender"]) == (k, name)]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", label=name)
+        panel.set(title=f"K = {k}", xlabel="latency (units)" if across == "latency" else "micro-batches M", ylim=0)
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("units a micro-batch")
+    panels[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

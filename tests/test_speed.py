@@ -1,0 +1,68 @@
+"""The benchmark suite runs its cases, and its rows say what was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.speed.contenders import applies
+from benchmarks.speed.harness import Spread, table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def benchmark(case: str, folder: Path, *options: str) -> dict[str, dict[str, object]]:
+    """Rows of a record, by contender."""
+    command = [sys.executable, "-m", "benchmarks.speed", case, *options, "--repeats", "1", "--out", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((folder / f"{case}.json").read_text())
+    assert record["command"].endswith(f"--out {folder}") and record["machine"]["torch"]
+    assert (folder / f"{case}.png").stat().st_size > 0
+    assert all(row["contender"] in done.stdout for row in record["rows"])
+    return {row["contender"]: row for row in record["rows"]}
+
+
+def test_no_contender_is_faster_than_its_work(tmp_path: Path) -> None:
+    """Sleeping stages, K = 2, M = 4, all peers: nobody takes less time than a stage's work."""
+    rows = benchmark("emulated", tmp_path, "--stages", "2", "--micro-batches", "4", "--unit", "0.01")
+    assert list(rows) == ["N=1", "1F1B", "DualPipeV", "ZBV"]
+    for name, row in rows.items():
+        assert row["units"][0] >= (3.1 if name == "N=1" else 3.0), row  # type: ignore[index]
+        assert all(0 <= share < 1 for share in row["idle"]), row  # type: ignore[attr-defined]
+    assert rows["1F1B"]["speedup"] == 1 and rows["N=1"]["limit"] == pytest.approx(3.1)
+
+
+def test_a_latency_is_waited_for(tmp_path: Path) -> None:
+    """Two units a message: 1F1B at K = 2, M = 1 waits for both directions, N = 1 for none in the steady state."""
+    options = ("--stages", "2", "--micro-batches", "1", "--latencies", "2", "--unit", "0.02", "--measured", "6")
+    rows = benchmark("latency", tmp_path, *options, "--contenders", "N=1", "1F1B")
+    assert rows["1F1B"]["units"][0] >= 6 + 2 * 2  # type: ignore[index]
+    assert rows["N=1"]["predicted"] == pytest.approx(3.1) and rows["1F1B"]["predicted"] == pytest.approx(10)
+
+
+def test_overhead_has_a_row_for_each_engine_and_bare_loop(tmp_path: Path) -> None:
+    rows = benchmark("overhead", tmp_path, "--stages", "2", "--micro-batches", "2", "--batches", "4")
+    assert list(rows) == ["bare, no gradients", "bare, gradients", "N=1", "N=2", "1F1B"]
+    assert rows["bare, gradients"]["beyond_bare_ms"] == 0
+    assert {"ForwardPass", "RecvActivation", "InterlockedBackward"} <= set(rows["N=1"]["instruction_ms"])  # type: ignore[call-overload]
+
+
+def test_contenders_apply_where_they_can() -> None:
+    assert [applies(name, 4, 4) for name in ("N=1", "N=4", "1F1B", "DualPipeV", "ZBV")] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert applies("ZBV", 4, 8)
+
+
+def test_spread_and_table() -> None:
+    assert Spread.of([3.0, 1.0, 2.0]).scaled(10) == [20, 10, 30]
+    assert table([{"a": 1}], {"x": lambda row: str(row["a"])}).splitlines() == ["| x |", "|---|", "| 1 |"]
