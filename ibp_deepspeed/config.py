@@ -37,6 +37,12 @@ class AuxHeadConfig(BaseModel):
     """Every head uses that copy from batch r·R + delay on; None: max(R, ⌈K/M⌉ + 1)."""
     average: float | None = Field(default=None, gt=0, lt=1)
     """β: heads use the exponential average copy ← β·copy + (1-β)·newest; None uses the newest as it is."""
+    rank: int | None = Field(default=None, ge=1)
+    """A private readout H → V as H → rank → V."""
+    aux_tokens: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of the positions whose loss trains the heads and, through them, the trunks; the last stage uses all."""
+    aux_tokens_seed: int = 0
+    """Of the draw of these positions, which is another one for each batch and stage, the same on all replicas."""
     chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at once; None picks about 64 MiB of logits."""
 
@@ -45,6 +51,8 @@ class AuxHeadConfig(BaseModel):
         given = self.model_fields_set & {"refresh_interval", "refresh_delay", "average"}
         if given and self.readout != "shared":
             raise ValueError(f'{min(given)} is for readout "shared", the readout is "{self.readout}"')
+        if self.rank is not None and self.readout != "private":
+            raise ValueError(f'rank is for readout "private", the readout is "{self.readout}"')
         return self
 
     def delay(self, stages: int, micro_batches: int) -> int:

@@ -28,6 +28,7 @@ from ibp_deepspeed.module import InterlockedPipelineModule
 from ibp_deepspeed.samples import BatchError, SampleLedger, to_device, unpack
 from ibp_deepspeed.stage_losses import StageLosses
 from ibp_deepspeed.stage_readout import StageReadout
+from ibp_deepspeed.token_sample import TokenSample
 
 _FLUSH_SECONDS = 30.0
 
@@ -61,6 +62,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         self._set_schedule()
         self.boundaries = Boundaries(self.grid, self.device, self._channel_depth)
         self._readout = StageReadout.from_config(interlocking, self.module, self.grid, self.micro_batches)
+        self._sample = TokenSample.from_config(interlocking)
         self._losses = StageLosses(self.module, self.grid, self.device)
         self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
         self._ledger = SampleLedger(self.stage_id)
@@ -262,7 +264,10 @@ class InterlockedPipelineEngine(PipelineEngine):
         read, cotangents = (live.cut, live.borrowed_cotangents) if self._borrows else (live.outputs, live.cotangents)
         assert self.module.aux_head is not None and read is not None
         hidden = read.detach().requires_grad_(len(strategy.users(loss)) > 0)
-        value = self._losses.take(loss, self.module.aux_head(hidden), live.labels)
+        outputs, labels = self.module.aux_head(hidden), live.labels
+        if self._sample is not None:
+            outputs, labels = self._sample.select(outputs, labels, self.global_steps, loss)
+        value = self._losses.take(loss, outputs, labels)
         with self._accumulating():
             (value / self.micro_batches).backward()
         if hidden.grad is not None:

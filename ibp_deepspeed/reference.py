@@ -16,6 +16,7 @@ from ibp_deepspeed.config import ConfigError, InterlockingConfig
 from ibp_deepspeed.course import Course
 from ibp_deepspeed.readout import ReadoutSource, RefreshRule, head_readout, install, source_readout
 from ibp_deepspeed.strategy import Strategy
+from ibp_deepspeed.token_sample import TokenSample
 
 Weighted = tuple[list[nn.Parameter], float]
 
@@ -58,6 +59,7 @@ class InterlockedReference:
         options = self.config.aux_head if self.aux_heads else None
         self._borrow = options.borrow if options else 0
         self._check_borrow()
+        self._sample = TokenSample.from_config(self.config)
         self.batch = 0
         self.taken: dict[int, list[Tensor]] = {}
         self.source: ReadoutSource | None = None
@@ -91,7 +93,7 @@ class InterlockedReference:
         strategies = Course(self.config, len(self.stages), count, self._has_heads).at(self.batch)
         rows = []
         for (inputs, labels), strategy in zip(micro_batches, strategies.micro_batches, strict=True):
-            losses = self.losses(inputs, labels)
+            losses = self.losses(inputs, labels, sample=self._sample)
             for j, loss in losses.items():
                 self._differentiate(loss / count, self._trained_by(j, strategy))
             rows.append({j: loss.detach() for j, loss in losses.items()})
@@ -106,20 +108,30 @@ class InterlockedReference:
             return self._means([self.losses(inputs, labels, measure) for inputs, labels in micro_batches])
 
     def losses(
-        self, inputs: Any, labels: Any, measure: Callable[[Any, Any], Tensor] | None = None
+        self,
+        inputs: Any,
+        labels: Any,
+        measure: Callable[[Any, Any], Tensor] | None = None,
+        sample: TokenSample | None = None,
     ) -> dict[int, Tensor]:
-        """L_k of every stage that has one, on one connected graph, of one micro-batch (or another ``measure``)."""
+        """L_k of every stage that has one, on one connected graph, of one micro-batch (or another ``measure``); the
+        heads' at the positions of a ``sample`` only."""
         loss_fn = measure or self.loss_fn
+
+        def head_loss(k: int, hidden: Tensor) -> Tensor:
+            outputs = self.aux_heads[k](hidden)
+            return loss_fn(*(sample.select(outputs, labels, self.batch, k) if sample else (outputs, labels)))
+
         losses: dict[int, Tensor] = {}
         hidden = inputs
         for k, stage in enumerate(self.stages):
             if k and self._borrow:
                 borrowed, stage = self._borrowed(k), stage[self._borrow :]  # type: ignore[index]
                 hidden = borrowed(hidden)
-                losses[k - 1] = loss_fn(self.aux_heads[k - 1](hidden), labels)
+                losses[k - 1] = head_loss(k - 1, hidden)
             hidden = stage(hidden)
             if k < len(self.aux_heads) and not self._borrow:
-                losses[k] = loss_fn(self.aux_heads[k](hidden), labels)
+                losses[k] = head_loss(k, hidden)
         losses[len(self.stages) - 1] = loss_fn(hidden, labels)
         return losses
 

@@ -136,7 +136,7 @@ class CausalLM:
 
     def _meta_head(self, options: AuxHeadConfig, after: int) -> AuxiliaryHead:
         kind = AuxiliaryHead if options.readout == "private" else FollowingHead
-        return kind(self._shell, self._recorder, options.blocks, after)
+        return kind(self._shell, self._recorder, options, after)
 
     def _initialised(self, module: nn.Module, part: str) -> nn.Module:
         self._shell.initialise(module, part, self._seed, self._dtype)

@@ -5,12 +5,14 @@ Each is built on its own from the shell. A meta copy tells its parameter count; 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ibp_deepspeed.config import AuxHeadConfig
 from ibp_deepspeed.heads import LazyLogits
 from models.recorder import Recorder
 from models.shell import Shell
@@ -87,23 +89,26 @@ class AuxiliaryHead(nn.Module):
 
     Args:
         shell, recorder: of the model.
-        blocks: decoder blocks.
+        options: how many blocks, the rank of the readout.
         after: decoder layers of the model before the head; the blocks are of the kind that the model has next.
     """
 
-    def __init__(self, shell: Shell, recorder: Recorder, blocks: int = 0, after: int = 0) -> None:
+    def __init__(self, shell: Shell, recorder: Recorder, options: AuxHeadConfig, after: int = 0) -> None:
         super().__init__()
         last = len(shell.layers) - 1
-        self.blocks = nn.Sequential(*(DecoderLayer(shell, min(after + i, last), recorder) for i in range(blocks)))
+        kinds = [min(after + i, last) for i in range(options.blocks)]
+        self.blocks = nn.Sequential(*(DecoderLayer(shell, kind, recorder) for kind in kinds))
         self.norm = shell.copy_of(shell.norm)
-        self.readout: Any = self._make_readout(shell)
+        self.readout: Any = self._make_readout(shell, options)
 
     def forward(self, hidden: Tensor) -> LazyLogits:
         return _lazy(self.norm(self.blocks(hidden)), self.readout, self.readout)
 
-    def _make_readout(self, shell: Shell) -> nn.Module:
-        sizes = shell.config.hidden_size, shell.config.vocab_size
-        return nn.Linear(*sizes, bias=False, device="meta", dtype=torch.float32)
+    def _make_readout(self, shell: Shell, options: AuxHeadConfig) -> nn.Module:
+        hidden, vocabulary = shell.config.hidden_size, shell.config.vocab_size
+        sizes = [hidden, vocabulary] if options.rank is None else [hidden, options.rank, vocabulary]
+        factors = [nn.Linear(*pair, bias=False, device="meta", dtype=torch.float32) for pair in pairwise(sizes)]
+        return factors[0] if len(factors) == 1 else nn.Sequential(*factors)
 
 
 class FollowingHead(AuxiliaryHead):
@@ -113,8 +118,8 @@ class FollowingHead(AuxiliaryHead):
         temperature: learned, [1]; what the logits of a linear readout are divided by.
     """
 
-    def __init__(self, shell: Shell, recorder: Recorder, blocks: int = 0, after: int = 0) -> None:
-        super().__init__(shell, recorder, blocks, after)
+    def __init__(self, shell: Shell, recorder: Recorder, options: AuxHeadConfig, after: int = 0) -> None:
+        super().__init__(shell, recorder, options, after)
         self.temperature = nn.Parameter(torch.ones(1))
 
     def follow(self, last_layer: HeadLayer) -> None:
@@ -130,7 +135,7 @@ class FollowingHead(AuxiliaryHead):
     def forward(self, hidden: Tensor) -> LazyLogits:
         return self.readout(self.norm(self.blocks(hidden)) / self.temperature)
 
-    def _make_readout(self, shell: Shell) -> Readout:
+    def _make_readout(self, shell: Shell, options: AuxHeadConfig) -> Readout:
         return Readout(shell).requires_grad_(False)
 
 
