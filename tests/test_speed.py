@@ -52,6 +52,18 @@ def test_overhead_has_a_row_for_each_engine_and_bare_loop(tmp_path: Path) -> Non
     assert {"ForwardPass", "RecvActivation", "InterlockedBackward"} <= set(rows["N=1"]["instruction_ms"])  # type: ignore[call-overload]
 
 
+def test_saved_activations_reach_their_bound_and_no_more(tmp_path: Path) -> None:
+    """A real Llama, K = 3, M = 4: live micro-batches of every stage, over batches that follow each other at once."""
+    small = ("--width", "32", "--tokens", "16", "--vocabulary", "64", "--contenders", "N=1", "N=2", "1F1B")
+    command = [sys.executable, "-m", "benchmarks.speed", "memory", "--stages", "3", "--micro-batches", "4", *small]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert [row["live"] for row in rows] == [row["bound"] for row in rows] == [1, 1, 1, 2, 2, 1, 3, 2, 1]
+    first = {row["contender"]: row["against_1f1b"] for row in rows if row["stage"] == 0}
+    assert first["N=1"] < 0.4 and first["N=2"] < 0.7 and first["1F1B"] == 1
+
+
 def test_contenders_apply_where_they_can() -> None:
     assert [applies(name, 4, 4) for name in ("N=1", "N=4", "1F1B", "DualPipeV", "ZBV")] == [
         True,

@@ -20,6 +20,7 @@ CASES = {
     "emulated": "stages that sleep: time and idle share for K, M and N against 1F1B, DualPipeV and zero bubble",
     "latency": "the same with messages that take 0 … 4 units",
     "overhead": "stages that do nothing: what the engine itself costs",
+    "memory": "saved activations of a real model on each stage",
 }
 
 
