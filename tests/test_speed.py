@@ -64,6 +64,14 @@ def test_saved_activations_reach_their_bound_and_no_more(tmp_path: Path) -> None
     assert first["N=1"] < 0.4 and first["N=2"] < 0.7 and first["1F1B"] == 1
 
 
+def test_cheaper_heads_compute_the_same_loss(tmp_path: Path) -> None:
+    sizes = ("--vocabularies", "600", "--tokens", "64", "--width", "16")
+    rows = benchmark("heads", tmp_path, *sizes)
+    same = ["naive", "chunks of 128", "chunks of 512", "chunks of 64 MiB", "shared readout"]
+    assert [rows[name]["loss"] for name in same] == pytest.approx([rows["naive"]["loss"]] * len(same))
+    assert {*rows} == {*same, "aux_tokens 0.25", "rank 64"} and rows["naive"]["time_ratio"] == 1
+
+
 def test_contenders_apply_where_they_can() -> None:
     assert [applies(name, 4, 4) for name in ("N=1", "N=4", "1F1B", "DualPipeV", "ZBV")] == [
         True,

@@ -21,6 +21,7 @@ CASES = {
     "latency": "the same with messages that take 0 … 4 units",
     "overhead": "stages that do nothing: what the engine itself costs",
     "memory": "saved activations of a real model on each stage",
+    "heads": "one head: time and peak memory against full logits",
 }
 
 
