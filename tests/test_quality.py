@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from benchmarks.quality.gradients import cosines
-from benchmarks.quality.plans import HOP_ROWS, PLANS, TEXT_ROWS, best_rates, hop
+from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
 from benchmarks.quality.price import price
 from benchmarks.quality.records import load
-from benchmarks.quality.report import DOCS, RESULTS, depth_table, filled, hop_table, markdown, text_table
+from benchmarks.quality.report import DOCS, RESULTS, depth_table, filled, hop_table, markdown, text_table, tuned
 from benchmarks.quality.run import SOLVED, Run, train
 from benchmarks.quality.tasks import HopTask
 from ibp_deepspeed import InterlockingConfig
@@ -115,9 +115,14 @@ def test_hop_table_counts_what_is_solved() -> None:
     assert table[1][1].endswith("· 1/2 (300)")
 
 
-def test_best_rate_is_the_one_that_ended_lowest() -> None:
-    rows = [record("global", 2.0, rate=0.1), record("global", 1.9, rate=0.2), record("global", 2.5, layers=2)]
-    assert best_rates(rows) == {("global", 8): 0.2, ("global", 2): 0.1}
+def test_the_first_rate_stays_unless_another_is_clearly_better() -> None:
+    first, other = RATES[0], RATES[1]
+    rows = [record("global", 2.0, rate=first), record("global", 1.9, rate=other)]
+    rows += [record("global", 2.5, rate=first, layers=2), record("global", 2.46, rate=other, layers=2)]
+    assert best_rates(rows) == {("global", 8): other, ("global", 2): first}
+    better = [record("global", 1.9, rate=0.2), record("global", 2.1, rate=0.2)]
+    rows = [record("global", 2.1, rate=0.1), *better, record("global", 9.0, layers=2)]
+    assert tuned(rows) == rows[1:]
 
 
 def test_gradient_of_backpropagation_agrees_with_itself() -> None:

@@ -120,15 +120,11 @@ STEPS_OF_SWEEP, STEPS_OF_TEXT = 750, 2000
 WIDEN_AT = round(0.6 * STEPS_OF_TEXT)
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {  # with the row whose learning rate they take
     "pairwise window 0.2/0.8, private": (block(2, window_weights=[0.2, 0.8]), "pairwise window, private"),
+    "pairwise window 0.8/0.2, private": (block(2, window_weights=[0.8, 0.2]), "pairwise window, private"),
     "local, then global, private": (
         block(1, schedule=[{"from_step": WIDEN_AT, "width": 4, "mode": "furthest"}]),
         "local, private",
     ),
-    "pairwise window 0.2/0.8, shared": (
-        block(2, readout="shared", window_weights=[0.2, 0.8]),
-        "pairwise window, shared",
-    ),
-    "3-wise window 0.1/0.2/0.7, private": (block(3, window_weights=[0.1, 0.2, 0.7]), "pairwise window, private"),
     "local, then pairwise, private": (block(1, schedule=[{"from_step": WIDEN_AT, "width": 2}]), "local, private"),
 }
 RATES = (8e-3, 16e-3, 4e-3)
@@ -152,7 +148,7 @@ def texts(results: Path) -> Iterator[Run]:
         yield text(row, interlocking, rate=rates[row, 4])
     for layers in (1, 2, 3):
         yield shallow(layers, rate=rates["global", layers])
-    for share in (0.5, 0.6, 0.75):  # what global reaches in a part of the time, with a schedule of that length
+    for share in (0.5, 0.6, 0.75, 1.2):  # what global reaches in a part of the time, with a schedule of that length
         yield text("global", TEXT_ROWS["global"], rate=rates["global", 4], steps=round(share * STEPS_OF_TEXT))
     for row, (interlocking, tuned) in VARIANTS.items():
         yield text(row, interlocking, rate=rates[tuned, 4])
@@ -163,15 +159,27 @@ def texts(results: Path) -> Iterator[Run]:
 def deep(results: Path) -> Iterator[Run]:
     """Eight layers: the headlines at K = 4, the controls, the best and the worst at K = 8 and 2."""
     rates = best_rates(load(results / "sweep.jsonl"))
-    for row in HEADLINES:
-        yield text(row, TEXT_ROWS[row], rate=rates[row, 8], layers=8, study="deep")
-    for layers in (2, 4):
-        yield shallow(layers, rate=rates["global", min(layers, 3)], study="deep")
-    for stages, row in product((8, 2), ("pairwise window, shared", "local, private", "local, shared")):
-        yield text(row, TEXT_ROWS[row], rate=rates[row, 8], layers=8, stages=stages, study="deep")
-    for share in (0.4, 0.6, 0.8):
-        steps = round(share * STEPS_OF_TEXT)
-        yield text("global", TEXT_ROWS["global"], rate=rates["global", 8], layers=8, steps=steps, study="deep")
+
+    def run(row: str, **values: Any) -> Run:
+        return text(row, TEXT_ROWS[row], rate=rates[row, 8], layers=8, study="deep", **values)
+
+    yield run("global")
+    yield run("pairwise window, private")
+    yield run("local, private")
+    yield shallow(2, rate=rates["global", 2], study="deep")
+    yield run("global", steps=round(0.6 * STEPS_OF_TEXT))
+    yield run("pairwise window, private", stages=8)
+    yield run("local, private", stages=8)
+    yield run("local, shared")
+    yield run("pairwise window, shared")
+    yield run("local, shared, 1 block")
+    yield shallow(4, rate=rates["global", 2], study="deep")
+    yield run("local, private", stages=2)
+    yield run("local, shared", stages=8)
+    yield run("local, shared", stages=2)
+    yield run("pairwise window, private", stages=2)
+    for share in (0.4, 0.8):
+        yield run("global", steps=round(share * STEPS_OF_TEXT))
 
 
 def borrow(results: Path) -> Iterator[Run]:
@@ -194,13 +202,20 @@ def borrow(results: Path) -> Iterator[Run]:
             yield replace(hop(row, rows[row], hops, seed=0, stages=2, study="borrow"), layers=6)
 
 
+NOISE = 0.05  # nats: what seeds differ by after the sweep's few batches
+
+
 def best_rates(records: list[Record]) -> dict[tuple[str, int], float]:
-    """(row, layers) → the rate whose last exit ended lowest in the sweep."""
+    """(row, layers) → the rate to train longer with: the first of RATES, unless another one ended lower by NOISE."""
     ends: dict[tuple[str, int], dict[float, float]] = {}
     for record in records:
         run = record["run"]
         ends.setdefault((run["row"], run["layers"]), {})[run["rate"]] = record["curve"][-1][1][-1]
-    return {key: min(of, key=lambda rate: of[rate]) for key, of in ends.items()}
+    chosen = {}
+    for key, of in ends.items():
+        best = min(of, key=lambda rate: of[rate])
+        chosen[key] = best if of[best] < of.get(RATES[0], float("inf")) - NOISE else RATES[0]
+    return chosen
 
 
 def shallow(layers: int, **values: Any) -> Run:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import isnan, log
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from benchmarks.quality.figures import draw_check, draw_text
 from benchmarks.quality.price import price
@@ -41,6 +42,7 @@ def _hop_cell(records: list[Record]) -> str:
 
 def text_table(records: Sequence[Record], stages: int = 4) -> list[list[str]]:
     """Rows: strategies on text at K stages, with what depth is worth and what global reaches at the same price."""
+    records = tuned(records)
     globals_ = _Globals([r for r in records if r["run"]["row"] == "global"])
     header = ["", "rate", "seeds", "held-out loss of the exits", "last exit", "gap to global", "share of depth's gain"]
     header += ["work", "time", "global at equal work", "global at equal time"]
@@ -70,12 +72,24 @@ def text_table(records: Sequence[Record], stages: int = 4) -> list[list[str]]:
     return table
 
 
+def tuned(records: Sequence[Record]) -> list[Record]:
+    """Those of the learning rate with which each row, with its stages, layers and batches, ended lowest on average."""
+    groups: dict[tuple[Any, ...], dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        run = record["run"]
+        groups[run["row"], run["stages"], run["layers"], run["steps"]][run["rate"]].append(record)
+    best = (min(of.values(), key=lambda group: mean(r["curve"][-1][1][-1] for r in group)) for of in groups.values())
+    kept = {id(record) for group in best for record in group}
+    return [record for record in records if id(record) in kept]
+
+
 def depth_table(records: Sequence[Record]) -> list[list[str]]:
     """The controls: global on the first layers only, and for a part of the batches."""
-    globals_ = _Globals([r for r in records if r["run"]["row"] == "global"])
+    globals_ = _Globals([r for r in tuned(records) if r["run"]["row"] == "global"])
     table = [["global on", "batches", "held-out loss"]]
     table += [[f"{layers} layers", str(globals_.steps), f"{loss:.3f}"] for layers, loss in globals_.by_depth.items()]
-    return table + [[f"{globals_.layers} layers", str(n), f"{loss:.3f}"] for n, loss in globals_.by_steps.items()]
+    others = {n: loss for n, loss in globals_.by_steps.items() if n != globals_.steps}
+    return table + [[f"{globals_.layers} layers", str(n), f"{loss:.3f}"] for n, loss in others.items()]
 
 
 class _Globals:
@@ -85,7 +99,8 @@ class _Globals:
         ends: dict[tuple[int, int], list[float]] = defaultdict(list)
         for record in records:
             ends[record["run"]["layers"], record["run"]["steps"]].append(record["curve"][-1][1][-1])
-        self.layers, self.steps = max(layers for layers, _ in ends), max(steps for _, steps in ends)
+        self.layers = max(layers for layers, _ in ends)
+        self.steps = max(steps for layers, steps in ends if layers == min(depth for depth, _ in ends))
         self.by_depth = {n: mean(losses) for (n, steps), losses in sorted(ends.items()) if steps == self.steps}
         self.by_steps = {n: mean(losses) for (depth, n), losses in sorted(ends.items()) if depth == self.layers}
         self.full = self.by_depth[self.layers]
@@ -98,10 +113,11 @@ class _Globals:
     def after(self, share: float) -> float:
         """Loss of a training whose batches are a share of the full one's, linear in the logarithm between those done.
 
-        Beyond the longest and below the shortest it goes on as between the nearest two.
+        Beyond the longest and below the shortest it goes on as between the nearest two, for a tenth of their batches
+        and no further.
         """
         points = [(log(n / self.steps), loss) for n, loss in self.by_steps.items()]
-        if len(points) < 2:
+        if len(points) < 2 or not points[0][0] - 0.1 <= log(share) <= points[-1][0] + 0.1:
             return float("nan")
         after = next((i for i, (x, _) in enumerate(points) if x >= log(share)), len(points) - 1)
         (x0, y0), (x1, y1) = points[max(0, after - 1)], points[max(1, after)]
