@@ -138,10 +138,13 @@ class SendChannel:
         return True
 
     def close(self) -> None:
-        """Let the background thread end once everything is delivered."""
+        """Let the background thread end once everything is delivered; wait for that if everything is."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            delivered = not self._pending
+        if self._thread is not None and delivered:
+            self._thread.join()
 
     def _post(self, message: Tensor) -> None:
         self._raise_error()

@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+_PATIENCE = 5.0  # seconds; a store that has ended raises at once
+
+
 class LossBoard:
     """The newest losses of K stages.
 
@@ -47,8 +50,10 @@ class LossBoard:
             self._thread.start()
 
     def close(self) -> None:
-        """End the background thread after what is queued."""
+        """End the background thread after what is queued; a thread inside the store would abort an ending process."""
         self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(_PATIENCE)
 
     def latest(self) -> tuple[Tensor, int] | None:
         """The newest batch of which all K losses are known: losses [K] (float64) and the batch's number."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.speed.cases import links
 from benchmarks.speed.contenders import applies
 from benchmarks.speed.harness import Spread, table
+from benchmarks.speed.namespaces import missing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,6 +75,28 @@ def test_cheaper_heads_compute_the_same_loss(tmp_path: Path) -> None:
     same = ["naive", "chunks of 128", "chunks of 512", "chunks of 64 MiB", "shared readout"]
     assert [rows[name]["loss"] for name in same] == pytest.approx([rows["naive"]["loss"]] * len(same))
     assert {*rows} == {*same, "aux_tokens 0.25", "rank 64"} and rows["naive"]["time_ratio"] == 1
+
+
+@pytest.mark.skipif(missing() is not None, reason=f"slow links: {missing()}")
+def test_a_slow_link_is_waited_for(tmp_path: Path) -> None:
+    """0.25 MiB at 20 Mb/s take 0.1 s: 1F1B with one micro-batch waits for it twice a batch."""
+    sizes = ("--stages", "2", "--micro-batches", "1", "--kib", "256", "--unit", "0.01", "--measured", "3")
+    rows = benchmark("links", tmp_path, *sizes, "--contenders", "N=1", "1F1B", "--megabits", "20")
+    assert rows["1F1B"]["megabits"] == 20 and rows["1F1B"]["units"][0] >= 6 + 2 * 10  # type: ignore[index]
+
+
+def test_no_links_without_root(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert links.run(argparse.Namespace()) == []
+    assert "slow links are not measured: it needs root" in capsys.readouterr().err
+
+
+def test_real_compute_counts_tokens(tmp_path: Path) -> None:
+    sizes = ("--micro-batches", "2", "--layers", "4", "--width", "32", "--vocabulary", "64", "--measured", "2")
+    rows = benchmark("compute", tmp_path, *sizes)
+    assert list(rows) == ["N=1", "N=2", "1F1B"] and rows["1F1B"]["speedup"] == 1
+    assert all(row["tokens_per_second"][0] > 0 for row in rows.values())  # type: ignore[index]
 
 
 def test_contenders_apply_where_they_can() -> None:

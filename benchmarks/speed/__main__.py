@@ -20,6 +20,8 @@ CASES = {
     "emulated": "stages that sleep: time and idle share for K, M and N against 1F1B, DualPipeV and zero bubble",
     "latency": "the same with messages that take 0 … 4 units",
     "overhead": "stages that do nothing: what the engine itself costs",
+    "compute": "a real Llama on real cores: tokens a second",
+    "links": "stages on hosts of their own, joined by slow links (needs root)",
     "memory": "saved activations of a real model on each stage",
     "heads": "one head: time and peak memory against full logits",
 }
@@ -41,6 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     module = modules[args.case]
     rows = module.run(args)
+    if not rows:
+        return  # the case has said why
     print(f"\n{table(rows, module.COLUMNS)}")
     if args.out:
         about = {key: value for key, value in vars(args).items() if key not in ("case", "out")}

@@ -8,50 +8,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks.speed.contenders import Model, make
+from benchmarks.speed.contenders import make
 from benchmarks.speed.harness import Row, spawn
+from benchmarks.speed.language import llama
 from benchmarks.speed.saved import SavedActivations
-
-
-def llama(layers: int, width: int, vocabulary: int) -> Any:
-    """A Llama cut into embedding, layers, and norm with readout; the ends join the outermost layers."""
-    from transformers import AutoConfig
-
-    from models import CausalLM
-
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 32),
-        num_key_value_heads=max(1, width // 32),
-        vocab_size=vocabulary,
-    )
-    return CausalLM(config)
-
-
-def contended(stages: int, width: int, vocabulary: int) -> Model:
-    """A decoder layer and a half a stage would be uneven: two a stage."""
-    from ibp_deepspeed.config import AuxHeadConfig
-    from ibp_deepspeed.heads import CausalLMLoss
-
-    model = llama(2 * stages, width, vocabulary)
-    layers: list[Callable[[], nn.Module]] = [partial(model.build_layer, i) for i in range(1, model.num_layers - 1)]
-    layers[0] = partial(_joined, model, 0, 1)
-    layers[-1] = partial(_joined, model, model.num_layers - 2, model.num_layers - 1)
-    return Model(layers, partial(model.aux_head, 0, AuxHeadConfig()), CausalLMLoss())
-
-
-def _joined(model: Any, *indices: int) -> nn.Module:
-    return nn.Sequential(*(model.build_layer(index) for index in indices))
 
 
 def worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +27,7 @@ def worker(arguments: dict[str, Any]) -> dict[str, Any]:
     deepspeed.init_distributed("gloo")
     deepspeed.utils.logger.setLevel("ERROR")
     stages, count, tokens = (arguments[key] for key in ("stages", "micro_batches", "tokens"))
-    model = contended(stages, arguments["width"], arguments["vocabulary"])
+    model = llama(2 * stages, arguments["width"], arguments["vocabulary"])
     ids = torch.arange(tokens)[None] % arguments["vocabulary"]
     results = {}
     for name in arguments["contenders"]:
