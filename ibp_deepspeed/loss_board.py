@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 _PATIENCE = 5.0  # seconds; a store that has ended raises at once
 
 
