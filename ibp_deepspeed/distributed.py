@@ -54,5 +54,18 @@ def check_compiler(settings: Mapping[str, Any]) -> None:
     )
 
 
+def check_connections(backend: str) -> None:
+    """Refuse a launch queue in which a posted receive would hold up the stream that its sender waits for.
+
+    Raises:
+        ConfigError: NCCL with ``CUDA_DEVICE_MAX_CONNECTIONS=1``.
+    """
+    if backend == "nccl" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        raise ConfigError(
+            "CUDA_DEVICE_MAX_CONNECTIONS is 1, with which stages that post receives ahead can block each other: "
+            "unset it."
+        )
+
+
 def _needs_no_compiler() -> bool:
     return bool(get_accelerator().device_name() != "cpu")

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import log_dist
 
 from ibp_deepspeed.config import AuxHeadConfig, ConfigError, InterlockingConfig, least_refresh_delay
 from ibp_deepspeed.course import Course
-from ibp_deepspeed.distributed import check_compiler
+from ibp_deepspeed.distributed import check_compiler, check_connections
 from ibp_deepspeed.engine import InterlockedPipelineEngine
 from ibp_deepspeed.known_keys import unknown_keys
 from ibp_deepspeed.module import InterlockedPipelineModule, ModuleError
@@ -57,6 +58,7 @@ def initialize(
     interlocking = resolve_interlocking(settings, model)
     check_deepspeed_settings(settings)
     check_compiler(settings)
+    check_connections(dist.get_backend())
     unknown = unknown_keys(settings)
     if unknown:
         log_dist(f"nobody reads {', '.join(unknown)} of the configuration", ranks=[0], level=logging.WARNING)

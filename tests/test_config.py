@@ -8,7 +8,7 @@ import pytest
 
 from ibp_deepspeed import ConfigError, InterlockingConfig, Strategy
 from ibp_deepspeed.config import AuxHeadConfig
-from ibp_deepspeed.distributed import check_compiler
+from ibp_deepspeed.distributed import check_compiler, check_connections
 from ibp_deepspeed.initialization import check_deepspeed_settings, load_config
 
 
@@ -129,3 +129,12 @@ def test_an_optimizer_that_needs_a_compiler_names_the_way_out(monkeypatch: pytes
 def test_default_delay_of_a_readout(stages: int, micro_batches: int, options: dict[str, int], delay: int) -> None:
     """max(R, ⌈K/M⌉ + 1)."""
     assert AuxHeadConfig(readout="shared", **options).delay(stages, micro_batches) == delay  # type: ignore[arg-type]
+
+
+def test_one_launch_queue_is_refused_with_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    check_connections("gloo")
+    with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS is 1"):
+        check_connections("nccl")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    check_connections("nccl")
