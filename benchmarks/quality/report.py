@@ -11,11 +11,13 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.quality.figures import draw_check, draw_text
+from benchmarks.quality.plans import TEXT_ROWS, VARIANTS
 from benchmarks.quality.price import price
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.run import SOLVED
 
 RESULTS = Path(__file__).parent / "results"
+_ORDER = [*TEXT_ROWS, *VARIANTS]
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -47,7 +49,8 @@ def text_table(records: Sequence[Record], stages: int = 4) -> list[list[str]]:
     header = ["", "rate", "seeds", "held-out loss of the exits", "last exit", "gap to global", "share of depth's gain"]
     header += ["work", "time", "global at equal work", "global at equal time"]
     table = [header]
-    for row, group in _by_row(r for r in records if r["run"]["stages"] == stages or r["run"]["row"] == "global"):
+    shown = [r for r in records if r["run"]["stages"] == stages or r["run"]["row"] == "global"]
+    for row, group in sorted(_by_row(shown), key=lambda pair: _ORDER.index(pair[0]) if pair[0] in _ORDER else 99):
         full = [r for r in group if r["run"]["layers"] == globals_.layers and r["run"]["steps"] == globals_.steps]
         if not full:
             continue
