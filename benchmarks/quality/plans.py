@@ -156,12 +156,16 @@ def texts(results: Path) -> Iterator[Run]:
         yield text(row, TEXT_ROWS[row], rate=rates[row, 4], seed=seed)
 
 
+DEEP_ROWS = {**TEXT_ROWS, "4-wise window, private": block(4)}
+
+
 def deep(results: Path) -> Iterator[Run]:
     """Eight layers: the headlines at K = 4, the controls, the best and the worst at K = 8 and 2."""
     rates = best_rates(load(results / "sweep.jsonl"))
 
     def run(row: str, **values: Any) -> Run:
-        return text(row, TEXT_ROWS[row], rate=rates[row, 8], layers=8, study="deep", **values)
+        rate = rates[row if row in HEADLINES else "pairwise window, private", 8]
+        return text(row, DEEP_ROWS[row], rate=rate, layers=8, study="deep", **values)
 
     yield run("global")
     yield run("pairwise window, private")
@@ -170,10 +174,13 @@ def deep(results: Path) -> Iterator[Run]:
     yield run("global", steps=round(0.6 * STEPS_OF_TEXT))
     yield run("pairwise window, private", stages=8)
     yield run("local, private", stages=8)
+    yield run("3-wise window, private", stages=8)
+    yield run("4-wise window, private", stages=8)
+    yield shallow(4, rate=rates["global", 2], study="deep")
+    yield run("3-wise window, private")
     yield run("local, shared")
     yield run("pairwise window, shared")
     yield run("local, shared, 1 block")
-    yield shallow(4, rate=rates["global", 2], study="deep")
     yield run("local, private", stages=2)
     yield run("local, shared", stages=8)
     yield run("local, shared", stages=2)
