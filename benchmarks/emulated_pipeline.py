@@ -16,8 +16,6 @@ import os
 import statistics
 import sys
 import time
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,55 +24,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-HEAD_UNITS = 0.1
-
-
-class _Sleep(torch.autograd.Function):
-    """Identity that sleeps in its forward and in its backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, forward_seconds: float, backward_seconds: float) -> Tensor:
-        ctx.seconds = backward_seconds
-        time.sleep(forward_seconds)
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        time.sleep(ctx.seconds)
-        return gradient, None, None
-
-
-class SleepingStage(nn.Module):
-    """One unit forward, one for a product to the input, one more if the weights' gradient is taken."""
-
-    def __init__(self, unit: float) -> None:
-        super().__init__()
-        self.unit = unit
-        self.weight = nn.Parameter(torch.zeros(8))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        weight = _Sleep.apply(self.weight, 0.0, self.unit)
-        return _Sleep.apply(hidden + weight, self.unit, self.unit)
-
-
-class SleepingHead(nn.Module):
-    """All of a head's work, in its forward pass."""
-
-    def __init__(self, unit: float) -> None:
-        super().__init__()
-        self.unit = unit
-        self.weight = nn.Parameter(torch.zeros(8))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return _Sleep.apply(hidden + self.weight, HEAD_UNITS * self.unit, 0.0)
-
-
-def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Any loss will do."""
-    return (outputs - labels).square().mean()
+from benchmarks.speed.harness import spawn
+from benchmarks.speed.sleeping import HEAD_UNITS, SleepingHead, SleepingLayer, loss_fn
 
 
 def make_engine(stages: int, micro_batches: int, width: int | None, options: dict[str, Any], unit: float) -> Any:
@@ -91,7 +43,7 @@ def make_engine(stages: int, micro_batches: int, width: int | None, options: dic
         "gradient_clipping": 0.0,
         "steps_per_print": None,
     }
-    layers = [LayerSpec(SleepingStage, unit) for _ in range(stages)]
+    layers = [LayerSpec(SleepingLayer, unit) for _ in range(stages)]
     if width is None:
         module = PipelineModule(layers, num_stages=stages, loss_fn=loss_fn, partition_method="uniform")
         return deepspeed.initialize(model=module, config=config)[0]
@@ -100,7 +52,7 @@ def make_engine(stages: int, micro_batches: int, width: int | None, options: dic
         layers,
         num_stages=stages,
         loss_fn=loss_fn,
-        aux_head=lambda stage: SleepingHead(unit),
+        aux_head=lambda stage: SleepingHead(HEAD_UNITS * unit),
         partition_method="uniform",
     )
     return initialize(model=module, config=config)[0]
@@ -143,21 +95,6 @@ def worker(arguments: dict[str, Any]) -> list[float]:
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             seconds[index].append(slowest.item() / micro_batches)
     return [statistics.median(row) for row in seconds]
-
-
-def spawn(stages: int, function: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> list[Any]:
-    """Run ``function(arguments)`` in one process a stage; returns what each returned."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=stages,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-    results = elastic_launch(config, function)(arguments)
-    return [results[rank] for rank in range(stages)]
 
 
 def table(

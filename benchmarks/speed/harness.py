@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -59,6 +60,13 @@ def interleaved(measurements: Sequence[Callable[[], Any]], repeats: int) -> list
         for result, measure in zip(results, measurements, strict=True):
             result.append(measure())
     return results
+
+
+def add_timing_arguments(parser: argparse.ArgumentParser, *, unit: float, measured: int) -> None:
+    """The options of all cases whose stages sleep."""
+    parser.add_argument("--unit", type=float, default=unit, help="seconds")
+    parser.add_argument("--measured", type=int, default=measured, help="micro-batches a repeat, at least two batches")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved; medians count")
 
 
 def machine() -> dict[str, Any]:

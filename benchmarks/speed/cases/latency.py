@@ -11,7 +11,7 @@ import argparse
 from tqdm import tqdm
 
 from benchmarks.speed.emulated import COLUMNS, draw, measure
-from benchmarks.speed.harness import Row
+from benchmarks.speed.harness import Row, add_timing_arguments
 
 __all__ = ["COLUMNS", "add_arguments", "draw", "run"]
 
@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latencies", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0], help="units")
     names = ["N=1", "N=2", "N=2 slack", "1F1B"]
     parser.add_argument("--contenders", nargs="+", default=names, help="1F1B must be among them")
-    parser.add_argument("--unit", type=float, default=0.1, help="seconds")
-    parser.add_argument("--measured", type=int, default=16, help="micro-batches a repeat, at least two batches")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved; medians count")
+    add_timing_arguments(parser, unit=0.1, measured=16)
 
 
 def run(args: argparse.Namespace) -> list[Row]:

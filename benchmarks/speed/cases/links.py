@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.speed.contenders import Batch, make
 from benchmarks.speed.emulated import model, time_batches
-from benchmarks.speed.harness import Row, Spread, interleaved
+from benchmarks.speed.harness import Row, Spread, add_timing_arguments, interleaved
 from benchmarks.speed.namespaces import hosts, missing
 from benchmarks.speed.sleeping import WIDTH
 
@@ -111,9 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kib", type=int, default=512, help="of a hidden state")
     names = ["N=1", "N=2", "N=2 slack", "1F1B"]
     parser.add_argument("--contenders", nargs="+", default=names, help="N=2 slack: hop_slack 1")
-    parser.add_argument("--unit", type=float, default=0.05, help="seconds")
-    parser.add_argument("--measured", type=int, default=24, help="micro-batches a repeat, at least two batches")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved; medians count")
+    add_timing_arguments(parser, unit=0.05, measured=24)
 
 
 def run(args: argparse.Namespace) -> list[Row]:
