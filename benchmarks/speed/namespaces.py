@@ -55,7 +55,10 @@ def hosts(count: int, megabits: float | None) -> Iterator[list[Host]]:
             host = Host(_name(f"h{index}"), f"10.213.{os.getpid() % 250}.{index + 1}")
             _run("ip", "netns", "add", host.name)
             stack.callback(_run, "ip", "netns", "delete", host.name)
-            _connect(host, bridge, _name(f"v{index}"), megabits)
+            outside = _name(f"v{index}")
+            _connect(host, bridge, outside, megabits)
+            # a deleted namespace gives its interfaces back some time later: the next hosts would find the name taken
+            stack.callback(_run, "ip", "link", "delete", outside)
             made.append(host)
         yield made
 
