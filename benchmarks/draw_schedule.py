@@ -9,14 +9,20 @@ four micro-batches are drawn, the second one paler.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.emulated_pipeline import make_engine, spawn, time_batches
+from benchmarks.speed.contenders import make
+from benchmarks.speed.emulated import model, time_batches
+from benchmarks.speed.harness import spawn
 
 STAGES, MICRO_BATCHES, UNIT = 4, 4, 0.1
 COLOURS = {"ForwardPass": "#4c78a8", "AuxLoss": "#e45756", "InputProduct": "#f2b447", "InterlockedBackward": "#54a24b"}
@@ -36,7 +42,8 @@ def record(arguments: dict[str, Any]) -> list[Stamp]:
     deepspeed.init_distributed("gloo")
     deepspeed.utils.logger.setLevel("ERROR")
     mode = "furthest" if arguments["width"] == STAGES else "window"
-    engine = make_engine(STAGES, MICRO_BATCHES, arguments["width"], {"mode": mode}, UNIT)
+    sleeping = replace(model(STAGES, UNIT), interlocking={"mode": mode})
+    engine: Any = make(f"N={arguments['width']}", sleeping, STAGES, MICRO_BATCHES)
     time_batches(engine, 1, warm_up=0)
     stamps: list[Stamp] = []
 

@@ -12,6 +12,8 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,11 +24,26 @@ from ibp_deepspeed.errors import InterlockingError, PeerLostError
 Header = tuple[int, int, int]
 _HEADER_BYTES = 24
 _META_LENGTH = 16
+_SPARE_FRAMES = 2  # that a sender keeps for its next messages
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class BoundaryError(InterlockingError):
     """What crosses a boundary is not one floating tensor of a constant shape."""
+
+
+class Frame(NamedTuple):
+    """Memory of one message.
+
+    Attributes:
+        message: what travels, bytes.
+        payload: the tensor in it, a view.
+        header: its three integers, a view. Shape [3], int64.
+    """
+
+    message: Tensor
+    payload: Tensor
+    header: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,23 +68,16 @@ class TensorSpec:
             )
         return cls(tuple(tensor.shape), tensor.dtype)
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def new_frame(self, device: torch.device) -> Tensor:
+    def new_frame(self, device: torch.device) -> Frame:
         """An uninitialised message: payload padded to 8 bytes, then the header."""
         padded = -(-self.payload_bytes // 8) * 8
-        return torch.empty(padded + _HEADER_BYTES, dtype=torch.uint8, device=device)
-
-    def payload(self, frame: Tensor) -> Tensor:
-        """The payload of a frame, as a view."""
-        return frame[: self.payload_bytes].view(self.dtype).view(self.shape)
-
-    @staticmethod
-    def header(frame: Tensor) -> Tensor:
-        """The three integers of a frame, as a view. Shape [3], int64."""
-        return frame[-_HEADER_BYTES:].view(torch.int64)
+        message = torch.empty(padded + _HEADER_BYTES, dtype=torch.uint8, device=device)
+        payload = message[: self.payload_bytes].view(self.dtype).view(self.shape)
+        return Frame(message, payload, message[padded:].view(torch.int64))
 
     def encode(self) -> Tensor:
         """The spec as the first message of an activation channel. Shape [16], int64."""
@@ -84,8 +94,8 @@ class TensorSpec:
 class SendChannel:
     """Messages to one neighbour.
 
-    A background thread waits for the messages in order, so that their memory is given back as soon as they are
-    received, and keeps the count that backpressure asks for.
+    A background thread waits for the messages in order, so that their memory serves the next ones as soon as they are
+    received (or is given back, beyond what two messages need), and keeps the count that backpressure asks for.
 
     Args:
         group: process group of this direction alone.
@@ -98,7 +108,8 @@ class SendChannel:
     def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device, name: str, *, announce: bool) -> None:
         self.group, self.peer, self.device, self.name, self.announce = group, peer, device, name, announce
         self.spec: TensorSpec | None = None
-        self._pending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._pending: deque[tuple[dist.Work, Tensor, Frame | None]] = deque()
+        self._spare: list[Frame] = []
         self._changed = threading.Condition()
         self._error: Exception | None = None
         self._closed = False
@@ -120,10 +131,10 @@ class SendChannel:
                 f"{self.name} changed from {self.spec} to {spec}: every micro-batch needs the same shape, pad or "
                 f"drop the odd one."
             )
-        frame = spec.new_frame(self.device)
-        spec.payload(frame).copy_(tensor)
-        spec.header(frame).copy_(torch.tensor(header, dtype=torch.int64))
-        self._post(frame)
+        frame = self._spare.pop() if self._spare else spec.new_frame(self.device)
+        frame.payload.copy_(tensor)
+        frame.header.copy_(torch.tensor(header, dtype=torch.int64))
+        self._post(frame.message, frame)
 
     def wait_in_flight(self, at_most: int, timeout: float | None = None) -> bool:
         """Wait until no more than ``at_most`` messages are on their way; False if ``timeout`` seconds pass first."""
@@ -146,7 +157,7 @@ class SendChannel:
         if self._thread is not None and delivered:
             self._thread.join()
 
-    def _post(self, message: Tensor) -> None:
+    def _post(self, message: Tensor, frame: Frame | None = None) -> None:
         self._raise_error()
         try:
             work = dist.isend(message, self.peer, group=self.group)
@@ -154,21 +165,21 @@ class SendChannel:
             raise self._lost(error) from error
         assert work is not None
         with self._changed:
-            self._pending.append((work, message))
+            self._pending.append((work, message, frame))
             self._changed.notify_all()
         if self._thread is None:
             self._thread = threading.Thread(target=self._reap, name=f"reap {self.name}", daemon=True)
             self._thread.start()
 
     def _reap(self) -> None:
-        """Wait for the oldest message, drop it, tell whoever waits; until closed."""
+        """Wait for the oldest message, keep or drop its memory, tell whoever waits; until closed."""
         while True:
             with self._changed:
                 while not self._pending and not self._closed:
                     self._changed.wait()
                 if not self._pending:
                     return
-                work, _ = self._pending[0]
+                work, _, frame = self._pending[0]
             try:
                 _wait_on_host(work)
             except Exception as error:
@@ -176,7 +187,9 @@ class SendChannel:
                     self._error = error
                     self._changed.notify_all()
                 return
-            del work
+            if frame is not None and len(self._spare) < _SPARE_FRAMES:
+                self._spare.append(frame)
+            del work, frame
             with self._changed:
                 self._pending.popleft()
                 self._changed.notify_all()
@@ -213,7 +226,7 @@ class ReceiveChannel:
     ) -> None:
         self.group, self.peer, self.device, self.name, self.ahead = group, peer, device, name, ahead
         self.spec = spec
-        self._posted: deque[tuple[dist.Work, Tensor]] = deque()
+        self._posted: deque[tuple[dist.Work, Frame]] = deque()
         if spec is not None:
             self._post_ahead(spec)
 
@@ -232,7 +245,7 @@ class ReceiveChannel:
         self._post(self.spec)
         work, frame = self._posted.popleft()
         self._wait(work)
-        return self.spec.payload(frame), self.spec.header(frame)
+        return frame.payload, frame.header
 
     def _receive_spec(self) -> TensorSpec:
         meta = torch.empty(_META_LENGTH, dtype=torch.int64, device=self.device)
@@ -248,7 +261,7 @@ class ReceiveChannel:
     def _post(self, spec: TensorSpec) -> None:
         frame = spec.new_frame(self.device)
         try:
-            work = dist.irecv(frame, self.peer, group=self.group)
+            work = dist.irecv(frame.message, self.peer, group=self.group)
         except RuntimeError as error:
             raise self._lost(error) from error
         assert work is not None

@@ -89,11 +89,11 @@ class Course:
 
     def __init__(self, config: InterlockingConfig, stages: int, micro_batches: int, aux_heads: bool = True) -> None:
         self._config, self._stages, self._count, self._aux_heads = config, stages, micro_batches, aux_heads
-        self._phases = [(p.from_step, self._strategy(p.width, p.mode)) for p in config.schedule]
-        if not self._phases or self._phases[0][0] > 0:
-            self._phases.insert(0, (0, Strategy.from_config(config, stages, aux_heads)))
-        for _, strategy in self._phases:
-            self._check_mixed(strategy)
+        phases = [(p.from_step, self._strategy(p.width, p.mode)) for p in config.schedule]
+        if not phases or phases[0][0] > 0:
+            phases.insert(0, (0, Strategy.from_config(config, stages, aux_heads)))
+        self._phases = [(start, self._mixed(strategy)) for start, strategy in phases]
+        self._global = BatchStrategy.uniform(self._strategy(stages, "furthest"), micro_batches)
 
     @property
     def period(self) -> int:
@@ -104,14 +104,14 @@ class Course:
         """The strategies of batch ``batch``, counted from 0."""
         interval = self._config.global_interval
         if interval and (batch + 1) % interval == 0:
-            return BatchStrategy.uniform(self._strategy(self._stages, "furthest"), self._count)
-        return self._mixed([strategy for start, strategy in self._phases if start <= batch][-1])
+            return self._global
+        return next(phase for start, phase in reversed(self._phases) if start <= batch)
 
     def distinct(self) -> list[BatchStrategy]:
         """All batches that can occur, in the order of their first use."""
-        found = [self._mixed(strategy) for _, strategy in self._phases]
+        found = [phase for _, phase in self._phases]
         if self._config.global_interval:
-            found.append(self.at(self._config.global_interval - 1))
+            found.append(self._global)
         return list(dict.fromkeys(found))
 
     def strategies(self) -> list[Strategy]:
@@ -130,6 +130,11 @@ class Course:
         mixed = self._config.mixed
         if mixed is None or strategy.width == self._stages:  # nothing is wider
             return BatchStrategy.uniform(strategy, self._count)
+        if mixed.width <= strategy.width:
+            raise ConfigError(
+                f'"interlocking.mixed.width" is {mixed.width}, which is not above the width {strategy.width} that it '
+                "is mixed into."
+            )
         wide = math.ceil(mixed.fraction * self._count - 1e-9)  # 0.3 · 10 is a little above 3
         wider = self._strategy(mixed.width, mixed.mode)
         return BatchStrategy((wider,) * wide + (strategy,) * (self._count - wide))
@@ -139,11 +144,3 @@ class Course:
         width = min(width, self._stages)
         mode = mode or config.mode
         return Strategy(self._stages, width, mode, config.hop_slack, None, self._aux_heads, borrows(config))
-
-    def _check_mixed(self, strategy: Strategy) -> None:
-        mixed = self._config.mixed
-        if mixed is not None and mixed.width <= strategy.width < self._stages:
-            raise ConfigError(
-                f'"interlocking.mixed.width" is {mixed.width}, which is not above the width {strategy.width} that it '
-                "is mixed into."
-            )

@@ -43,7 +43,6 @@ class InterlockedPipelineEngine(PipelineEngine):
     Attributes:
         interlocking: the configuration.
         course: the strategies of all batches.
-        strategies: those of the batch at hand, one a micro-batch: which losses train this trunk.
         recomputations: how often the trunk was run again for activation checkpointing.
     """
 
@@ -75,11 +74,17 @@ class InterlockedPipelineEngine(PipelineEngine):
         self.course = Course(self.interlocking, self.num_stages, self.micro_batches, self.module.has_aux_heads)
         self._channel_depth = self.course.channel_depth()
         self._schedules = {batch: stages[self.stage_id] for batch, stages in checked_course(self.course).items()}
-        self.strategies = self.course.at(self.global_steps)
+        self._schedule = self._train_schedule()
 
     def _train_schedule(self) -> schedule.InterlockedTrainSchedule:
         """Overrides PipelineEngine's: the object that was checked, for the batch at hand."""
-        return self._schedules[self.strategies]
+        return self._schedules[self.course.at(self.global_steps)]
+
+    def _exec_schedule(self, pipe_schedule: schedule.InterlockedTrainSchedule) -> None:
+        """Overrides PipelineEngine's, which makes the instructions anew and registers each with the module."""
+        self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
+        for command in pipe_schedule.program:
+            self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Overrides PipelineEngine's: another number of micro-batches needs another schedule."""
@@ -125,21 +130,25 @@ class InterlockedPipelineEngine(PipelineEngine):
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() needs gradients enabled; use eval_batch() for evaluation")
-        if data_iter is not None:
+        if data_iter is not None and data_iter is not self.data_iterator:
             self.set_dataiterator(data_iter)
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         self._losses.clear()
-        self.strategies = self.course.at(self.global_steps)
+        self._schedule = self._train_schedule()
+        self._running_engine_backward = True  # our backward passes are the engine's, for DeepSpeed's hooks
         try:
             if self._readout is not None:
                 self._readout.begin_batch(self.global_steps)
-            self._exec_schedule(self._train_schedule())
+            self._exec_schedule(self._schedule)
             losses = self._losses.means(self.micro_batches)
             if not self.interlocking.streaming:
                 dist.barrier()
         except BaseException:
             self._failed = True
             raise
+        finally:
+            self._running_engine_backward = False
         if self.grid.get_data_parallel_rank() == 0:
             self._board.publish(self.global_steps, losses)
         self._report()
@@ -226,7 +235,7 @@ class InterlockedPipelineEngine(PipelineEngine):
     # Instructions
 
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
-        recompute = self._recompute and self.strategies[micro_batch].distance(self.stage_id) > 0
+        recompute = self._recompute and self._schedule.tables[micro_batch].waits
         if self._borrows:
             layers, borrowed = self.module.remaining_layers, self.module.borrowed_layers
             live = LiveMicroBatch(layers, borrowed=borrowed, recompute=recompute)
@@ -239,31 +248,30 @@ class InterlockedPipelineEngine(PipelineEngine):
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
         hidden, header = self.boundaries.receive_activation()
         self._ledger.add(header, self.global_steps, micro_batch, live.sample_checksum)
-        live.inputs = hidden.requires_grad_(self.strategies[micro_batch].sends_gradients(self.stage_id))
+        live.inputs = hidden.requires_grad_(self._schedule.tables[micro_batch].sends_gradients)
 
     def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        k, strategy = self.stage_id, self.strategies[micro_batch]
         self.boundaries.wait_for_credit()
-        live.forward(product_follows=any(strategy.crosses(loss, k) for loss in strategy.losses_at(k)))
+        live.forward(product_follows=self._schedule.tables[micro_batch].product_follows)
         if self.is_last_stage():
-            live.outputs = self._losses.take(k, live.outputs, live.labels)
-            live.cotangents[k] = torch.full_like(live.outputs, 1 / self.micro_batches)
+            live.outputs = self._losses.take(self.stage_id, live.outputs, live.labels)
+            live.cotangents[self.stage_id] = torch.full_like(live.outputs, 1 / self.micro_batches)
 
     def _exec_send_activations(self, buffer_id: int, micro_batch: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
         spec = TensorSpec.of(live.outputs, self.stage_id)
         header = (self.global_steps, micro_batch, live.sample_checksum)
         self.boundaries.send_activation(spec, live.outputs.detach(), header)
-        if not self.strategies[micro_batch].losses_at(self.stage_id):
+        if not self._schedule.tables[micro_batch].computes_losses:
             live.drop_graph()
 
     def _exec_aux_loss(self, buffer_id: int, micro_batch: int, loss: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        strategy = self.strategies[micro_batch]
+        table = self._schedule.tables[micro_batch]
         read, cotangents = (live.cut, live.borrowed_cotangents) if self._borrows else (live.outputs, live.cotangents)
         assert self.module.aux_head is not None and read is not None
-        hidden = read.detach().requires_grad_(len(strategy.users(loss)) > 0)
+        hidden = read.detach().requires_grad_(loss in table.used)
         outputs, labels = self.module.aux_head(hidden), live.labels
         if self._sample is not None:
             outputs, labels = self._sample.select(outputs, labels, self.global_steps, loss)
@@ -272,7 +280,7 @@ class InterlockedPipelineEngine(PipelineEngine):
             (value / self.micro_batches).backward()
         if hidden.grad is not None:
             cotangents[loss] = hidden.grad
-        if not strategy.crosses(loss, self.stage_id):
+        if loss not in table.crosses:
             live.drop_graph()
 
     def _exec_relay_grad(self, buffer_id: int, micro_batch: int, loss: int) -> None:
@@ -299,13 +307,12 @@ class InterlockedPipelineEngine(PipelineEngine):
 
     def _exec_interlocked_backward(self, buffer_id: int, micro_batch: int) -> None:
         live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        k, strategy = self.stage_id, self.strategies[micro_batch]
-        reach, weights = strategy.reach(k), strategy.weights(k)
-        both = strategy.update_gives_input_gradient(k)
+        table = self._schedule.tables[micro_batch]
+        both = table.update_gives_input_gradient
         with self._accumulating():
-            live.update(weights, None if both else self._trunk_parameters or None, strategy.borrowed_share(k))
+            live.update(table.weights, None if both else self._trunk_parameters or None, table.borrowed_share)
         if both:
-            live.input_gradients[reach] = live.input_gradient(weights[reach])
+            live.input_gradients[table.reach] = live.input_gradient(table.weights[table.reach])
         self.recomputations += live.recomputations
         live.free()
 
@@ -359,11 +366,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         reach the fp32 gradients that BF16_Optimizer keeps, once."""
         if self.using_bf16_optimizer:
             self.optimizer.clear_lp_grads(set_to_none=True)
-        self._running_engine_backward = True
-        try:
-            yield
-        finally:
-            self._running_engine_backward = False
+        yield
         if self.using_bf16_optimizer:
             self.optimizer.update_hp_grads()
 

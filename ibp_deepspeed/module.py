@@ -87,7 +87,9 @@ class InterlockedPipelineModule(PipelineModule):
 
     def trunk(self, inputs: Any) -> Any:
         """f_k: this stage's layers, without DeepSpeed's hooks on the module's call."""
-        return PipelineModule.forward(self, inputs)
+        if self.seed_layers:
+            return PipelineModule.forward(self, inputs)
+        return self.remaining_layers(self.borrowed_layers(inputs))
 
     def borrowed_layers(self, inputs: Any) -> Any:
         """The first ``borrow`` layers: h_{k-1} → what the head of the stage before reads."""

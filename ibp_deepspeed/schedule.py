@@ -7,6 +7,7 @@ mathematics is asked of :class:`Strategy`; the order is that of docs/how-it-work
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Self
 
 from deepspeed.runtime.pipe.schedule import (
@@ -25,6 +26,7 @@ from deepspeed.runtime.pipe.schedule import (
 
 from ibp_deepspeed.config import Mode
 from ibp_deepspeed.course import BatchStrategy
+from ibp_deepspeed.stage_strategy import StageStrategy
 from ibp_deepspeed.strategy import Strategy
 
 __all__ = [
@@ -117,6 +119,17 @@ class InterlockedTrainSchedule(PipeSchedule):
     def num_pipe_buffers(self) -> int:
         """Places for live micro-batches, which are told apart by their number modulo this."""
         return self.batch.buffers(self.stage_id)
+
+    @cached_property
+    def program(self) -> list[PipeInstruction]:
+        """The instructions of all slots in order, made once."""
+        return [instruction for commands in self.steps() for instruction in commands]
+
+    @cached_property
+    def tables(self) -> list[StageStrategy]:
+        """What the strategy of each micro-batch means on this stage."""
+        table = {strategy: StageStrategy.of(strategy, self.stage_id) for strategy in self.batch.micro_batches}
+        return [table[strategy] for strategy in self.batch.micro_batches]
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Yield the instructions of slot 0, 1, … until every micro-batch is updated, then the optimizer step.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ibp_deepspeed.channels import SendChannel
+from ibp_deepspeed.channels import Frame, SendChannel
 
 
 class _Late:
@@ -35,10 +35,11 @@ class LateChannel(SendChannel):
 
     def __init__(self, channel: SendChannel, seconds: float) -> None:
         super().__init__(channel.group, channel.peer, channel.device, channel.name, announce=channel.announce)
-        self._late = _Late(super()._post, seconds)
+        post = super()._post
+        self._late = _Late(lambda given: post(*given), seconds)
 
-    def _post(self, message: Tensor) -> None:
-        self._late.give(message)
+    def _post(self, message: Tensor, frame: Frame | None = None) -> None:
+        self._late.give((message, frame))
 
 
 def delay_engine(engine: Any, seconds: float) -> None:

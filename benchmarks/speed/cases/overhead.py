@@ -1,7 +1,7 @@
 """Stages that do next to nothing: what an engine itself costs for each micro-batch.
 
-``bare`` is a loop that sends and receives the same tensors with torch.distributed and runs the same layers' forward and
-backward pass: whatever an engine takes beyond it is its own. CPU time is that of the training thread; with fewer cores
+``bare`` is a loop that sends and receives the same tensors with torch.distributed and computes the same losses and
+products: whatever an engine takes beyond it is its own. CPU time is that of the training thread; with fewer cores
 than stages the wall-clock time also holds the waiting for a core.
 """
 
@@ -39,18 +39,19 @@ MODEL = Model(layers=[], head=Scale, loss_fn=loss_fn)
 
 
 class Bare:
-    """What every pipeline does at least, in the order of N = 1: forward, send, head, backward; no engine.
+    """What every pipeline does at least, micro-batch by micro-batch: forward, send, losses, products; no engine.
 
     Args:
         stages: K; this process is the stage of its rank.
         micro_batches: M.
-        gradients: whether the last loss's gradient travels too, micro-batch by micro-batch.
+        name: of the contender whose work this is: ``N=1``, ``N=2``, ``N=K`` (with heads) or ``1F1B`` (without).
     """
 
-    def __init__(self, stages: int, micro_batches: int, *, gradients: bool) -> None:
+    def __init__(self, stages: int, micro_batches: int, name: str) -> None:
         import torch.distributed as dist
 
-        self.stage, self.last, self.count, self.gradients = dist.get_rank(), stages - 1, micro_batches, gradients
+        self.stage, self.last, self.count = dist.get_rank(), stages - 1, micro_batches
+        self.heads, self.gradients, self.pairwise = name != "1F1B", name != "N=1", name == "N=2" and stages > 2
         self.trunk, self.head = nn.Sequential(Scale(), Scale()), Scale()
         parameters = [*self.trunk.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.SGD(parameters, lr=0.0)
@@ -70,17 +71,29 @@ class Bare:
             dist.recv(inputs, self.stage - 1)
             inputs.requires_grad_(self.gradients)
         hidden = self.trunk(inputs)
-        if self.stage < self.last:
-            dist.send(hidden.detach(), self.stage + 1)
-        if self.gradients and self.stage < self.last:
-            gradient = torch.empty_like(hidden)
-            dist.recv(gradient, self.stage + 1)
-            hidden.backward(gradient)
+        if self.stage == self.last:
+            self._loss(hidden, labels).backward()
         else:
-            (loss_fn(hidden if self.stage == self.last else self.head(hidden), labels) / self.count).backward()
-        if self.gradients and self.stage:
+            dist.send(hidden.detach(), self.stage + 1)
+            cotangent = self._head(hidden, labels) if self.heads else None
+            if self.pairwise and self.stage:
+                (product,) = torch.autograd.grad(hidden, inputs, cotangent, retain_graph=True)
+                dist.send(product, self.stage - 1)
+            if self.gradients:
+                cotangent = torch.empty_like(hidden)
+                dist.recv(cotangent, self.stage + 1)
+            torch.autograd.backward(hidden, cotangent)
+        if self.stage and self.gradients and not (self.pairwise and self.stage < self.last):
             assert inputs.grad is not None
             dist.send(inputs.grad, self.stage - 1)
+
+    def _head(self, hidden: Tensor, labels: Tensor) -> Tensor | None:
+        states = hidden.detach().requires_grad_(self.pairwise or not self.gradients)
+        self._loss(self.head(states), labels).backward()
+        return states.grad
+
+    def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return loss_fn(outputs, labels) / self.count
 
 
 def timed_instructions(engine: Any) -> dict[str, list[float]]:
@@ -131,12 +144,10 @@ def worker(arguments: dict[str, Any]) -> dict[str, Any]:
     deepspeed.utils.logger.setLevel("ERROR")
     stages, count = arguments["stages"], arguments["micro_batches"]
     model = Model([Scale] * (2 * stages), MODEL.head, MODEL.loss_fn)
-    contenders: dict[str, Contender] = {
-        "bare, no gradients": Bare(stages, count, gradients=False),
-        "bare, gradients": Bare(stages, count, gradients=True),
-    }
-    for name in ("N=1", "N=2", f"N={stages}", "1F1B"):
-        contenders.setdefault(name, make(name, model, stages, count))
+    contenders: dict[str, Contender] = {}
+    for name in dict.fromkeys(("N=1", "N=2", f"N={stages}", "1F1B")):
+        contenders[f"bare {name}"] = Bare(stages, count, name)
+        contenders[name] = make(name, model, stages, count)
     jobs = [partial(measure_batches, contender, arguments["batches"], count) for contender in contenders.values()]
     measured = dict(zip(contenders, interleaved(jobs, arguments["repeats"]), strict=True))
     times = timed_instructions(contenders["N=1"])
@@ -195,7 +206,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 def _subtract_bare(rows: list[Row], stages: int, count: int) -> None:
     here = {row["contender"]: row for row in rows if (row["stages"], row["micro_batches"]) == (stages, count)}
     for name, row in here.items():
-        bare = here["bare, no gradients" if name in ("N=1", "bare, no gradients") else "bare, gradients"]
+        bare = here[f"bare {name.removeprefix('bare ')}"]
         row["beyond_bare_ms"] = round(row["cpu_ms"][0] - bare["cpu_ms"][0], 3)
 
 
