@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibp_deepspeed.channels import Header, ReceiveChannel, SendChannel, TensorSpec
+from ibp_deepspeed.channels import ReceiveChannel, SendChannel
+from ibp_deepspeed.messages import Header, Memory, TensorSpec
 
 _AHEAD = 2
 
@@ -29,12 +30,12 @@ class Boundaries:
 
     Args:
         grid: DeepSpeed's grid of stages and data-parallel ranks.
-        device: where messages live.
+        device: of the hidden states.
         channel_depth: micro-batches that a stage may run ahead of what the next stage has received.
     """
 
     def __init__(self, grid: Any, device: torch.device, channel_depth: int) -> None:
-        self.grid, self.device, self.depth = grid, device, channel_depth
+        self.grid, self.depth, self._memory = grid, channel_depth, Memory.of(device)
         self.stage = grid.get_stage_id()
         last = grid.pipe_parallel_size - 1
         groups = {name: new_pipeline_group(grid) for name in ("activations", "gradients", "evaluation")}
@@ -100,14 +101,14 @@ class Boundaries:
 
     def _sender(self, group: dist.ProcessGroup, stage: int, *, announce: bool) -> SendChannel:
         name = f"{self._kind(group)} from stage {self.stage} to stage {stage}"
-        return SendChannel(group, self.grid.stage_to_global(stage), self.device, name, announce=announce)
+        return SendChannel(group, self.grid.stage_to_global(stage), self._memory, name, announce=announce)
 
     def _receiver(
         self, group: dist.ProcessGroup, stage: int, spec: TensorSpec | None = None, ahead: int | None = None
     ) -> ReceiveChannel:
         name = f"{self._kind(group)} from stage {stage} to stage {self.stage}"
         ahead = min(_AHEAD, self.depth) if ahead is None else ahead
-        return ReceiveChannel(group, self.grid.stage_to_global(stage), self.device, name, ahead=ahead, spec=spec)
+        return ReceiveChannel(group, self.grid.stage_to_global(stage), self._memory, name, ahead=ahead, spec=spec)
 
     def _kind(self, group: dist.ProcessGroup) -> str:
         if group is self._evaluation_group:

@@ -1,94 +1,23 @@
 """One-directional channels between neighbouring stages: receives posted ahead, sends that never block.
 
-A message is one flat byte tensor: the payload (one tensor of a shape both ends know) and a header of three integers,
-so that a boundary costs one message a micro-batch and the receiver can prove what it was given. Activations and
+A boundary costs one message a micro-batch, and its header lets the receiver prove what it was given. Activations and
 gradients have a process group each, so that neither can hold up the other.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibp_deepspeed.errors import InterlockingError, PeerLostError
+from ibp_deepspeed.errors import PeerLostError
+from ibp_deepspeed.messages import META_LENGTH, BoundaryError, Frame, Header, Memory, TensorSpec
 
-Header = tuple[int, int, int]
-_HEADER_BYTES = 24
-_META_LENGTH = 16
-_SPARE_FRAMES = 2  # that a sender keeps for its next messages
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class BoundaryError(InterlockingError):
-    """What crosses a boundary is not one floating tensor of a constant shape."""
-
-
-class Frame(NamedTuple):
-    """Memory of one message.
-
-    Attributes:
-        message: what travels, bytes.
-        payload: the tensor in it, a view.
-        header: its three integers, a view. Shape [3], int64.
-    """
-
-    message: Tensor
-    payload: Tensor
-    header: Tensor
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of what crosses a boundary."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: object, stage: int) -> TensorSpec:
-        """The spec of a stage's output.
-
-        Raises:
-            BoundaryError: it is not one floating tensor.
-        """
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
-            seen = f"a {tensor.dtype} tensor" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-            raise BoundaryError(
-                f"stage {stage} passes {seen} to the next stage; a boundary carries exactly one floating tensor of "
-                f"hidden states: make masks, positions and tables again where they are needed."
-            )
-        return cls(tuple(tensor.shape), tensor.dtype)
-
-    @cached_property
-    def payload_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def new_frame(self, device: torch.device) -> Frame:
-        """An uninitialised message: payload padded to 8 bytes, then the header."""
-        padded = -(-self.payload_bytes // 8) * 8
-        message = torch.empty(padded + _HEADER_BYTES, dtype=torch.uint8, device=device)
-        payload = message[: self.payload_bytes].view(self.dtype).view(self.shape)
-        return Frame(message, payload, message[padded:].view(torch.int64))
-
-    def encode(self) -> Tensor:
-        """The spec as the first message of an activation channel. Shape [16], int64."""
-        values = [_DTYPES.index(self.dtype), len(self.shape), *self.shape]
-        return torch.tensor(values + [0] * (_META_LENGTH - len(values)), dtype=torch.int64)
-
-    @classmethod
-    def decode(cls, meta: Tensor) -> TensorSpec:
-        """The inverse of :meth:`encode`."""
-        dtype, ndim, *shape = meta.tolist()
-        return cls(tuple(shape[:ndim]), _DTYPES[dtype])
+_SPARE_FRAMES = 2  # that a channel keeps for its next messages
 
 
 class SendChannel:
@@ -100,13 +29,13 @@ class SendChannel:
     Args:
         group: process group of this direction alone.
         peer: global rank of the receiver.
-        device: where messages live.
+        memory: where messages live.
         name: for error messages, such as ``activations from stage 0 to stage 1``.
         announce: whether the first message tells the receiver the shape.
     """
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device, name: str, *, announce: bool) -> None:
-        self.group, self.peer, self.device, self.name, self.announce = group, peer, device, name, announce
+    def __init__(self, group: dist.ProcessGroup, peer: int, memory: Memory, name: str, *, announce: bool) -> None:
+        self.group, self.peer, self.memory, self.name, self.announce = group, peer, memory, name, announce
         self.spec: TensorSpec | None = None
         self._pending: deque[tuple[dist.Work, Tensor, Frame | None]] = deque()
         self._spare: list[Frame] = []
@@ -125,13 +54,14 @@ class SendChannel:
         if self.spec is None:
             self.spec = spec
             if self.announce:
-                self._post(spec.encode().to(self.device))
+                meta = self.memory.new(META_LENGTH, torch.int64)
+                self._post(meta.copy_(spec.encode()))
         elif spec != self.spec:
             raise BoundaryError(
                 f"{self.name} changed from {self.spec} to {spec}: every micro-batch needs the same shape, pad or "
                 f"drop the odd one."
             )
-        frame = self._spare.pop() if self._spare else spec.new_frame(self.device)
+        frame = self._spare.pop() if self._spare else spec.new_frame(self.memory)
         frame.payload.copy_(tensor)
         frame.header.copy_(torch.tensor(header, dtype=torch.int64))
         self._post(frame.message, frame)
@@ -208,7 +138,7 @@ class ReceiveChannel:
     Args:
         group: process group of this direction alone.
         peer: global rank of the sender.
-        device: where messages live.
+        memory: where messages live.
         name: for error messages.
         ahead: receives posted beyond the one in use.
         spec: shape of the messages; None waits for the sender's announcement.
@@ -218,15 +148,16 @@ class ReceiveChannel:
         self,
         group: dist.ProcessGroup,
         peer: int,
-        device: torch.device,
+        memory: Memory,
         name: str,
         *,
         ahead: int,
         spec: TensorSpec | None = None,
     ) -> None:
-        self.group, self.peer, self.device, self.name, self.ahead = group, peer, device, name, ahead
+        self.group, self.peer, self.memory, self.name, self.ahead = group, peer, memory, name, ahead
         self.spec = spec
         self._posted: deque[tuple[dist.Work, Frame]] = deque()
+        self._spare: list[Frame] = []  # of staged messages, which nobody owns once they are copied
         if spec is not None:
             self._post_ahead(spec)
 
@@ -245,10 +176,15 @@ class ReceiveChannel:
         self._post(self.spec)
         work, frame = self._posted.popleft()
         self._wait(work)
-        return frame.payload, frame.header
+        if not self.memory.staged:
+            return frame.payload, frame.header
+        payload, header = self.memory.fetch(frame.payload), frame.header.clone()
+        if len(self._spare) < _SPARE_FRAMES:
+            self._spare.append(frame)
+        return payload, header
 
     def _receive_spec(self) -> TensorSpec:
-        meta = torch.empty(_META_LENGTH, dtype=torch.int64, device=self.device)
+        meta = self.memory.new(META_LENGTH, torch.int64)
         work = dist.irecv(meta, self.peer, group=self.group)
         assert work is not None
         self._wait(work)
@@ -259,7 +195,7 @@ class ReceiveChannel:
             self._post(spec)
 
     def _post(self, spec: TensorSpec) -> None:
-        frame = spec.new_frame(self.device)
+        frame = self._spare.pop() if self._spare else spec.new_frame(self.memory)
         try:
             work = dist.irecv(frame.message, self.peer, group=self.group)
         except RuntimeError as error:

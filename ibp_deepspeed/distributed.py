@@ -6,10 +6,12 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from ibp_deepspeed.config import ConfigError
 
@@ -17,17 +19,46 @@ _COMPILED_ON_CPU = ("adam", "adamw", "adagrad", "lion", "lamb")
 
 
 def init_distributed() -> None:
-    """As ``deepspeed.init_distributed``, but on CPU processes the extension that it compiles at first use is optional.
+    """As ``deepspeed.init_distributed``, for two more kinds of machine.
 
-    Without a compiler DeepSpeed's shared-memory all-reduce is marked as not available, and gloo does its work.
+    On CPU processes the extension that DeepSpeed compiles at first use is optional: without a compiler its
+    shared-memory all-reduce is marked as not available, and gloo does its work. With more processes than GPUs on a
+    machine, several share one: see :func:`share_devices`.
     """
-    if _needs_no_compiler() or has_compiler():
-        deepspeed.init_distributed(get_accelerator().communication_backend_name())
-        return
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = get_accelerator().communication_backend_name()
+    if not (_needs_no_compiler() or has_compiler()):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _tell("no C++ compiler: gloo takes the place of DeepSpeed's shared-memory extension.")
+    processes, devices = _local_processes(), get_accelerator().device_count()
+    if _needs_no_compiler() and 0 < devices < processes:
+        share_devices(devices)
+        backend = "gloo"
+        _tell(f"{processes} processes share {devices} GPUs: gloo carries messages through host memory.")
+    deepspeed.init_distributed(backend)
+
+
+def share_devices(devices: int) -> None:
+    """Before processes meet: give this one a device that exists; NCCL wants one for each.
+
+    DeepSpeed's own communication then passes through host memory too, by the hook that it has for gloo on machines
+    whose device gloo can't reach. Our messages do by themselves (:class:`ibp_deepspeed.messages.Memory`).
+    """
+    os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % devices)
+    import_module("deepspeed.comm.torch")._needs_cpu_staging = _lives_on_device  # type: ignore[attr-defined]
+
+
+def _lives_on_device(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _local_processes() -> int:
+    """Processes of this job on this machine, as torchrun or DeepSpeed's launcher say; 1 if neither does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def _tell(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print("no C++ compiler: gloo takes the place of DeepSpeed's shared-memory extension.", file=sys.stderr)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+        print(text, file=sys.stderr)
 
 
 def has_compiler() -> bool:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ibp_deepspeed import schedule
 from ibp_deepspeed.boundaries import Boundaries
-from ibp_deepspeed.channels import TensorSpec
 from ibp_deepspeed.check import checked_course
 from ibp_deepspeed.config import InterlockingConfig
 from ibp_deepspeed.course import Course
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.live import LiveMicroBatch
 from ibp_deepspeed.loss_board import LossBoard
+from ibp_deepspeed.messages import TensorSpec
 from ibp_deepspeed.module import InterlockedPipelineModule
 from ibp_deepspeed.samples import BatchError, SampleLedger, to_device, unpack
 from ibp_deepspeed.stage_losses import StageLosses

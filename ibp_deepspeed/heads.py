@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ibp_deepspeed import fused
 from ibp_deepspeed.errors import InterlockingError
 
 _CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in fp32
@@ -78,7 +79,8 @@ class CausalLMLoss:
     Labels are already shifted: ``labels[b, s]`` is the token after position s, -100 where there is none.
 
     Args:
-        chunk_tokens: tokens per chunk of lazy logits; None chooses it so that a chunk is 64 MiB in fp32.
+        chunk_tokens: tokens per chunk of lazy logits; None chooses it so that a chunk is 64 MiB in fp32, or takes a
+            fused kernel (``fused.py``) where there is one.
     """
 
     def __init__(self, chunk_tokens: int | None = None) -> None:
@@ -87,6 +89,10 @@ class CausalLMLoss:
     def __call__(self, outputs: LazyLogits | Tensor, labels: Tensor) -> Tensor:
         """The scalar loss of logits [B, S, V] and labels [B, S], as in ``chunked_cross_entropy``."""
         if isinstance(outputs, LazyLogits):
+            readout, rows = outputs.readout, outputs.hidden.flatten(0, -2)
+            if self.chunk_tokens is None and fused.applies(readout, rows):
+                total = fused.cross_entropy_sum(readout, rows, labels.flatten())
+                return total / _count(labels, -100)
             chunk_tokens = _default_chunk(outputs) if self.chunk_tokens is None else self.chunk_tokens
             return chunked_cross_entropy(outputs, labels, chunk_tokens=chunk_tokens)
         logits = outputs.flatten(0, -2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_deepspeed.channels import BoundaryError
+from ibp_deepspeed.messages import BoundaryError
 
 
 class LiveMicroBatch:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ibp_deepspeed.channels import BoundaryError
 from ibp_deepspeed.live import LiveMicroBatch
+from ibp_deepspeed.messages import BoundaryError
 
 
 def gradients(recompute: bool, products: int) -> tuple[list[Tensor], int]:

@@ -135,6 +135,7 @@ def test_weights_clipping_checkpointing_and_depth() -> None:
         {**base, "heads": False, "interlocking": {"strategy": "global", "aux_head": None}},
         {**base, "heads": False, "checkpoint": True, "interlocking": {"strategy": "global", "aux_head": None}},
         {**base, "interlocking": {"strategy": "global"}},
+        {**base, "staged": True, "eval": True, "interlocking": interlocking(3, mode="window", hop_slack=1)},
         *(
             {**base, "checkpoint": True, "interlocking": interlocking(n, mode=m)}
             for n in (1, 2, 3)

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ibp_deepspeed.channels import Frame, SendChannel
+from ibp_deepspeed.channels import SendChannel
+from ibp_deepspeed.messages import Frame
 
 
 class _Late:
@@ -34,7 +35,7 @@ class LateChannel(SendChannel):
     """A channel whose messages need that much longer (they count as on their way from the moment they leave)."""
 
     def __init__(self, channel: SendChannel, seconds: float) -> None:
-        super().__init__(channel.group, channel.peer, channel.device, channel.name, announce=channel.announce)
+        super().__init__(channel.group, channel.peer, channel.memory, channel.name, announce=channel.announce)
         post = super()._post
         self._late = _Late(lambda given: post(*given), seconds)
 

@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
 from ibp_deepspeed import InterlockedReference, initialize
+from ibp_deepspeed.messages import Memory
 from tests.launch import report
 from tests.toys import make_module, make_reference, micro_batches
 
@@ -95,7 +97,10 @@ def make_engine(case: dict[str, Any], stages: int, count: int, dtype: torch.dtyp
         "interlocking": case["interlocking"],
     }
     module = make_module(stages, case["interlocking"], dtype=dtype, heads=heads, follow=follows(case))
-    return initialize(model=module, config=config)[0]
+    if not case.get("staged"):
+        return initialize(model=module, config=config)[0]
+    with mock.patch.object(Memory, "of", lambda device: Memory(device, staged=True)):  # as for a device behind gloo
+        return initialize(model=module, config=config)[0]
 
 
 def reference_optimizer(case: dict[str, Any], parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

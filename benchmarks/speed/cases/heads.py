@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.speed.harness import Row, Spread, interleaved
+from ibp_deepspeed import fused
 from ibp_deepspeed.heads import CausalLMLoss, LazyLogits
 from ibp_deepspeed.token_sample import TokenSample
 
@@ -87,6 +88,10 @@ class Contenders:
         contenders: dict[str, Callable[[], Tensor]] = {"naive": self.naive}
         for chunk in (128, 512, None):
             contenders[f"chunks of {chunk or '64 MiB'}"] = partial(self.ours, full, chunk)
+        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
+        linear.weight = self.weight
+        if fused.applies(linear, self.hidden):
+            contenders["fused kernel"] = lambda: CausalLMLoss()(LazyLogits(self.hidden, linear, full), self.labels)
         contenders["shared readout"] = partial(self.ours, full, None, trained=False)
         contenders[f"aux_tokens {FRACTION}"] = partial(self.ours, full, None, sample=TokenSample(FRACTION, 0))
         contenders[f"rank {RANK}"] = partial(self.ours, self.factors, None)
