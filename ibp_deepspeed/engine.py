@@ -66,6 +66,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
         self._ledger = SampleLedger(self.stage_id)
         self._failed = False
+        self._running_engine_backward = True  # for DeepSpeed's hooks: all backward passes are the engine's
         atexit.register(self._flush_at_exit)
 
     # What DeepSpeed's hooks ask for
@@ -136,7 +137,6 @@ class InterlockedPipelineEngine(PipelineEngine):
             self.module.train()
         self._losses.clear()
         self._schedule = self._train_schedule()
-        self._running_engine_backward = True  # our backward passes are the engine's, for DeepSpeed's hooks
         try:
             if self._readout is not None:
                 self._readout.begin_batch(self.global_steps)
@@ -147,8 +147,6 @@ class InterlockedPipelineEngine(PipelineEngine):
         except BaseException:
             self._failed = True
             raise
-        finally:
-            self._running_engine_backward = False
         if self.grid.get_data_parallel_rank() == 0:
             self._board.publish(self.global_steps, losses)
         self._report()

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.pages import filled, markdown
 from benchmarks.quality.gradients import cosines
 from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
 from benchmarks.quality.price import price
 from benchmarks.quality.records import load
-from benchmarks.quality.report import DOCS, RESULTS, depth_table, filled, hop_table, markdown, text_table, tuned
+from benchmarks.quality.report import DOCS, RESULTS, depth_table, hop_table, tables, text_table, tuned
 from benchmarks.quality.run import SOLVED, Run, train
 from benchmarks.quality.tasks import HopTask
 from ibp_deepspeed import InterlockingConfig
@@ -136,4 +137,4 @@ def test_gradient_of_backpropagation_agrees_with_itself() -> None:
 def test_tables_of_the_page_are_those_of_the_records() -> None:
     page = (DOCS / "learning.md").read_text(encoding="utf-8")
     assert page.count("<!-- table: ") == page.count("<!-- end -->") > 0
-    assert filled(page, {path.stem: load(path) for path in RESULTS.glob("*.jsonl")}) == page
+    assert filled(page, tables({path.stem: load(path) for path in RESULTS.glob("*.jsonl")})) == page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.pages import filled
+from benchmarks.speed import report
 from benchmarks.speed.cases import links, profile
 from benchmarks.speed.contenders import applies
 from benchmarks.speed.harness import Spread, table
@@ -122,3 +125,12 @@ def test_contenders_apply_where_they_can() -> None:
 def test_spread_and_table() -> None:
     assert Spread.of([3.0, 1.0, 2.0]).scaled(10) == [20, 10, 30]
     assert table([{"a": 1}], {"x": lambda row: str(row["a"])}).splitlines() == ["| x |", "|---|", "| 1 |"]
+
+
+def test_tables_of_the_pages_are_those_of_the_records() -> None:
+    made = list(report.tables(report.load(report.RESULTS)))
+    for page in report.PAGES:
+        text = page.read_text(encoding="utf-8")
+        titles = re.findall("<!-- table: (.*) -->", text)
+        assert titles and set(titles) <= {title for title, _ in made}
+        assert filled(text, made) == text

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.pages import filled, markdown
 from benchmarks.quality.figures import draw_check, draw_text
 from benchmarks.quality.plans import TEXT_ROWS, VARIANTS
 from benchmarks.quality.price import price
@@ -147,12 +148,6 @@ def _spread(values: Sequence[float | None], digits: int = 2) -> str:
     return f"{mean(numbers):.{digits}f}" + (f" ± {half:.{digits}f}" if len(numbers) > 1 and digits > 2 else "")
 
 
-def markdown(table: list[list[str]]) -> str:
-    """A table, its first row the header."""
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
-
-
 def stuck_table(records: Iterable[Record]) -> list[list[str]]:
     """Agreement of each trunk's gradient with the last loss's, in the middle and at the end."""
     table = [["", "held-out loss of the exits", "cosine with the last loss's gradient, half-way", "at the end"]]
@@ -180,7 +175,7 @@ def main() -> None:
     for title, table in tables(of):
         print(f"{title}\n\n{markdown(table)}\n")
     page = args.docs / "learning.md"
-    page.write_text(filled(page.read_text(encoding="utf-8"), of), encoding="utf-8")
+    page.write_text(filled(page.read_text(encoding="utf-8"), tables(of)), encoding="utf-8")
     if "hops" in of:
         drawn = [
             r for r in of["hops"] if (r["run"]["seed"], r["run"]["stages"]) == (0, 4) and r["run"]["task"]["hops"] < 3
@@ -188,16 +183,6 @@ def main() -> None:
         draw_check(drawn, args.docs / "learning-check.png")
     if "text" in of:
         draw_text(of["text"], args.docs / "learning-text.png")
-
-
-def filled(text: str, of: dict[str, list[Record]]) -> str:
-    """A page with each table between ``<!-- table: TITLE -->`` and ``<!-- end -->`` made again."""
-    for title, table in tables(of):
-        start, end = f"<!-- table: {title} -->\n", "<!-- end -->"
-        before, found, rest = text.partition(start)
-        if found:
-            text = f"{before}{start}\n{markdown(table)}\n\n{end}{rest.partition(end)[2]}"
-    return text
 
 
 def tables(of: dict[str, list[Record]]) -> Iterator[tuple[str, list[list[str]]]]:

@@ -19,6 +19,8 @@ from benchmarks.speed.harness import Row, Spread, interleaved, spawn
 from benchmarks.speed.latency import delay_deepspeed, delay_engine
 from benchmarks.speed.sleeping import HEAD_UNITS, WIDTH, Clock, SleepingHead, SleepingLayer, loss_fn
 
+_FILL = 4  # micro-batches after which a pipeline that streams is in its stride
+
 
 def model(stages: int, unit: float, slack: int = 0) -> Model:
     """Two layers a stage."""
@@ -36,9 +38,9 @@ def data() -> Iterator[Batch]:
 
 
 def time_batches(
-    engine: Any, batches: int, warm_up: int = 2, rows: Iterator[Batch] | None = None
+    engine: Any, batches: int, warm_up: int = 1, rows: Iterator[Batch] | None = None
 ) -> tuple[float, float]:
-    """Seconds a batch on the slowest rank, and this rank's idle share."""
+    """Seconds a batch on the slowest rank after ``warm_up`` batches, and this rank's idle share."""
     import torch.distributed as dist
 
     rows = rows or data()
@@ -71,7 +73,9 @@ def worker(arguments: dict[str, Any]) -> list[list[tuple[float, float]]]:
     if latency:
         delay_deepspeed(latency * unit)
     batches = max(2, arguments["measured"] // count)
-    return interleaved([partial(time_batches, engine, batches) for engine in contenders], arguments["repeats"])
+    warm_up = max(1, _FILL // count)
+    jobs = [partial(time_batches, engine, batches, warm_up) for engine in contenders]
+    return interleaved(jobs, arguments["repeats"])
 
 
 def measure(

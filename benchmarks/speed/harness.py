@@ -17,6 +17,8 @@ from typing import Any
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from benchmarks.pages import markdown
+
 Row = dict[str, Any]
 
 
@@ -94,9 +96,7 @@ def save(path: Path, rows: Sequence[Row], **about: Any) -> None:
 
 def table(rows: Sequence[Row], columns: dict[str, Callable[[Row], str]]) -> str:
     """Rows as a Markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(show(row) for show in columns.values()) + " |" for row in rows]
-    return "\n".join(lines)
+    return markdown([list(columns), *([show(row) for show in columns.values()] for row in rows)])
 
 
 def _processor() -> str:

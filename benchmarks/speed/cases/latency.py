@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latencies", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0], help="units")
     names = ["N=1", "N=2", "N=2 slack", "1F1B"]
     parser.add_argument("--contenders", nargs="+", default=names, help="1F1B must be among them")
-    add_timing_arguments(parser, unit=0.1, measured=16)
+    add_timing_arguments(parser, unit=0.06, measured=16)
 
 
 def run(args: argparse.Namespace) -> list[Row]:
