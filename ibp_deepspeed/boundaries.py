@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,13 +13,15 @@ from ibp_deepspeed.channels import ReceiveChannel, SendChannel
 from ibp_deepspeed.messages import Header, Memory, TensorSpec
 
 _AHEAD = 2
+# A receive stays posted while all stages evaluate or write a checkpoint; torch would give NCCL 10 minutes.
+_TIMEOUT = max(torch.distributed.constants.default_pg_timeout, deepspeed.constants.default_pg_timeout)
 
 
 def new_pipeline_group(grid: Any, backend: str | None = None) -> dist.ProcessGroup:
     """A group of this rank's pipeline, whose group ranks are the stages; made for all pipelines on all ranks."""
     mine: dist.ProcessGroup | None = None
     for ranks in grid.topology().get_axis_comm_lists("pipe"):
-        group = dist.new_group(ranks, backend=backend)
+        group = dist.new_group(ranks, backend=backend, timeout=_TIMEOUT)
         if grid.get_global_rank() in ranks:
             mine = group
     assert mine is not None

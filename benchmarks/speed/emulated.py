@@ -32,6 +32,11 @@ def model(stages: int, unit: float, slack: int = 0) -> Model:
     )
 
 
+def hop_slack(name: str) -> int:
+    """Slots more for each boundary, of a contender such as ``N=2 slack 1``."""
+    return int(name.partition(" slack ")[2] or 0)
+
+
 def data() -> Iterator[Batch]:
     """The same micro-batch for ever."""
     return repeat((torch.zeros(1, WIDTH), torch.zeros(1, WIDTH)))
@@ -66,7 +71,7 @@ def worker(arguments: dict[str, Any]) -> list[list[tuple[float, float]]]:
     stages, count, unit, latency = (arguments[key] for key in ("stages", "micro_batches", "unit", "latency"))
     contenders = []
     for name in arguments["contenders"]:
-        engine = make(name.split()[0], model(stages, unit, slack=int("slack" in name)), stages, count)
+        engine = make(name.split()[0], model(stages, unit, hop_slack(name)), stages, count)
         if latency and name.startswith("N="):
             delay_engine(engine, latency * unit)
         contenders.append(engine)
@@ -88,12 +93,12 @@ def measure(
     repeats: int,
     latency: float = 0.0,
 ) -> list[Row]:
-    """Rows of one K and M; a name may end in `` slack``: one slot more for each boundary.
+    """Rows of one K and M.
 
     Args:
         stages: K, processes.
         micro_batches: M.
-        contenders: names, ``1F1B`` among them.
+        contenders: names, ``1F1B`` among them; they may end in a slack, as in ``N=2 slack 1``.
         unit: seconds.
         measured: micro-batches a repeat, at least two batches.
         repeats: of all contenders, interleaved.
@@ -143,7 +148,7 @@ def prediction(name: str, stages: int, micro_batches: int, latency: float) -> di
     if name == "1F1B":
         strategy = Strategy(stages, stages, aux_heads=False)
     else:
-        strategy = Strategy(stages, int(name.split()[0][2:]), hop_slack=int("slack" in name))
+        strategy = Strategy(stages, int(name.split()[0][2:]), hop_slack=hop_slack(name))
     said = simulate(strategy, micro_batches, Costs(latency=latency))
     return {"limit": round(said.limit, 3), "predicted": round(said.micro_batch_time, 3)}
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+_SEGMENT = 16_384  # bytes
+
 
 @dataclass(frozen=True)
 class Host:
@@ -70,9 +72,11 @@ def _connect(host: Host, bridge: str, outside: str, megabits: float | None) -> N
     for interface in ("lo", host.interface):
         _run(*host.command("ip", "link", "set", interface, "up"))
     if megabits is not None:
-        # a bucket of 2 ms at the rate, and a queue that never drops
-        burst = max(16_000, int(megabits * 1e6 / 8 * 0.002))
+        # a bucket of 2 ms at the rate, and a queue that never drops; segments that fit the bucket, else the kernel
+        # cuts them up and wakes for each packet
+        burst = max(2 * _SEGMENT, int(megabits * 1e6 / 8 * 0.002))
         limits = ("rate", f"{megabits}mbit", "burst", f"{burst}", "limit", "64mb")
+        _run(*host.command("ip", "link", "set", host.interface, "gso_max_size", f"{_SEGMENT}"))
         _run(*host.command("tc", "qdisc", "add", "dev", host.interface, "root", "tbf", *limits))
 
 

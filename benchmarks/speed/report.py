@@ -49,7 +49,9 @@ def tables(records: dict[str, Record]) -> Iterator[tuple[str, Table]]:
 
 def across(rows: list[Row], keys: tuple[str, ...], names: tuple[str, ...], show: Callable[[Row], str]) -> Table:
     """A line for each value of the keys, a column for each contender."""
-    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    most = max(rows, key=lambda row: tuple(row[key] for key in keys))  # has all contenders
+    last = tuple(most[key] for key in keys)
+    contenders = [row["contender"] for row in rows if tuple(row[key] for key in keys) == last]
     lines: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
         lines.setdefault(tuple(row[key] for key in keys), {})[row["contender"]] = show(row)

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.speed.contenders import Batch, make
-from benchmarks.speed.emulated import model, time_batches
+from benchmarks.speed.emulated import hop_slack, model, time_batches
 from benchmarks.speed.harness import Row, Spread, add_timing_arguments, interleaved
 from benchmarks.speed.namespaces import hosts, missing
 from benchmarks.speed.sleeping import WIDTH
@@ -48,7 +48,7 @@ def worker(arguments: dict[str, Any]) -> list[list[tuple[float, float]]]:
     batches = max(2, arguments["measured"] // count)
     jobs = []
     for name in arguments["contenders"]:
-        engine = make(name.split()[0], model(stages, unit, slack=int("slack" in name)), stages, count)
+        engine = make(name.split()[0], model(stages, unit, hop_slack(name)), stages, count)
         jobs.append(partial(time_batches, engine, batches, rows=data(arguments["kib"])))
     measured = interleaved(jobs, arguments["repeats"])
     dist.barrier()
@@ -108,10 +108,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=int, default=4, help="K")
     parser.add_argument("--micro-batches", type=int, default=8, help="M")
     parser.add_argument("--megabits", type=float, nargs="+", default=[1000, 200, 50], help="rates of the links")
-    parser.add_argument("--kib", type=int, default=512, help="of a hidden state")
-    names = ["N=1", "N=2", "N=2 slack", "1F1B"]
-    parser.add_argument("--contenders", nargs="+", default=names, help="N=2 slack: hop_slack 1")
-    add_timing_arguments(parser, unit=0.05, measured=24)
+    parser.add_argument("--kib", type=int, default=416, help="of a hidden state")
+    names = ["N=1", "N=2", "N=2 slack 1", "N=2 slack 2", "1F1B"]
+    parser.add_argument("--contenders", nargs="+", default=names, help="slack: hop_slack")
+    add_timing_arguments(parser, unit=0.05, measured=16)
 
 
 def run(args: argparse.Namespace) -> list[Row]:
