@@ -18,6 +18,7 @@ from torch import Tensor
 from ibp_deepspeed import schedule
 from ibp_deepspeed.boundaries import Boundaries
 from ibp_deepspeed.check import checked_course
+from ibp_deepspeed.checkpoints import WholeCheckpoints
 from ibp_deepspeed.config import InterlockingConfig
 from ibp_deepspeed.course import Course
 from ibp_deepspeed.errors import InterlockingError
@@ -33,7 +34,7 @@ from ibp_deepspeed.token_sample import TokenSample
 _FLUSH_SECONDS = 30.0
 
 
-class InterlockedPipelineEngine(PipelineEngine):
+class InterlockedPipelineEngine(WholeCheckpoints, PipelineEngine):
     """Trains an :class:`InterlockedPipelineModule`. Made by :func:`ibp_deepspeed.initialize`.
 
     Streams across batches: a stage starts its next batch as soon as its own optimizer step is done, and waits for

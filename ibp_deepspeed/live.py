@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ibp_deepspeed.messages import BoundaryError
+from ibp_deepspeed.random_state import RandomState
 
 
 class LiveMicroBatch:
@@ -52,12 +52,12 @@ class LiveMicroBatch:
         self.input_gradients: dict[int, Tensor] = {}
         self.recomputations = 0
         self._behind_borrowed: Tensor | None = None  # the cut with the graph of the borrowed layers
-        self._random_state: _RandomState | None = None
+        self._random_state: RandomState | None = None
 
     def forward(self, *, product_follows: bool) -> Any:
         """Run the trunk; the graph is built unless it would be dropped before anybody uses it."""
         if self.recompute:
-            self._random_state = _RandomState()
+            self._random_state = RandomState()
         with torch.set_grad_enabled(product_follows or not self.recompute):
             self._run()
         return self.outputs
@@ -161,21 +161,3 @@ def _product(outputs: Tensor, inputs: Tensor, cotangent: Tensor) -> Tensor:
         )
     (gradient,) = torch.autograd.grad(outputs, inputs, cotangent, retain_graph=True, materialize_grads=True)
     return gradient
-
-
-class _RandomState:
-    """Random generator states at a forward pass, so that dropout repeats itself."""
-
-    def __init__(self) -> None:
-        self.cpu = torch.get_rng_state()
-        self.accelerator = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """A context with these states; the generators go on undisturbed after it."""
-        devices = [torch.cuda.current_device()] if self.accelerator is not None else []
-        with torch.random.fork_rng(devices=devices):
-            torch.set_rng_state(self.cpu)
-            if self.accelerator is not None:
-                torch.cuda.set_rng_state(self.accelerator)
-            yield

@@ -16,6 +16,7 @@ import torch
 from deepspeed.runtime import lr_schedules
 from torch import Tensor, nn
 
+from ibp_deepspeed import checkpoints
 from ibp_deepspeed.config import ConfigError
 from ibp_deepspeed.initialization import check_deepspeed_settings, resolve_interlocking
 from ibp_deepspeed.module import aux_head_path, shared_readout_path
@@ -123,10 +124,18 @@ class VirtualPipeline:
         self._train(False)
         return self.reference.evaluate(self._take(data_iter, num_micro_batches or self._micro_batches), measure)
 
-    def save_checkpoint(self, save_dir: str | Path, tag: str | None = None) -> None:
-        """Write what DeepSpeed's pipeline engine writes for one replica without ZeRO."""
-        folder = Path(save_dir) / (tag or f"global_step{self.global_steps}")
-        folder.mkdir(parents=True, exist_ok=True)
+    def save_checkpoint(
+        self, save_dir: str | Path, tag: str | None = None, files: Mapping[str, str] | None = None
+    ) -> None:
+        """Write what the engine writes for one replica without ZeRO, and texts by file name; whole or not at all."""
+        name = tag or f"global_step{self.global_steps}"
+        with checkpoints.written(Path(save_dir) / name):
+            checkpoints.clear(Path(save_dir), name)
+            self._write(Path(save_dir) / checkpoints.partial(name), files or {})
+            checkpoints.publish(Path(save_dir), name)
+
+    def _write(self, folder: Path, files: Mapping[str, str]) -> None:
+        folder.mkdir(parents=True)
         for name, module in self._files():
             torch.save({key: value.cpu() for key, value in module.state_dict().items()}, folder / name)
         for k in range(self.stages):
@@ -134,7 +143,9 @@ class VirtualPipeline:
         source = self._refreshed_source()
         if source is not None:
             torch.save({"taken": self.reference.taken, "average": source.average}, shared_readout_path(str(folder)))
-        (Path(save_dir) / "latest").write_text(folder.name, encoding="utf-8")
+        checkpoints.save_random_state(folder, 0)
+        for file, text in files.items():
+            (folder / file).write_text(text, encoding="utf-8")
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> None:
         """Read a checkpoint of a VirtualPipeline, or of an engine with as many stages and the same optimizer."""
@@ -154,6 +165,7 @@ class VirtualPipeline:
         if source is not None:
             state = torch.load(shared_readout_path(str(folder)), map_location=self.device, weights_only=True)
             self.reference.taken, source.average = state["taken"], state["average"]
+        checkpoints.load_random_state(folder, 0, 1)
 
     def _refreshed_source(self) -> ReadoutSource | None:
         """What makes copies of the last readout; None if none is ever made again (private, frozen)."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
@@ -100,10 +99,9 @@ class Description(BaseModel):
         values = dict(self.model)
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
-    def write(self, folder: Path) -> None:
-        """Write beside the checkpoint's files, on rank 0."""
-        if dist.get_rank() == 0:
-            (folder / DESCRIPTION_FILE).write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+    def files(self) -> dict[str, str]:
+        """What goes beside a checkpoint's files, by name."""
+        return {DESCRIPTION_FILE: json.dumps(self.model_dump(), indent=1) + "\n"}
 
     @classmethod
     def read(cls, folder: Path) -> Description:

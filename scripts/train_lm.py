@@ -18,7 +18,6 @@ import json
 import os
 import socket
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import entry
+from scripts.training_loop import Run
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +46,15 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--eval-micro-batches", type=int, default=16, metavar="N", help="held-out micro-batches (default: %(default)s)")
     add(
         "--output", type=Path, default=Path("runs/last"), metavar="DIR", help="checkpoint, history (default: runs/last)"
+    )
+    add("--save-interval", type=int, default=0, metavar="N", help="batches between checkpoints, 0: only at the end")
+    add("--keep", type=int, default=2, metavar="N", help="newest checkpoints that are kept (default: %(default)s)")
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="TAG",
+        help="go on from a checkpoint in --output: the newest if there is one (no TAG, or auto), or that of this name",
     )
     add("--verbose", action="store_true", help="show DeepSpeed's own log")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -90,6 +99,8 @@ class Plan:
     replicas: int
     train: Any
     held_out: Any
+    description: Any
+    resume: str | None
 
 
 def check(args: argparse.Namespace) -> Plan:
@@ -98,6 +109,8 @@ def check(args: argparse.Namespace) -> Plan:
     from ibp_deepspeed.initialization import check_deepspeed_settings, load_config, resolve_interlocking
     from models import CausalLM, ModelError
     from models import load_config as load_model_config
+    from models.pipeline import Description
+    from models.resume import checkpoint_to_resume
 
     if args.one_process:
         become_only_process(args.stages)
@@ -128,8 +141,20 @@ def check(args: argparse.Namespace) -> Plan:
     train.check_vocabulary(model.vocab_size)
     partition = parse_partition(args.partition)
     bounds = model.partition(stages, aux_heads=interlocking.aux_head, manual=partition)
+    if args.keep < 1 or args.save_interval < 0:
+        raise ModelError(
+            f"--keep {args.keep} --save-interval {args.save_interval}: keep at least 1, save at least at 0."
+        )
+    description = Description(
+        model=model.config.to_dict(),
+        bounds=bounds,
+        interlocking=interlocking.model_dump(exclude_unset=True),
+        sequence_length=args.sequence_length,
+        data=str(args.data),
+    )
+    resume = checkpoint_to_resume(args.output / "checkpoint", args.resume, description, args.steps)
     replicas = max(1, world // stages)
-    return Plan(settings, interlocking, model, stages, bounds, replicas, train, held_out)
+    return Plan(settings, interlocking, model, stages, bounds, replicas, train, held_out, description, resume)
 
 
 def become_only_process(stages: int | None) -> None:
@@ -200,6 +225,15 @@ def start(plan: Plan, args: argparse.Namespace) -> Any:
         return initialize(model=module, config=plan.settings)[0]
 
 
+def resume(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
+    """Go on from a checkpoint, if there is one to go on from."""
+    if plan.resume is not None:
+        engine.load_checkpoint(args.output / "checkpoint", plan.resume)
+    if engine.global_rank == 0 and args.resume is not None:
+        where = f"goes on from {plan.resume}" if plan.resume else "there is no checkpoint yet: starts anew"
+        print(f"{args.output}: {where}", flush=True)
+
+
 def loaders(engine: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any]:
     """Training and held-out micro-batches of this rank's replica.
 
@@ -212,7 +246,7 @@ def loaders(engine: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any
     replicas = plan.replicas
     rank = engine.grid.get_data_parallel_rank() if replicas > 1 else 0
     options = {"data_parallel_rank": rank, "data_parallel_size": replicas, "seed": args.seed}
-    train = MicroBatchLoader(plan.train, args.sequence_length, size, **options)
+    train = MicroBatchLoader(plan.train, args.sequence_length, size, **options, start=engine.global_steps * count)
     if train.micro_batches_per_epoch < count:
         needed = count * size * replicas * args.sequence_length + 1
         raise DataError(
@@ -222,91 +256,15 @@ def loaders(engine: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any
     return train, MicroBatchLoader(plan.held_out, args.sequence_length, size, **options, shuffle=False)
 
 
-class Run:
-    """The loop of one rank; rank 0 shows and keeps what happens.
-
-    Args:
-        engine: the engine.
-        args: the command line.
-        tokens_per_batch: for tokens/s.
-    """
-
-    def __init__(self, engine: Any, args: argparse.Namespace, tokens_per_batch: int) -> None:
-        from tqdm import tqdm
-
-        self.engine, self.args, self.tokens_per_batch = engine, args, tokens_per_batch
-        self.first = engine.global_rank == 0
-        self.bar = tqdm(total=args.steps, unit="batch", disable=None if self.first else True, dynamic_ncols=True)
-        self.history = (args.output / "history.jsonl").open("w", encoding="utf-8") if self.first else None
-        self.logged, self.printed, self.began = 0, 0, time.perf_counter()
-
-    def train(self, train: Any, held_out: Any) -> Any:
-        """All batches; evaluates at the interval and at the end. Returns the last held-out losses [K]."""
-        losses = None
-        for step in range(1, self.args.steps + 1):
-            self.engine.train_batch(train)
-            self.show(step)
-            interval = self.args.eval_interval
-            if step == self.args.steps or (interval and step % interval == 0):
-                losses = self.evaluate(step, held_out)
-        self.bar.close()
-        return losses
-
-    def evaluate(self, step: int, held_out: Any) -> Any:
-        """Held-out losses of all exits."""
-        count = min(self.args.eval_micro_batches, held_out.micro_batches_per_epoch)
-        losses = self.engine.eval_batch(held_out.held_out(count), num_micro_batches=count)
-        if self.first:
-            self.write({"step": step, "held_out": losses.tolist()})
-            text = " ".join(f"{loss:.3f}" for loss in losses.tolist())
-            self.bar.write(f"batch {step}: held-out losses of the exits {text}")
-            if self.engine.monitor.enabled:
-                samples = step * self.engine.train_batch_size()
-                events = [(f"Eval/Exits/stage_{k}_loss", x, samples) for k, x in enumerate(losses.tolist())]
-                self.engine.monitor.write_events(events)
-        return losses
-
-    def show(self, step: int) -> None:
-        """Progress of rank 0, with the newest losses that all stages have reported."""
-        if not self.first:
-            return
-        self.bar.update(1)
-        latest = self.engine.latest_losses()
-        if latest is None or latest[1] == self.logged:
-            return
-        losses, self.logged = latest
-        self.write({"step": self.logged, "train": losses.tolist()})
-        seconds = (time.perf_counter() - self.began) / step
-        rate = f"{self.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
-        text = " ".join(f"{loss:.3f}" for loss in losses.tolist())
-        self.bar.set_postfix_str(f"losses {text}, {rate}")
-        if self.bar.disable and step >= self.printed + max(1, self.args.steps // 20):
-            self.printed = step
-            print(
-                f"batch {step}/{self.args.steps}: losses of the exits {text} (batch {self.logged}), {rate}", flush=True
-            )
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append to history.jsonl."""
-        assert self.history is not None
-        self.history.write(json.dumps(row) + "\n")
-        self.history.flush()
-
-
 def save(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
-    """A checkpoint in DeepSpeed's layout, with the description that evaluation and export read."""
-    from models.pipeline import Description
+    """A checkpoint in DeepSpeed's layout, with the description that evaluation and export read; old ones go."""
+    from ibp_deepspeed.checkpoints import keep_newest
+    from models.resume import batches_of
 
-    tag = f"global_step{engine.global_steps}"
-    engine.save_checkpoint(str(args.output / "checkpoint"), tag=tag)
-    description = Description(
-        model=plan.model.config.to_dict(),
-        bounds=plan.bounds,
-        interlocking=plan.interlocking.model_dump(exclude_unset=True),
-        sequence_length=args.sequence_length,
-        data=str(args.data),
-    )
-    description.write(args.output / "checkpoint" / tag)
+    folder = args.output / "checkpoint"
+    engine.save_checkpoint(folder, files=plan.description.files())
+    if engine.global_rank == 0:
+        keep_newest(folder, args.keep, batches_of)
 
 
 def describe(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
@@ -334,13 +292,14 @@ def main(phase: entry.SameOnAllRanks) -> None:
     args = parse_arguments()
     plan = check(args)
     engine = start(plan, args)
+    resume(engine, plan, args)
     train, held_out = loaders(engine, plan, args)
     args.output.mkdir(parents=True, exist_ok=True)
     if engine.global_rank == 0:
         describe(engine, plan, args)
     phase.ends()
-    losses = Run(engine, args, engine.train_batch_size() * args.sequence_length).train(train, held_out)
-    save(engine, plan, args)
+    run = Run(engine, args, engine.train_batch_size() * args.sequence_length)
+    losses = run.train(train, held_out, lambda: save(engine, plan, args))
     if engine.global_rank == 0:
         final = losses[-1].item()
         entropy = plan.train.manifest.unigram_entropy_nats

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ibp_deepspeed import InterlockingError
@@ -162,6 +163,49 @@ def test_torchrun_and_one_process_train_the_same(data: Path, config: Path, tmp_p
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
     done = script("evaluate_lm.py", "--checkpoint", tmp_path / "one" / "checkpoint", "--max-batches", "2")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(data: Path, config: Path, tmp_path: Path) -> None:
+    """Dropout, a shared readout on its way, streaming: three batches and three more are six."""
+    gpt = ["--model", "models/configs/gpt2-tiny.json", "--sequence-length", "32"]
+    gpt += ["--set", "n_layer=2", "resid_pdrop=0.1", "embd_pdrop=0.1", "--save-interval", "3", "--eval-interval", "4"]
+
+    def train(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+        where = ("--deepspeed_config", config, "--data", data, "--output", out)
+        return run(sys.executable, *torchrun, "scripts/train_lm.py", *where, *gpt, *more)
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = train(whole, "--steps", "6", "--resume")
+    assert done.returncode == 0 and "no checkpoint yet: starts anew" in done.stdout, done.stderr
+    shutil.copytree(whole / "checkpoint" / "global_step3", stopped / "checkpoint" / "global_step3")
+    (stopped / "checkpoint" / "latest").write_text("global_step3")
+    shutil.copy(whole / "history.jsonl", stopped)
+    done = train(stopped, "--steps", "6", "--resume", "--keep", "1")
+    assert done.returncode == 0 and "goes on from global_step3" in done.stdout, done.stderr
+    assert sorted(p.name for p in (stopped / "checkpoint").iterdir()) == ["global_step6", "latest"]
+    ends = [out / "checkpoint" / "global_step6" for out in (whole, stopped)]
+    names = sorted(path.name for path in ends[0].glob("*.pt"))
+    assert names == sorted(path.name for path in ends[1].glob("*.pt")) and len(names) >= 9
+    for name in names:
+        one, other = (torch.load(end / name, weights_only=False) for end in ends)
+        assert_same(one, other, name)
+    steps = [json.loads(line)["step"] for line in (stopped / "history.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 6
+
+
+def assert_same(one: Any, other: Any, where: str) -> None:
+    """Equal bit for bit, through dictionaries and lists."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}/{index}")
 
 
 def test_no_compiler_is_needed(data: Path, config: Path, tmp_path: Path) -> None:

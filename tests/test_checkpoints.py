@@ -1,0 +1,140 @@
+"""Checkpoints are whole or not there, whatever stops their writing."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ibp_deepspeed import checkpoints
+from ibp_deepspeed.checkpoints import CheckpointError
+from models.errors import ModelError
+from models.pipeline import Description
+from models.resume import batches_of, checkpoint_to_resume
+from tests.test_virtual import make
+
+
+def write(folder: Path, tag: str, text: str) -> None:
+    """What a save does, with one file."""
+    checkpoints.clear(folder, tag)
+    made = folder / checkpoints.partial(tag)
+    made.mkdir(parents=True)
+    (made / "layer.pt").write_text(text)
+    checkpoints.publish(folder, tag)
+
+
+def newest(folder: Path) -> str:
+    """What a run that goes on would read."""
+    checkpoints.restore(folder)
+    return (folder / (folder / "latest").read_text() / "layer.pt").read_text()
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have the process "killed" at its n-th call that changes names or removes files."""
+
+    def after(calls: int) -> None:
+        left = [calls]
+
+        def counted(function: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                return function(*args, **kwargs)
+
+            return run
+
+        for owner, name in ((Path, "rename"), (os, "replace"), (os, "fsync"), (checkpoints.shutil, "rmtree")):
+            monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+
+    return after
+
+
+@pytest.mark.parametrize("calls", range(12))
+@pytest.mark.parametrize("tag", ["global_step2", "global_step1"])  # another name, the same name
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
+    tmp_path: Path, killed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, calls: int, tag: str
+) -> None:
+    write(tmp_path, "global_step1", "before")
+    with monkeypatch.context():
+        killed(calls)
+        try:
+            write(tmp_path, tag, "after")
+            done = True
+        except KeyboardInterrupt:
+            done = False
+    monkeypatch.undo()
+    assert newest(tmp_path) == "after" if done else newest(tmp_path) in ("before", "after")
+    write(tmp_path, tag, "again")
+    assert newest(tmp_path) == "again"
+    left = {"global_step1", tag, "latest"}
+    assert {path.name for path in tmp_path.iterdir()} - {"latest.new"} == left
+
+
+def test_the_newest_are_kept_and_the_one_that_latest_names(tmp_path: Path) -> None:
+    for batches in (2, 10, 9, 1):
+        write(tmp_path, f"global_step{batches}", str(batches))
+    (tmp_path / "mine").mkdir()
+    assert checkpoints.keep_newest(tmp_path, 2, batches_of) == ["global_step2"]
+    kept = {"global_step1", "global_step9", "global_step10", "mine", "latest"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may be longer than a kilobyte, as on a device that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_device_is_one_sentence_and_nothing_is_lost(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pipeline = make()
+    pipeline.save_checkpoint(tmp_path, "global_step1", {"note.txt": "whole"})
+    request.getfixturevalue("small_files")
+    with pytest.raises(CheckpointError, match="can't write the checkpoint .*global_step2"):
+        pipeline.save_checkpoint(tmp_path, "global_step2")
+    assert (tmp_path / "latest").read_text() == "global_step1" and not (tmp_path / "global_step2").exists()
+    pipeline.load_checkpoint(tmp_path)
+    assert (tmp_path / "global_step1" / "note.txt").read_text() == "whole"
+
+
+def test_random_states_come_back(tmp_path: Path) -> None:
+    checkpoints.save_random_state(tmp_path, 0)
+    drawn = torch.rand(3)
+    checkpoints.load_random_state(tmp_path, 0, 2)  # of another number of ranks
+    assert not torch.equal(torch.rand(3), drawn)
+    checkpoints.load_random_state(tmp_path, 0, 1)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def description(**changes: Any) -> Description:
+    values: dict[str, Any] = {"model": {"model_type": "llama", "hidden_size": 8}, "bounds": [0, 2, 4]}
+    values |= {"interlocking": {}, "sequence_length": 32, "data": "data"}
+    return Description(**(values | changes))
+
+
+def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
+    planned = description()
+    assert checkpoint_to_resume(tmp_path, None, planned, 9) is None
+    assert checkpoint_to_resume(tmp_path, "auto", planned, 9) is None
+    write(tmp_path, "global_step4", "")
+    for name, text in planned.files().items():
+        (tmp_path / "global_step4" / name).write_text(text)
+    assert checkpoint_to_resume(tmp_path, "auto", planned, 9) == "global_step4"
+    assert checkpoint_to_resume(tmp_path, "global_step4", planned, 9) == "global_step4"
+    for wanted, other, steps, said in (
+        ("global_step3", planned, 9, "has no checkpoint global_step3, but global_step4"),
+        ("auto", planned, 4, "has 4 batches already: give --steps above that, not 4"),
+        ("auto", description(bounds=[0, 1, 4]), 9, r"trained with bounds \[0, 2, 4\], not \[0, 1, 4\]"),
+        ("auto", description(model={"model_type": "llama", "hidden_size": 9}), 9, "model's hidden_size 8, not 9"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            checkpoint_to_resume(tmp_path, wanted, other, steps)
