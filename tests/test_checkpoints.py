@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +87,21 @@ def test_the_newest_are_kept_and_the_one_that_latest_names(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may be longer than a kilobyte, as on a device that is full."""
+@contextmanager
+def full_device() -> Iterator[None]:
+    """No file may be longer than a kilobyte. Only around the call that is tested: pytest's own report may be a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_device_is_one_sentence_and_nothing_is_lost(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_device_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     pipeline = make()
     pipeline.save_checkpoint(tmp_path, "global_step1", {"note.txt": "whole"})
-    request.getfixturevalue("small_files")
-    with pytest.raises(CheckpointError, match="can't write the checkpoint .*global_step2"):
+    with full_device(), pytest.raises(CheckpointError, match="can't write the checkpoint .*global_step2"):
         pipeline.save_checkpoint(tmp_path, "global_step2")
     assert (tmp_path / "latest").read_text() == "global_step1" and not (tmp_path / "global_step2").exists()
     pipeline.load_checkpoint(tmp_path)
