@@ -82,7 +82,8 @@ def hops(results: Path) -> Iterator[Run]:
     """All of p = 1 … 4, K = 4 and 8, each once; first what says most: one seed of all rows, more of the headlines."""
     parts: list[tuple[int, int, int, Iterable[str]]] = [(4, p, 0, HOP_ROWS) for p in (1, 2)]
     parts += [(4, p, seed, HOP_HEADLINES) for seed in SEEDS[1:] for p in (2, 1)]
-    parts += [(4, 3, 0, HOP_HEADLINES), (8, 2, 0, HOP_HEADLINES)]
+    parts += [(4, 3, 0, HOP_HEADLINES), (8, 2, 0, HOP_HEADLINES[:4]), (4, 4, 0, HOP_HEADLINES[:4])]
+    parts += [(8, 1, 0, HOP_HEADLINES[:4]), (8, 3, 0, HOP_HEADLINES[:4])]
     everything = product((4, 8), (1, 2, 3, 4), SEEDS)
     parts += [(stages, p, seed, hop_rows(stages)) for stages, p, seed in everything]
     seen = set()
