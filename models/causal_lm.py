@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from deepspeed.pipe import LayerSpec
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ibp_deepspeed.config import AuxHeadConfig
@@ -19,17 +20,32 @@ from models.shell import Shell
 PRIVATE = AuxHeadConfig()
 
 
+class Weights(Protocol):
+    """Where the weights of pipeline layers are read from."""
+
+    def layer(self, index: int, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Those of ``names`` in the state dict of layer ``index`` of a cut model.
+
+        Raises:
+            ModelError: one is missing or can't be read.
+        """
+
+
 class CausalLM:
     """How one Hugging Face causal language model is cut into pipeline layers.
 
     Layers are built one at a time, on the CPU, with random weights that depend on the seed and the layer's index
-    alone: not on the number of stages, nor on what else was built. The readout has its own weights even where the
-    model's config ties it to the embedding, which would tie the first stage to the last; ``was_tied`` tells.
+    alone: not on the number of stages, nor on what else was built; or with given weights. The readout has its own
+    weights even where the model's config ties it to the embedding, which would tie the first stage to the last;
+    ``was_tied`` tells.
 
     Args:
         config: of a type in ``models.shell.PROVEN``; it is copied.
         seed: of all initial weights.
         dtype: of all parameters; initial values are drawn in fp32 and rounded to it.
+        weights: of the layers, instead of random ones.
+        fresh_heads: draw auxiliary heads at random all the same; otherwise they begin with the given weights' final
+            norm and readout, and blocks as the decoder layers that the model has next.
 
     Attributes:
         num_layers: decoder layers + 2.
@@ -40,11 +56,21 @@ class CausalLM:
         ModelError: a model that cannot be cut, by name and with the reason.
     """
 
-    def __init__(self, config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        weights: Weights | None = None,
+        fresh_heads: bool = False,
+    ) -> None:
         self._shell = Shell(config)
         self._recorder = Recorder(self._shell)
         self._seed = seed
         self._dtype = dtype
+        self._weights = weights
+        self._fresh_heads = fresh_heads or weights is None
         self.num_layers = len(self._shell.layers) + 2
         self.vocab_size: int = self._shell.config.vocab_size
         self.hidden_size: int = self._shell.config.hidden_size
@@ -56,8 +82,14 @@ class CausalLM:
         return [_CutLayerSpec(self, index) for index in range(self.num_layers)]
 
     def build_layer(self, index: int) -> nn.Module:
-        """Layer ``index`` of ``layer_specs`` with real weights on the CPU."""
-        return self._initialised(self._meta_layer(index), f"layer {index}")
+        """Layer ``index`` of ``layer_specs`` with real weights on the CPU.
+
+        Raises:
+            ModelError: the given weights lack one, or have one of another shape.
+        """
+        module = self._meta_layer(index)
+        values = self._weights.layer(index, list(module.state_dict())) if self._weights is not None else {}
+        return self._initialised(module, f"layer {index}", values)
 
     def layer_class(self, index: int) -> type[nn.Module]:
         """The class of layer ``index``."""
@@ -67,20 +99,20 @@ class CausalLM:
     def aux_head(self, stage_id: int, options: AuxHeadConfig = PRIVATE, after: int = 0) -> nn.Module:
         """The auxiliary head of a stage, hidden states [B, S, H] → LazyLogits, on the CPU.
 
-        A fresh final norm of the model's kind and a readout, with decoder blocks before them if the options say so;
-        their weights depend on seed and stage alone. A readout that is not private starts as the model's own.
+        A norm and a readout of the model's kinds, with decoder blocks before them if the options say so; random ones
+        depend on seed and stage alone. A readout that is not private starts as the model's own.
 
         Args:
             stage_id: the stage that the head ends.
             options: kind of readout, number of blocks.
             after: decoder layers of the model before the head, which decides the kind of its blocks.
         """
-        head = self._initialised(self._meta_head(options, after), f"auxiliary head {stage_id}")
-        if isinstance(head, FollowingHead):
-            last_layer = self.build_layer(self.num_layers - 1)
-            assert isinstance(last_layer, HeadLayer)
-            head.follow(last_layer)
-        return head
+        head = self._meta_head(options, after)
+        sources = head.sources()
+        if self._fresh_heads:
+            kept = "readout." if options.readout != "private" else None
+            sources = {name: source for name, source in sources.items() if kept and name.startswith(kept)}
+        return self._initialised(head, f"auxiliary head {stage_id}", self._from_layers(sources))
 
     def parameter_counts(self) -> list[int]:
         """Parameters of every layer of ``layer_specs``; nothing is materialised."""
@@ -138,8 +170,23 @@ class CausalLM:
         kind = AuxiliaryHead if options.readout == "private" else FollowingHead
         return kind(self._shell, self._recorder, options, after)
 
-    def _initialised(self, module: nn.Module, part: str) -> nn.Module:
-        self._shell.initialise(module, part, self._seed, self._dtype)
+    def _from_layers(self, sources: Mapping[str, str]) -> dict[str, Tensor]:
+        """Name → the value of the "layer.parameter" that it names; each layer is read once, or drawn."""
+        wanted: dict[int, dict[str, str]] = {}
+        for name, source in sources.items():
+            layer, _, parameter = source.partition(".")
+            wanted.setdefault(int(layer), {})[name] = parameter
+        values = {}
+        for index, names in wanted.items():
+            found = self._weights.layer(index, list(names.values())) if self._weights else self._drawn(index)
+            values.update({name: found[parameter] for name, parameter in names.items()})
+        return values
+
+    def _drawn(self, index: int) -> dict[str, Tensor]:
+        return self._initialised(self._meta_layer(index), f"layer {index}").state_dict()
+
+    def _initialised(self, module: nn.Module, part: str, values: Mapping[str, Tensor] | None = None) -> nn.Module:
+        self._shell.initialise(module, part, self._seed, self._dtype, values or {})
         return module
 
     def __repr__(self) -> str:

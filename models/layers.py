@@ -5,7 +5,7 @@ Each is built on its own from the shell. A meta copy tells its parameter count; 
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,15 +49,29 @@ class DecoderLayer(nn.Module):
 
 
 class Readout(nn.Module):
-    """Normed hidden states → lazy logits: the model's own readout.
+    """Normed hidden states → lazy logits: a readout of the model's own kind.
 
-    It is the model's forward with the decoder stubbed, so soft caps, biases and logit scales are its own.
+    It is the model's forward with the decoder stubbed, so soft caps, biases and logit scales are the model's.
+
+    Args:
+        shell: of the model.
+        rank: make the readout's matrix a product of two, of this inner size.
     """
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Shell, rank: int | None = None) -> None:
         super().__init__()
         self.projection = shell.copy_of(shell.projection) if shell.projection is not None else None
-        self.readout = shell.copy_of(shell.model, (shell.decoder, _PassThrough()))
+        swaps: list[tuple[nn.Module, nn.Module]] = [(shell.decoder, _PassThrough())]
+        if rank is not None:
+            swaps.append((shell.readout, _product_of_two(shell.readout, rank)))
+        self.readout = shell.copy_of(shell.model, *swaps)
+        self._linear_name = shell.readout_name
+        self._is_linear: bool | None = None
+
+    @property
+    def linear(self) -> nn.Module:
+        """The map to the logits: linear, or a product of two such."""
+        return self.readout.get_submodule(self._linear_name)
 
     def readout_tensors(self) -> list[Tensor]:
         """What heads with a shared readout copy."""
@@ -67,10 +81,21 @@ class Readout(nn.Module):
     def forward(self, hidden: Tensor) -> LazyLogits:
         if self.projection is not None:
             hidden = self.projection(hidden)
-        return _lazy(hidden, self._read, self.readout)
+        trained = tuple(p for p in self.readout.parameters() if p.requires_grad)
+        return LazyLogits(hidden, self._rows_to_logits(hidden), trained)
 
     def _read(self, rows: Tensor) -> Tensor:
         return self.readout(inputs_embeds=rows[None], use_cache=False).logits.squeeze(0)
+
+    def _rows_to_logits(self, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+        """``_read``, or the linear map inside where that is all it does: fused kernels look for one."""
+        linear = self.linear
+        if self._is_linear is None and isinstance(linear, nn.Linear):
+            with torch.no_grad():
+                row = hidden.detach().reshape(-1, hidden.shape[-1])[:1]
+                row = 1000 * torch.ones_like(row)  # large, so that a soft cap shows
+                self._is_linear = torch.equal(self._read(row), linear(row))
+        return linear if self._is_linear else self._read
 
 
 class HeadLayer(Readout):
@@ -85,7 +110,7 @@ class HeadLayer(Readout):
 
 
 class AuxiliaryHead(nn.Module):
-    """Hidden states [B, S, H] → lazy logits [B, S, V]: decoder blocks, a norm of the model's kind, a linear readout.
+    """Hidden states [B, S, H] → lazy logits [B, S, V]: decoder blocks, a norm and a readout of the model's kinds.
 
     Args:
         shell, recorder: of the model.
@@ -95,20 +120,32 @@ class AuxiliaryHead(nn.Module):
 
     def __init__(self, shell: Shell, recorder: Recorder, options: AuxHeadConfig, after: int = 0) -> None:
         super().__init__()
-        last = len(shell.layers) - 1
-        kinds = [min(after + i, last) for i in range(options.blocks)]
-        self.blocks = nn.Sequential(*(DecoderLayer(shell, kind, recorder) for kind in kinds))
+        layers = len(shell.layers)
+        self.kinds = [min(after + i, layers - 1) for i in range(options.blocks)]
+        self.blocks = nn.Sequential(*(DecoderLayer(shell, kind, recorder) for kind in self.kinds))
         self.norm = shell.copy_of(shell.norm)
-        self.readout: Any = self._make_readout(shell, options)
+        self.readout = Readout(shell, options.rank)
+        self._last_layer = layers + 1
 
     def forward(self, hidden: Tensor) -> LazyLogits:
-        return _lazy(self.norm(self.blocks(hidden)), self.readout, self.readout)
+        return self.readout(self.norm(self.blocks(hidden)))
 
-    def _make_readout(self, shell: Shell, options: AuxHeadConfig) -> nn.Module:
-        hidden, vocabulary = shell.config.hidden_size, shell.config.vocab_size
-        sizes = [hidden, vocabulary] if options.rank is None else [hidden, options.rank, vocabulary]
-        factors = [nn.Linear(*pair, bias=False, device="meta", dtype=torch.float32) for pair in pairwise(sizes)]
-        return factors[0] if len(factors) == 1 else nn.Sequential(*factors)
+    def sources(self) -> dict[str, str]:
+        """Parameter of the head → "layer.parameter" of the pipeline, from which it can start.
+
+        The norm and the readout are the model's own (the logit lens), blocks the decoder layers that follow.
+        """
+        found = {}
+        for name, _ in self.named_parameters():
+            part, _, rest = name.partition(".")
+            if part == "norm":
+                found[name] = f"{self._last_layer}.{name}"
+            elif part == "readout" and isinstance(self.readout.linear, nn.Linear):
+                found[name] = f"{self._last_layer}.{rest}"
+            elif part == "blocks":
+                index, _, inner = rest.partition(".")
+                found[name] = f"{self.kinds[int(index)] + 1}.{inner}"
+        return found
 
 
 class FollowingHead(AuxiliaryHead):
@@ -120,13 +157,8 @@ class FollowingHead(AuxiliaryHead):
 
     def __init__(self, shell: Shell, recorder: Recorder, options: AuxHeadConfig, after: int = 0) -> None:
         super().__init__(shell, recorder, options, after)
+        self.readout.requires_grad_(False)
         self.temperature = nn.Parameter(torch.ones(1))
-
-    def follow(self, last_layer: HeadLayer) -> None:
-        """Copy the readout of the model's last layer."""
-        with torch.no_grad():
-            for copy, original in zip(self.readout_tensors(), last_layer.readout_tensors(), strict=True):
-                copy.copy_(original)
 
     def readout_tensors(self) -> list[Tensor]:
         """The copied tensors, in the order of the last layer's."""
@@ -134,9 +166,6 @@ class FollowingHead(AuxiliaryHead):
 
     def forward(self, hidden: Tensor) -> LazyLogits:
         return self.readout(self.norm(self.blocks(hidden)) / self.temperature)
-
-    def _make_readout(self, shell: Shell, options: AuxHeadConfig) -> Readout:
-        return Readout(shell).requires_grad_(False)
 
 
 class _PassThrough(nn.Module):
@@ -153,5 +182,9 @@ class _DecoderOutput(SimpleNamespace):
         return None
 
 
-def _lazy(hidden: Tensor, readout: Any, module: nn.Module) -> LazyLogits:
-    return LazyLogits(hidden, readout, tuple(p for p in module.parameters() if p.requires_grad))
+def _product_of_two(readout: nn.Linear, rank: int) -> nn.Sequential:
+    """A linear map as two of a smaller inner size, on meta."""
+    bias = readout.bias is not None
+    options: dict[str, Any] = {"device": "meta", "dtype": readout.weight.dtype}
+    inner = nn.Linear(readout.in_features, rank, bias=False, **options)
+    return nn.Sequential(inner, nn.Linear(rank, readout.out_features, bias=bias, **options))

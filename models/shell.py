@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from models.errors import ModelError
@@ -40,6 +40,7 @@ class Shell:
         model, decoder: the model and its decoder; decoder_name is the latter's path in the former.
         layers, layers_name: the ModuleList of decoder layers and its name in the decoder.
         norm, norm_name: the final norm and its name in the decoder.
+        readout: the linear map to the logits; readout_name is its path in the model.
         projection: what a decoder applies after the final norm (OPT's ``project_out``), or None.
 
     Raises:
@@ -55,6 +56,8 @@ class Shell:
         self.decoder_name = next(name for name, m in self.model.named_modules() if m is self.decoder)
         self.layers_name, self.layers = self._part(_LAYERS, nn.ModuleList, "list of decoder layers")
         self.norm_name, self.norm = self._part(_NORMS, nn.Module, "final norm")
+        self.readout: nn.Linear = self.model.get_output_embeddings()
+        self.readout_name = next(name for name, m in self.model.named_modules() if m is self.readout)
         projection = getattr(self.decoder, "project_out", None)
         self.projection = projection if isinstance(projection, nn.Module) else None
 
@@ -69,28 +72,49 @@ class Shell:
         memo: dict[int, Any] = {id(old): new for old, new in swaps}
         return copy.deepcopy(part, {**memo, id(self.config): self.config})
 
-    def initialise(self, module: nn.Module, part: str, seed: int, dtype: torch.dtype) -> None:
-        """Give the parameters of a module that are on meta real memory on the CPU and the model's own initial values.
+    def initialise(
+        self, module: nn.Module, part: str, seed: int, dtype: torch.dtype, values: Mapping[str, Tensor]
+    ) -> None:
+        """Give the parameters of a module that are on meta real memory on the CPU, and values.
 
-        The values depend on the seed and the name of the part alone, and the dtype only rounds them: they are
-        drawn in fp32. Buffers keep the values and dtypes that the model gave them.
+        Args:
+            module: a copy of a part of the model.
+            part, seed: what drawn values depend on, and nothing else; they are drawn by the model's own rules.
+            dtype: values are drawn in fp32 and rounded to it. Buffers keep those that the model gave them.
+            values: by name in the module's state dict, instead of drawn ones.
+
+        Raises:
+            ModelError: a value of another shape, or a parameter that the model's rules forget.
         """
         for owner, name, parameter in _own_parameters(module):
-            if not parameter.is_meta:
-                continue
-            # NaN, so that a parameter that the model's rules forget is seen below
-            filled = torch.full(parameter.shape, torch.nan, dtype=torch.float32, device="cpu")
-            setattr(owner, name, nn.Parameter(filled, requires_grad=parameter.requires_grad))
-        with torch.no_grad(), _seeded(f"{seed}/{part}"):
-            for child in reversed(list(module.modules())):  # parents last: gpt2's rescale what children drew
-                self.model._init_weights(child)
+            if parameter.is_meta:
+                # NaN, so that a parameter that the model's rules forget is seen below
+                filled = torch.full(parameter.shape, torch.nan, dtype=torch.float32, device="cpu")
+                setattr(owner, name, nn.Parameter(filled, requires_grad=parameter.requires_grad))
+        if not module.state_dict().keys() <= values.keys():
+            with torch.no_grad(), _seeded(f"{seed}/{part}"):
+                for child in reversed(list(module.modules())):  # parents last: gpt2's rescale what children drew
+                    self.model._init_weights(child)
+        self._fill(module, part, values)
         for owner, name, parameter in _own_parameters(module):
             if parameter.isnan().any():
                 raise ModelError(
-                    f"model type '{self.config.model_type}' leaves {type(owner).__name__}.{name} without an "
-                    "initial value, so it cannot be built layer by layer"
+                    f"model type '{self.config.model_type}' leaves {type(owner).__name__}.{name} of {part} without an "
+                    "initial value (not a number)"
                 )
             parameter.data = parameter.data.to(dtype)
+
+    @staticmethod
+    @torch.no_grad()
+    def _fill(module: nn.Module, part: str, values: Mapping[str, Tensor]) -> None:
+        state = module.state_dict()
+        for name, value in values.items():
+            if state[name].shape != value.shape:
+                raise ModelError(
+                    f"{part} has a weight {name} of {tuple(value.shape)}, the model's is {tuple(state[name].shape)}: "
+                    "the sizes in the model's config must be those of the weights."
+                )
+            state[name].copy_(value)
 
     def _part(self, names: tuple[str, ...], kind: type[M], what: str) -> tuple[str, M]:
         for name in names:

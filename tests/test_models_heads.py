@@ -29,7 +29,9 @@ def make(model_type: str, options: AuxHeadConfig = SHARED) -> tuple[FollowingHea
     head, last = model.aux_head(0, options, after=1), model.build_layer(model.num_layers - 1)
     assert isinstance(head, FollowingHead) and isinstance(last, HeadLayer)
     perturbed([last])
-    head.follow(last)
+    with torch.no_grad():
+        for copied, original in zip(head.readout_tensors(), last.readout_tensors(), strict=True):
+            copied.copy_(original)
     head.norm.load_state_dict(last.norm.state_dict())
     return head.eval(), last.eval()
 
