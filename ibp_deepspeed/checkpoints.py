@@ -48,7 +48,7 @@ class WholeCheckpoints:
             save_dir: folder of all checkpoints.
             tag: name of this one (default ``global_step<batches>``); one of that name is replaced.
             client_state, save_latest, exclude_frozen_parameters: as in DeepSpeed.
-            files: texts to write into it, by file name.
+            files: texts to write into it, by file name, which may have a folder before it.
 
         Raises:
             CheckpointError: it can't be written; ``latest`` still names the one before.
@@ -62,8 +62,8 @@ class WholeCheckpoints:
                 str(folder), partial(name), dict(client_state or {}), False, exclude_frozen_parameters
             )
             save_random_state(folder / partial(name), self.global_rank)
-            for file, text in (files or {}).items() if first else ():
-                (folder / partial(name) / file).write_text(text, encoding="utf-8")
+            if first:
+                write_texts(folder / partial(name), files or {})
             dist.barrier()
             if first:
                 publish(folder, name, latest=save_latest)
@@ -78,6 +78,13 @@ class WholeCheckpoints:
         if path is not None:
             load_random_state(Path(path).parent, self.global_rank, dist.get_world_size())
         return path, client_state
+
+
+def write_texts(folder: Path, files: Mapping[str, str]) -> None:
+    """Write texts by file name, which may have a folder before it."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def save_random_state(folder: Path, rank: int) -> None:

@@ -144,8 +144,7 @@ class VirtualPipeline:
         if source is not None:
             torch.save({"taken": self.reference.taken, "average": source.average}, shared_readout_path(str(folder)))
         checkpoints.save_random_state(folder, 0)
-        for file, text in files.items():
-            (folder / file).write_text(text, encoding="utf-8")
+        checkpoints.write_texts(folder, files)
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> None:
         """Read a checkpoint of a VirtualPipeline, or of an engine with as many stages and the same optimizer."""

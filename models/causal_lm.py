@@ -96,7 +96,7 @@ class CausalLM:
         ends = {0: EmbeddingLayer, self.num_layers - 1: HeadLayer}
         return ends.get(index, DecoderLayer)
 
-    def aux_head(self, stage_id: int, options: AuxHeadConfig = PRIVATE, after: int = 0) -> nn.Module:
+    def aux_head(self, stage_id: int, options: AuxHeadConfig = PRIVATE, after: int = 0) -> AuxiliaryHead:
         """The auxiliary head of a stage, hidden states [B, S, H] → LazyLogits, on the CPU.
 
         A norm and a readout of the model's kinds, with decoder blocks before them if the options say so; random ones
@@ -112,7 +112,8 @@ class CausalLM:
         if self._fresh_heads:
             kept = "readout." if options.readout != "private" else None
             sources = {name: source for name, source in sources.items() if kept and name.startswith(kept)}
-        return self._initialised(head, f"auxiliary head {stage_id}", self._from_layers(sources))
+        self._initialised(head, f"auxiliary head {stage_id}", self._from_layers(sources))
+        return head
 
     def parameter_counts(self) -> list[int]:
         """Parameters of every layer of ``layer_specs``; nothing is materialised."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,35 @@ def load_config(path_or_name: str | Path, **overrides: Any) -> PretrainedConfig:
         return type(base).from_dict(_cut_lists(values, base, overrides))
     except Exception as error:  # a config class may refuse its values with any kind of error
         raise ModelError(f"{overrides} do not fit the config in '{path_or_name}': {_first_line(error)}") from error
+
+
+def overridden(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """A copy of a config with other values.
+
+    Raises:
+        ModelError: an unknown name, or values that the config class refuses.
+    """
+    values = config.to_dict()
+    for name, value in overrides.items():
+        own_name = config.attribute_map.get(name, name)
+        if not hasattr(config, own_name):
+            raise ModelError(f"the config of model type '{config.model_type}' has no '{name}' to override")
+        values[own_name] = value
+    try:
+        return type(config).from_dict(values)
+    except Exception as error:  # a config class may refuse its values with any kind of error
+        raise ModelError(f"{dict(overrides)} do not fit the config: {_first_line(error)}") from error
+
+
+def with_layers(config: PretrainedConfig, kinds: Sequence[int]) -> PretrainedConfig:
+    """A config of a model whose decoder layer i is of the kind of the given config's layer ``kinds[i]``."""
+    values = config.to_dict()
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    values[name] = len(kinds)
+    for name in _PER_LAYER:
+        if isinstance(values.get(name), list):
+            values[name] = [values[name][kind] for kind in kinds]
+    return type(config).from_dict(values)
 
 
 def _cut_lists(values: dict[str, Any], base: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""From the weights of pipeline layers back to one Hugging Face model."""
+"""From the weights of pipeline layers back to one Hugging Face model: the whole, or the first stages with a head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from models.config import with_layers
 from models.errors import ModelError
+from models.layers import AuxiliaryHead
 from models.shell import Shell, meta_model, untied
 
 
@@ -37,6 +39,26 @@ def assemble(config: PretrainedConfig, state: Mapping[int, Mapping[str, Tensor]]
             # copied, because loading below adopts the tensors and training may go on
             weights[model_key(shell, index, key)] = tensor.detach().to("cpu", copy=True)
     return _loaded(config, weights)
+
+
+def exit_parts(
+    config: PretrainedConfig, below: Sequence[Mapping[str, Tensor]], head: AuxiliaryHead
+) -> tuple[PretrainedConfig, dict[int, Mapping[str, Tensor]]]:
+    """What :func:`assemble` makes a smaller model of.
+
+    Args:
+        config: of the whole model.
+        below: state dicts of the embedding and the decoder layers before the head.
+        head: its blocks become decoder layers, its norm and readout the model's; on the CPU or elsewhere.
+
+    Returns:
+        config of the smaller model, states of its pipeline layers in the dtype of ``below``.
+    """
+    dtype = next(tensor.dtype for tensor in below[0].values() if tensor.is_floating_point())
+    kinds = [*range(len(below) - 1), *head.kinds]
+    parts = [*below, *(block.state_dict() for block in head.blocks), head.as_last_layer()]
+    cast = [{name: tensor.to(dtype) for name, tensor in part.items()} for part in parts[len(below) :]]
+    return with_layers(config, kinds), dict(enumerate([*below, *cast]))
 
 
 def model_key(shell: Shell, index: int, key: str) -> str:

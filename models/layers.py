@@ -68,10 +68,10 @@ class Readout(nn.Module):
         self._linear_name = shell.readout_name
         self._is_linear: bool | None = None
 
-    @property
-    def linear(self) -> nn.Module:
-        """The map to the logits: linear, or a product of two such."""
-        return self.readout.get_submodule(self._linear_name)
+    def factors(self) -> list[nn.Linear]:
+        """The linear map to the logits, or the two whose product it is, the inner one first."""
+        linear = self.readout.get_submodule(self._linear_name)
+        return [part for part in linear.modules() if isinstance(part, nn.Linear)]
 
     def readout_tensors(self) -> list[Tensor]:
         """What heads with a shared readout copy."""
@@ -89,8 +89,8 @@ class Readout(nn.Module):
 
     def _rows_to_logits(self, hidden: Tensor) -> Callable[[Tensor], Tensor]:
         """``_read``, or the linear map inside where that is all it does: fused kernels look for one."""
-        linear = self.linear
-        if self._is_linear is None and isinstance(linear, nn.Linear):
+        linear = self.factors()[-1]
+        if self._is_linear is None and len(self.factors()) == 1:
             with torch.no_grad():
                 row = hidden.detach().reshape(-1, hidden.shape[-1])[:1]
                 row = 1000 * torch.ones_like(row)  # large, so that a soft cap shows
@@ -140,12 +140,29 @@ class AuxiliaryHead(nn.Module):
             part, _, rest = name.partition(".")
             if part == "norm":
                 found[name] = f"{self._last_layer}.{name}"
-            elif part == "readout" and isinstance(self.readout.linear, nn.Linear):
+            elif part == "readout" and len(self.readout.factors()) == 1:
                 found[name] = f"{self._last_layer}.{rest}"
             elif part == "blocks":
                 index, _, inner = rest.partition(".")
                 found[name] = f"{self.kinds[int(index)] + 1}.{inner}"
         return found
+
+    @torch.no_grad()
+    def as_last_layer(self) -> dict[str, Tensor]:
+        """The state dict of a ``HeadLayer`` that reads out as this head does behind its blocks."""
+        state = {f"norm.{name}": tensor for name, tensor in self.norm.state_dict().items()}
+        name = f"readout.{self.readout._linear_name}"
+        state.update({n: t for n, t in self.readout.state_dict().items() if not n.startswith(f"{name}.")})
+        *inner, outer = self.readout.factors()
+        weight = outer.weight @ inner[0].weight if inner else outer.weight
+        state[f"{name}.weight"] = weight / self._divisor()
+        if outer.bias is not None:
+            state[f"{name}.bias"] = outer.bias
+        return state
+
+    def _divisor(self) -> Tensor | float:
+        """What the readout's input is divided by."""
+        return 1.0
 
 
 class FollowingHead(AuxiliaryHead):
@@ -166,6 +183,9 @@ class FollowingHead(AuxiliaryHead):
 
     def forward(self, hidden: Tensor) -> LazyLogits:
         return self.readout(self.norm(self.blocks(hidden)) / self.temperature)
+
+    def _divisor(self) -> Tensor | float:
+        return self.temperature.detach()
 
 
 class _PassThrough(nn.Module):

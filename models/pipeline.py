@@ -91,8 +91,14 @@ class Description(BaseModel):
     """Stage k has layers bounds[k] … bounds[k+1]-1 of embedding, decoder layers, head."""
     interlocking: dict[str, Any]
     sequence_length: int
-    data: str
-    """Folder of the prepared data, with the tokenizer."""
+    data: str | None = None
+    """Folder of the prepared data, with the tokenizer; None: nothing was trained, the weights are ``init_from``'s."""
+    source: str | None = None
+    """What text that is."""
+    init_from: str | None = None
+    """Folder or hub name of the weights that the training began with; None: random ones."""
+    settings: dict[str, Any] = {}
+    """The DeepSpeed configuration, but for the interlocking block."""
 
     def config(self) -> PretrainedConfig:
         """The Hugging Face config as an object."""

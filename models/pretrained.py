@@ -94,14 +94,26 @@ class PretrainedWeights:
         return {name: values[key] for name, key in keys.items()}
 
     def check(self) -> None:
-        """Find out from the names alone whether every weight of the model is there.
+        """Find out without reading whether every weight of the model is there and, if it is stored as it is, fits.
 
         Raises:
-            ModelError: one is missing.
+            ModelError: one is missing or of another shape.
         """
-        for key in self._model.state_dict():
-            if self._stored_key(key) not in self._sources:
-                raise ModelError(f"{self.folder} has no weight {key}: it is not a model of this config.")
+        with _opened(self.folder, set(self._files.values())) as files:
+            for key, ours in self._model.state_dict().items():
+                stored = self._sources.get(self._stored_key(key))
+                if not stored:
+                    raise ModelError(f"{self.folder} has no weight {key}: it is not a model of this config.")
+                if stored == [self._stored_key(key)]:
+                    self._check_shape(key, files[self._files[stored[0]]][stored[0]], ours)
+
+    def _check_shape(self, key: str, stored: Any, ours: Tensor) -> None:
+        there = tuple(stored.shape if isinstance(stored, Tensor) else stored.get_shape())
+        if there != tuple(ours.shape):
+            raise ModelError(
+                f"{self.folder} has a weight {key} of {there}, the model's is {tuple(ours.shape)}: the sizes in the "
+                "model's config must be those of the weights."
+            )
 
     def _stored_key(self, key: str) -> str:
         """A tied readout is the embedding, whatever else a file may have in its place."""
@@ -136,12 +148,8 @@ class PretrainedWeights:
                 info, _ = convert_and_load_state_dict_in_model(self._model, state, settings)
             except (OSError, RuntimeError, SafetensorError, ValueError) as error:
                 raise ModelError(f"weights in {self.folder} can't be read: {_first_line(error)}") from error
-            if info.mismatched_keys:
-                key, there, ours = sorted(info.mismatched_keys)[0]
-                raise ModelError(
-                    f"{self.folder} has a weight {key} of {tuple(there)}, the model's is {tuple(ours)}: the sizes in "
-                    "the model's config must be those of the weights."
-                )
+            for key, there, ours in sorted(info.mismatched_keys):
+                self._check_shape(key, torch.empty(there, device="meta"), torch.empty(ours, device="meta"))
             if info.conversion_errors or info.error_msgs:
                 reason = next(iter([*info.conversion_errors.values(), *info.error_msgs]))
                 raise ModelError(f"weights in {self.folder} can't be converted: {_first_line(reason)}")

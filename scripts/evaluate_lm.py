@@ -38,10 +38,14 @@ def evaluate_exits(args: argparse.Namespace) -> tuple[list[dict[str, Any]], floa
     from tqdm import tqdm
 
     from ibp_deepspeed.data import MicroBatchLoader, open_tokens
+    from models import ModelError
     from models.exits import Exits
 
     exits = Exits(args.checkpoint, args.device)
-    tokens = open_tokens(args.data or exits.description.data, args.split)
+    data = args.data or exits.description.data
+    if data is None:
+        raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")
+    tokens = open_tokens(data, args.split)
     tokens.check_vocabulary(exits.model.vocab_size)
     loader = MicroBatchLoader(tokens, exits.description.sequence_length, args.batch_size, shuffle=False)
     count = min(args.max_batches or loader.micro_batches_per_epoch, loader.micro_batches_per_epoch)
@@ -50,7 +54,7 @@ def evaluate_exits(args: argparse.Namespace) -> tuple[list[dict[str, Any]], floa
     for row, size in exits.losses(tqdm(loader.held_out(count), total=count, desc="evaluating", disable=None)):
         for metric, loss in zip(metrics, row.tolist(), strict=True):
             metric.add(predictions=loss, references=size)
-    rows = [{"exit": k, **metric.compute()} for k, metric in enumerate(metrics)]
+    rows = [{"exit": k, **metric.compute()} for k, metric in enumerate(metrics, 1)]
     return rows, tokens.manifest.unigram_entropy_nats
 
 
@@ -60,7 +64,7 @@ def main(phase: entry.SameOnAllRanks) -> None:
     rows, entropy = evaluate_exits(args)
     print(f"{'exit':>12} {'loss':>8} {'perplexity':>11}   held-out nats per token over {rows[-1]['tokens']:,} tokens")
     for row in rows:
-        name = "model" if row["exit"] == len(rows) - 1 else f"stage {row['exit']}"
+        name = "model" if row["exit"] == len(rows) else f"exit {row['exit']}"
         print(f"{name:>12} {row['loss']:>8.4f} {row['perplexity']:>11.2f}")
     print(f"{'unigrams':>12} {entropy:>8.4f}   entropy of the token frequencies: below it something was learned")
     if args.json:

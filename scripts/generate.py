@@ -1,6 +1,7 @@
-"""Continue text with an exported model.
+"""Continue text with a trained model, from an export or a checkpoint, from any exit.
 
 python scripts/generate.py --model runs/first/hf --prompt "def main("
+python scripts/generate.py --checkpoint runs/first/checkpoint --exit 2 --prompt "def main("
 """
 
 from __future__ import annotations
@@ -9,36 +10,85 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from ibp_deepspeed import entry
 from ibp_deepspeed.errors import InterlockingError
 
 
-def main(phase: entry.SameOnAllRanks) -> None:
-    """Load, sample, print."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, type=Path, metavar="DIR", help="folder written by convert_hf.py export")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="Hugging Face folder, such as convert_hf.py export writes")
+    source.add_argument("--checkpoint", type=Path, metavar="DIR", help="checkpoint folder written by train_lm.py")
+    add("--exit", type=int, metavar="K", help="with --checkpoint: the exit behind K stages (default: the whole model)")
     add("--prompt", default="import ", help='text to continue (default: "import ")')
-    add("--tokens", type=int, default=80, metavar="N", help="new tokens (default: %(default)s)")
+    add("--chat", action="store_true", help="the prompt is a user's message, put into the tokenizer's chat template")
+    add("--tokens", type=int, default=80, metavar="N", help="most new tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--device", default="cpu", help="torch device (default: %(default)s)")
     args = parser.parse_args()
-    if not (args.model / "config.json").exists():
-        raise InterlockingError(f"{args.model} is no exported model: run scripts/convert_hf.py export first.")
-    import torch
+    if args.exit is not None and args.checkpoint is None:
+        parser.error("--exit needs --checkpoint")
+    return args
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer.
+
+    Raises:
+        InterlockingError: no model there, no such exit, or no tokenizer.
+    """
+    if args.checkpoint is not None or Path(args.model).exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if args.checkpoint is not None:
+        from models.exits import Exits
+
+        exits = Exits(args.checkpoint)
+        model, tokenizer = exits.to_hugging_face(args.exit), exits.checkpoint.tokenizer
+        if tokenizer is None:
+            raise InterlockingError(f"{exits.folder} has no tokenizer, nor has the data it was trained on.")
+    else:
+        tokenizer = args.model
+        if Path(args.model).exists() and not (Path(args.model) / "config.json").exists():
+            raise InterlockingError(f"{args.model} is no exported model: run scripts/convert_hf.py export first.")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(args.model)
+        except OSError as error:
+            raise InterlockingError(f"no model in {args.model}: {str(error).splitlines()[0]}") from error
+    return model.eval().to(args.device), AutoTokenizer.from_pretrained(str(tokenizer))
+
+
+def encode(tokenizer: Any, args: argparse.Namespace) -> Any:
+    """The prompt as tensors."""
+    if not args.chat:
+        return tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
+    if tokenizer.chat_template is None:
+        raise InterlockingError("--chat: the tokenizer has no chat template.")
+    messages = [{"role": "user", "content": args.prompt}]
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    return tokenizer.apply_chat_template(messages, **options)
+
+
+def main(phase: entry.SameOnAllRanks) -> None:
+    """Load, sample, print."""
+    args = parse_arguments()
+    import torch
+
     torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(str(args.model))
-    model = AutoModelForCausalLM.from_pretrained(str(args.model)).eval()
-    inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
+    model, tokenizer = load(args)
+    inputs = encode(tokenizer, args).to(args.device)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    output = model.generate(**inputs, max_new_tokens=args.tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
-    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    output = model.generate(**inputs, max_new_tokens=args.tokens, pad_token_id=tokenizer.eos_token_id, **sampling)[0]
+    start = inputs["input_ids"].shape[1] if args.chat else 0
+    print(tokenizer.decode(output[start:], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,21 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--deepspeed_config", required=True, metavar="FILE", help='DeepSpeed JSON with an "interlocking" block')
     add("--data", required=True, type=Path, metavar="DIR", help="folder written by scripts/prepare_data.py")
-    add("--model", required=True, metavar="CONFIG", help="Hugging Face config: JSON file, folder or hub name")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--model", metavar="CONFIG", help="Hugging Face config: JSON file, folder or hub name")
+    start.add_argument(
+        "--init-from",
+        metavar="DIR",
+        help="begin with the weights of a Hugging Face folder or hub name, a "
+        "checkpoint or an import (convert_hf.py); each process reads those of its own stage",
+    )
+    add(
+        "--init-heads",
+        choices=["readout", "fresh"],
+        default="readout",
+        help="with --init-from, heads begin as the model's "
+        "own final norm and readout, or at random (default: %(default)s)",
+    )
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the model's config")
     add("--stages", type=int, metavar="K", help="pipeline stages (default: the number of processes)")
     add("--one-process", action="store_true", help="all stages in this process, on one device; needs --stages")
@@ -101,6 +115,7 @@ class Plan:
     held_out: Any
     description: Any
     resume: str | None
+    files: dict[str, str]
 
 
 def check(args: argparse.Namespace) -> Plan:
@@ -108,7 +123,7 @@ def check(args: argparse.Namespace) -> Plan:
     from ibp_deepspeed.data import open_tokens
     from ibp_deepspeed.initialization import check_deepspeed_settings, load_config, resolve_interlocking
     from models import CausalLM, ModelError
-    from models import load_config as load_model_config
+    from models.checkpoint import TOKENIZER_FOLDER, tokenizer_texts
     from models.pipeline import Description
     from models.resume import checkpoint_to_resume
 
@@ -130,8 +145,8 @@ def check(args: argparse.Namespace) -> Plan:
         raise ModelError(f"{world} processes can't be divided into pipelines of {stages} stages: start a multiple.")
     train = open_tokens(args.data, "train", verify=first)
     held_out = open_tokens(args.data, "heldout", verify=first)
-    overrides = {"vocab_size": train.manifest.vocabulary_size, **parse_overrides(args.set)}
-    config = load_model_config(args.model, **overrides)
+    begin = starting_point(args, train.manifest.vocabulary_size)
+    config = begin.config
     if args.sequence_length > getattr(config, "max_position_embeddings", args.sequence_length):
         raise ModelError(
             f"--sequence-length {args.sequence_length} is longer than the model's {config.max_position_embeddings} "
@@ -151,10 +166,28 @@ def check(args: argparse.Namespace) -> Plan:
         interlocking=interlocking.model_dump(exclude_unset=True),
         sequence_length=args.sequence_length,
         data=str(args.data),
+        source=train.manifest.source,
+        init_from=args.init_from,
+        settings={key: value for key, value in settings.items() if key != "interlocking"},
     )
+    files = {**description.files(), **begin.files, **tokenizer_texts(args.data / TOKENIZER_FOLDER)}
     resume = checkpoint_to_resume(args.output / "checkpoint", args.resume, description, args.steps)
+    if resume is None and begin.weights is not None:
+        model = CausalLM(config, seed=args.seed, weights=begin.weights, fresh_heads=args.init_heads == "fresh")
     replicas = max(1, world // stages)
-    return Plan(settings, interlocking, model, stages, bounds, replicas, train, held_out, description, resume)
+    return Plan(settings, interlocking, model, stages, bounds, replicas, train, held_out, description, resume, files)
+
+
+def starting_point(args: argparse.Namespace, vocabulary_size: int) -> Any:
+    """The config and weights of --model or --init-from."""
+    from models.checkpoint import TOKENIZER_FOLDER
+    from models.starting_point import pretrained_start, random_start
+
+    overrides = parse_overrides(args.set)
+    if args.init_from is None:
+        return random_start(args.model, {"vocab_size": vocabulary_size, **overrides})
+    first = os.environ["RANK"] == "0"
+    return pretrained_start(args.init_from, overrides, args.data / TOKENIZER_FOLDER if first else None)
 
 
 def become_only_process(stages: int | None) -> None:
@@ -262,7 +295,7 @@ def save(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
     from models.resume import batches_of
 
     folder = args.output / "checkpoint"
-    engine.save_checkpoint(folder, files=plan.description.files())
+    engine.save_checkpoint(folder, files=plan.files)
     if engine.global_rank == 0:
         keep_newest(folder, args.keep, batches_of)
 
@@ -276,6 +309,9 @@ def describe(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
         f"{sum(plan.model.parameter_counts()):,} parameters and {head_parameters:,} a head, strategy "
         f"{plan.interlocking.strategy} ({plan.interlocking.mode}), {micro_batches} micro-batches"
     ]
+    if args.init_from and not plan.resume:
+        heads = "at random" if args.init_heads == "fresh" else "as its final norm and readout"
+        lines.append(f"begins with the weights of {args.init_from}" + (f", heads {heads}" if options else ""))
     if options and options.readout == "shared":
         size = "" if args.one_process else f" ({engine.refresh_bytes:,} bytes)"
         lines.append(

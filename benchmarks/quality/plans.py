@@ -83,7 +83,7 @@ def hops(results: Path) -> Iterator[Run]:
     parts: list[tuple[int, int, int, Iterable[str]]] = [(4, p, 0, HOP_ROWS) for p in (1, 2)]
     parts += [(4, p, seed, HOP_HEADLINES) for seed in SEEDS[1:] for p in (2, 1)]
     parts += [(4, 3, 0, HOP_HEADLINES), (8, 2, 0, HOP_HEADLINES[:4]), (4, 4, 0, HOP_HEADLINES[:4])]
-    parts += [(8, 1, 0, HOP_HEADLINES[:4]), (8, 3, 0, HOP_HEADLINES[:4])]
+    parts += [(8, p, 0, HOP_HEADLINES[:4]) for p in (1, 3, 4)]
     everything = product((4, 8), (1, 2, 3, 4), SEEDS)
     parts += [(stages, p, seed, hop_rows(stages)) for stages, p, seed in everything]
     seen = set()
