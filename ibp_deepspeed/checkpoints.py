@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,25 +12,42 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.contents import CheckpointError, Contents, Shape
+from ibp_deepspeed.durable import replace_folder, write_whole
 from ibp_deepspeed.random_state import RandomState
+from ibp_deepspeed.saved_states import NAMES_KEY
 
 LATEST = "latest"
 _WRITERS = ("PytorchStreamWriter", "iostream")  # in what torch.save says, which is no OSError
 
 
-class CheckpointError(InterlockingError):
-    """A checkpoint that can't be written or read."""
-
-
 class WholeCheckpoints:
     """Before an engine's base class: its ``save_checkpoint``, in a folder of another name until it is complete.
 
-    Beside DeepSpeed's files a checkpoint has the random states of each rank.
+    Beside DeepSpeed's files a checkpoint has the random states of each rank and a list of its contents. It loads into
+    another shape too: another number of stages, other heads, another number of replicas.
+
+    Attributes:
+        loaded_shape: that of the last loaded checkpoint, None if it doesn't say.
+        load_report: what this rank's last :meth:`load_checkpoint` had to change, for the user; empty if nothing.
     """
 
     global_rank: int
     global_steps: int
+    loaded_shape: Shape | None = None
+    load_report: list[str] = []
+
+    def checkpoint_shape(self) -> Shape:
+        """The shape that decides what the files of a checkpoint hold."""
+        raise NotImplementedError
+
+    def stage_names(self) -> dict[str, str]:
+        """Of this rank's trained parameters: name in its module → name in the model, in the optimizer's order."""
+        raise NotImplementedError
+
+    def load_reshaped(self, folder: Path, shape: Shape) -> list[str]:
+        """Load a checkpoint of another shape; returns lines for the user."""
+        raise NotImplementedError
 
     def save_checkpoint(
         self,
@@ -58,26 +74,84 @@ class WholeCheckpoints:
         with written(folder / name):
             if first:
                 clear(folder, name)  # DeepSpeed lets the others begin after this rank
+            state = {**(client_state or {}), NAMES_KEY: list(self.stage_names().values())}
             super().save_checkpoint(  # type: ignore[misc]
-                str(folder), partial(name), dict(client_state or {}), False, exclude_frozen_parameters
+                str(folder), partial(name), state, False, exclude_frozen_parameters
             )
             save_random_state(folder / partial(name), self.global_rank)
             if first:
                 write_texts(folder / partial(name), files or {})
             dist.barrier()
             if first:
+                Contents.write(folder / partial(name), self.checkpoint_shape())
                 publish(folder, name, latest=save_latest)
             dist.barrier()
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Overrides DeepSpeedEngine's: random states come back too, if there are as many ranks as when it was saved."""
+        """Overrides DeepSpeedEngine's: checks the files, and loads a checkpoint of another shape too.
+
+        Random states come back if there are as many ranks as when it was saved.
+
+        Raises:
+            CheckpointError: there is none, a file is missing, damaged or doesn't fit.
+        """
         if self.global_rank == 0:
             restore(Path(load_dir))
         dist.barrier()
-        path, client_state = super().load_checkpoint(str(load_dir), tag, *args, **kwargs)  # type: ignore[misc]
+        name = str(tag) if tag is not None else newest_tag(Path(load_dir))
+        folder = Path(load_dir) / name
+        contents = check(folder)
+        self.loaded_shape, self.load_report = contents.shape if contents is not None else None, []
+        if self.loaded_shape in (None, self.checkpoint_shape()):
+            path, client_state = super().load_checkpoint(str(load_dir), name, *args, **kwargs)  # type: ignore[misc]
+        else:
+            assert self.loaded_shape is not None
+            self.load_report = self.load_reshaped(folder, self.loaded_shape)
+            path, client_state = str(folder / "reshaped"), {}
         if path is not None:
-            load_random_state(Path(path).parent, self.global_rank, dist.get_world_size())
+            load_random_state(folder, self.global_rank, dist.get_world_size())
         return path, client_state
+
+
+def newest_tag(folder: Path) -> str:
+    """What ``latest`` says.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    try:
+        return (folder / LATEST).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise CheckpointError(f"{folder} has no checkpoints: {error.strerror} ({LATEST}).") from error
+
+
+def check(folder: Path) -> Contents | None:
+    """The contents of a checkpoint whose files are all there; None for one of an earlier version, without a list.
+
+    Raises:
+        CheckpointError: it is damaged; says which others are whole.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint {folder}.")
+    try:
+        contents = Contents.read(folder)
+        if contents is not None:
+            contents.check(folder)
+    except CheckpointError as error:
+        whole = [path.name for path in sorted(folder.parent.iterdir()) if path != folder and _is_whole(path)]
+        others = f"whole are {', '.join(whole)}" if whole else "there is no whole one beside it"
+        raise CheckpointError(f"{error} Resume from another checkpoint: {others}.") from error
+    return contents
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        contents = Contents.read(folder) if folder.is_dir() else None
+        if contents is not None:
+            contents.check(folder)
+    except CheckpointError:
+        return False
+    return contents is not None
 
 
 def write_texts(folder: Path, files: Mapping[str, str]) -> None:
@@ -94,8 +168,7 @@ def save_random_state(folder: Path, rank: int) -> None:
 
 def load_random_state(folder: Path, rank: int, ranks: int) -> None:
     """Go on with the random states of a checkpoint; with other ones if it was written by another number of ranks."""
-    written = len(list(folder.glob(_random_state_file("*"))))
-    if written == ranks:
+    if len(list(folder.glob(_random_state_file("*")))) == ranks:
         RandomState.from_state_dict(torch.load(folder / _random_state_file(rank), weights_only=True)).set()
 
 
@@ -131,16 +204,9 @@ def restore(folder: Path) -> None:
 
 def publish(folder: Path, tag: str, *, latest: bool = True) -> None:
     """Make a complete partial checkpoint durable and give it its name, and ``latest`` that name."""
-    made, place, old = folder / partial(tag), folder / tag, folder / replaced(tag)
-    for path in [*made.rglob("*"), made]:
-        _sync(path)
-    if place.exists():
-        place.rename(old)
-    made.rename(place)
-    _sync(folder)
+    replace_folder(folder / partial(tag), folder / tag, folder / replaced(tag))
     if latest:
-        _write_whole(folder / LATEST, tag)
-    shutil.rmtree(old, ignore_errors=True)
+        write_whole(folder / LATEST, tag)
 
 
 def keep_newest(folder: Path, count: int, tags: Callable[[str], int | None]) -> list[str]:
@@ -177,19 +243,3 @@ def written(path: Path) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"can't write the checkpoint {path}: {reason} (is the device full?).") from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    _sync(new)
-    os.replace(new, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

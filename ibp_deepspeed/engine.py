@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from torch import Tensor
 from ibp_deepspeed import schedule
 from ibp_deepspeed.boundaries import Boundaries
 from ibp_deepspeed.check import checked_course
-from ibp_deepspeed.checkpoints import WholeCheckpoints
 from ibp_deepspeed.config import InterlockingConfig
 from ibp_deepspeed.course import Course
+from ibp_deepspeed.engine_checkpoints import EngineCheckpoints
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.live import LiveMicroBatch
 from ibp_deepspeed.loss_board import LossBoard
@@ -34,7 +33,7 @@ from ibp_deepspeed.token_sample import TokenSample
 _FLUSH_SECONDS = 30.0
 
 
-class InterlockedPipelineEngine(WholeCheckpoints, PipelineEngine):
+class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
     """Trains an :class:`InterlockedPipelineModule`. Made by :func:`ibp_deepspeed.initialize`.
 
     Streams across batches: a stage starts its next batch as soon as its own optimizer step is done, and waits for
@@ -213,23 +212,6 @@ class InterlockedPipelineEngine(WholeCheckpoints, PipelineEngine):
     def _flush_at_exit(self) -> None:
         if getattr(sys, "last_value", None) is None:
             self.close()
-
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> None:
-        """Overrides PipelineEngine's to flush first, as a checkpoint is a synchronisation anyway; readouts that were
-        taken and not yet used are saved too."""
-        self.boundaries.flush(None)
-        super().module_state_dict(exclude_frozen_parameters)
-        if self._readout is not None:
-            self._readout.save(self._curr_ckpt_path, self.global_steps, self.checkpoint_engine)
-
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Overrides DeepSpeedEngine's: readouts that were taken and not yet used come back too."""
-        if self._readout is not None:
-            self._readout.settle(self.global_steps)
-        path, client_state = super().load_checkpoint(*args, **kwargs)
-        if self._readout is not None and path is not None:
-            self._readout.load(os.path.dirname(path), self.global_steps, self.checkpoint_engine)
-        return path, client_state
 
     # Instructions
 

@@ -108,6 +108,12 @@ class InterlockedPipelineModule(PipelineModule):
         """The index of the layer before which this stage's head stands."""
         return self.parts[self.stage_id] + self.borrow if self.borrow else self.parts[self.stage_id + 1]
 
+    def head_places(self) -> dict[int, int]:
+        """Of all heads of the pipeline: the layer before which one stands → the stage that holds it."""
+        if not self.has_aux_heads:
+            return {}
+        return {self.parts[k + 1] + self.borrow: k + bool(self.borrow) for k in range(self.num_stages - 1)}
+
     def trunk_parameters(self) -> list[nn.Parameter]:
         """θ_k, those that are trained."""
         head = {id(p) for p in self.aux_head.parameters()} if self.aux_head is not None else set()
@@ -167,9 +173,13 @@ class InterlockedPipelineModule(PipelineModule):
             state = {name: tensor.clone() for name, tensor in self.aux_head.state_dict().items()}
             checkpoint_engine.save(state_dict=state, path=aux_head_path(save_dir, self.head_boundary))
 
+    def load_trunk(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
+        """This stage's layers, whatever the stages that wrote them."""
+        super().load_state_dir(load_dir, checkpoint_engine, strict)
+
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
         """Overrides PipelineModule's: the inverse of :meth:`save_state_dict`."""
-        super().load_state_dir(load_dir, checkpoint_engine, strict)
+        self.load_trunk(load_dir, checkpoint_engine, strict)
         if self.aux_head is None:
             return
         path = aux_head_path(load_dir, self.head_boundary)

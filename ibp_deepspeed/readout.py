@@ -88,6 +88,14 @@ class ReadoutSource:
         return [mean.to(new.dtype, copy=True) for mean, new in zip(self.average, readout, strict=True)]
 
 
+def fill_pending(taken: dict[int, list[Tensor]], pending: Sequence[int], now: Sequence[Tensor]) -> None:
+    """For batches whose copies were never taken, the newest taken before them, or the readout as it is ``now``."""
+    for lacking in pending:
+        if lacking not in taken:
+            before = [other for other in taken if other <= lacking]
+            taken[lacking] = taken[max(before)] if before else [tensor.detach().clone() for tensor in now]
+
+
 def install(copies: Sequence[Tensor], newest: Sequence[Tensor]) -> None:
     """Overwrite a head's copies."""
     with torch.no_grad():

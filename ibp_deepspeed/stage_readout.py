@@ -14,7 +14,7 @@ from ibp_deepspeed.boundaries import new_pipeline_group
 from ibp_deepspeed.config import InterlockingConfig
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.module import InterlockedPipelineModule, ModuleError, shared_readout_path
-from ibp_deepspeed.readout import ReadoutSource, RefreshRule, head_readout, install, source_readout
+from ibp_deepspeed.readout import ReadoutSource, RefreshRule, fill_pending, head_readout, install, source_readout
 from ibp_deepspeed.readout_relay import ReadoutRelay
 
 
@@ -97,8 +97,15 @@ class StageReadout:
         for taken in self.rule.pending(batch) if self.rule else []:
             self._collect(taken)
 
-    def load(self, folder: str, batch: int, checkpoint_engine: Any) -> None:
+    def load(self, folder: str, batch: int, checkpoint_engine: Any, *, strict: bool = True) -> None:
         """Have the copies that a run which goes on at ``batch`` needs, and no others, from a checkpoint.
+
+        Args:
+            folder: of the checkpoint.
+            batch: the next one.
+            checkpoint_engine: DeepSpeed's.
+            strict: refuse a checkpoint that lacks one; otherwise the newest before it takes its place, or what the head
+                has now.
 
         Raises:
             InterlockingError: the checkpoint lacks one.
@@ -110,7 +117,9 @@ class StageReadout:
         state = checkpoint_engine.load(path, map_location=torch.device("cpu")) if exists else {}
         saved = state.get("taken", {})
         lacking = [taken for taken in pending if taken not in saved]
-        if lacking:
+        if lacking and not strict:
+            fill_pending(saved, pending, self._on_host() or [tensor.to("cpu") for tensor in self._tensors.copies])
+        elif lacking:
             held = f"holds those of batches {sorted(saved)}" if exists else "does not exist"
             raise InterlockingError(
                 f"batch {batch} and later need the readout as it was when batch {lacking[0]} began, but {path} {held}: "

@@ -6,22 +6,18 @@ DeepSpeed configuration means. For studies of how a strategy learns, where speed
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime import lr_schedules
 from torch import Tensor, nn
 
-from ibp_deepspeed import checkpoints
 from ibp_deepspeed.config import ConfigError
 from ibp_deepspeed.initialization import check_deepspeed_settings, resolve_interlocking
-from ibp_deepspeed.module import aux_head_path, shared_readout_path
-from ibp_deepspeed.readout import ReadoutSource
 from ibp_deepspeed.reference import InterlockedReference
+from ibp_deepspeed.virtual_checkpoints import VirtualCheckpoints
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -31,7 +27,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 _DEEPSPEED_ONLY = ("torch_adam", "adam_w_mode")
 
 
-class VirtualPipeline:
+class VirtualPipeline(VirtualCheckpoints):
     """One process that trains K stages, each with its own optimizer, as one replica of a pipeline.
 
     Its methods are named as the engine's; :meth:`train_batch` returns all K losses instead of one stage's.
@@ -70,7 +66,7 @@ class VirtualPipeline:
         dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else None
         for module in (*stages, *(aux_heads or ())):
             module.to(device=self.device, dtype=dtype)
-        self.reference = _FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(config))
+        self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(config))
         options = self.reference.config.aux_head
         self.stages, self._borrow = len(stages), options.borrow if options else 0
         self.bounds = [sum(len(stage) for stage in stages[:k]) for k in range(len(stages) + 1)]
@@ -124,53 +120,6 @@ class VirtualPipeline:
         self._train(False)
         return self.reference.evaluate(self._take(data_iter, num_micro_batches or self._micro_batches), measure)
 
-    def save_checkpoint(
-        self, save_dir: str | Path, tag: str | None = None, files: Mapping[str, str] | None = None
-    ) -> None:
-        """Write what the engine writes for one replica without ZeRO, and texts by file name; whole or not at all."""
-        name = tag or f"global_step{self.global_steps}"
-        with checkpoints.written(Path(save_dir) / name):
-            checkpoints.clear(Path(save_dir), name)
-            self._write(Path(save_dir) / checkpoints.partial(name), files or {})
-            checkpoints.publish(Path(save_dir), name)
-
-    def _write(self, folder: Path, files: Mapping[str, str]) -> None:
-        folder.mkdir(parents=True)
-        for name, module in self._files():
-            torch.save({key: value.cpu() for key, value in module.state_dict().items()}, folder / name)
-        for k in range(self.stages):
-            torch.save(self._stage_state(k), folder / f"mp_rank_{k:02d}_model_states.pt")
-        source = self._refreshed_source()
-        if source is not None:
-            torch.save({"taken": self.reference.taken, "average": source.average}, shared_readout_path(str(folder)))
-        checkpoints.save_random_state(folder, 0)
-        checkpoints.write_texts(folder, files)
-
-    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> None:
-        """Read a checkpoint of a VirtualPipeline, or of an engine with as many stages and the same optimizer."""
-        folder = Path(load_dir) / (tag or (Path(load_dir) / "latest").read_text(encoding="utf-8").strip())
-        for name, module in self._files():
-            module.load_state_dict(torch.load(folder / name, map_location=self.device, weights_only=True))
-        for k in range(self.stages):
-            path = folder / f"mp_rank_{k:02d}_model_states.pt"
-            state = torch.load(path, map_location=self.device, weights_only=False)
-            self.optimizers[k].load_state_dict(state["optimizer"])
-            self.reference.set_masters(k, state.get("masters"))
-            scheduler = self.schedulers[k]
-            if scheduler is not None:
-                scheduler.load_state_dict(state["lr_scheduler"])
-            self.reference.batch = state["global_steps"]
-        source = self._refreshed_source()
-        if source is not None:
-            state = torch.load(shared_readout_path(str(folder)), map_location=self.device, weights_only=True)
-            self.reference.taken, source.average = state["taken"], state["average"]
-        checkpoints.load_random_state(folder, 0, 1)
-
-    def _refreshed_source(self) -> ReadoutSource | None:
-        """What makes copies of the last readout; None if none is ever made again (private, frozen)."""
-        options = self.reference.config.aux_head
-        return self.reference.source if options is not None and options.readout == "shared" else None
-
     def _report(self) -> None:
         interval = self.config.get("steps_per_print", 10)
         if self.monitor is None or not self.monitor.enabled or not interval or self.global_steps % interval:
@@ -182,27 +131,6 @@ class VirtualPipeline:
 
     def close(self) -> None:
         """As the engine's; nothing is open here."""
-
-    def _files(self) -> Iterator[tuple[str, nn.Module]]:
-        for k, stage in enumerate(self.reference.stages):
-            for index, layer in enumerate(stage.children(), self.bounds[k]):
-                yield f"layer_{index:02d}-model_states.pt", layer
-        for k, head in enumerate(self.reference.aux_heads):
-            yield os.path.basename(aux_head_path("", self.bounds[k + 1] + self._borrow)), head
-
-    def _stage_state(self, stage: int) -> dict[str, Any]:
-        scheduler = self.schedulers[stage]
-        return {
-            "module": None,
-            "optimizer": self.optimizers[stage].state_dict(),
-            "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
-            "masters": [p.detach() for p in self.reference.masters(stage)],
-            "global_steps": self.global_steps,
-            "global_samples": self.global_steps * self.train_batch_size(),
-            "skipped_steps": 0,
-            "dp_world_size": 1,
-            "mp_world_size": self.stages,
-        }
 
     def _optimizer(self, stage: int) -> torch.optim.Optimizer:
         block = self.config.get("optimizer", {})
@@ -247,7 +175,7 @@ class VirtualPipeline:
             module.train(mode)
 
 
-class _FullPrecisionSums(InterlockedReference):
+class FullPrecisionSums(InterlockedReference):
     """A reference that sums bf16 gradients in fp32, for fp32 master copies of its bf16 weights."""
 
     def __init__(self, *args: Any) -> None:
@@ -257,6 +185,11 @@ class _FullPrecisionSums(InterlockedReference):
             for parameter in self.parameters(k):
                 if parameter.dtype == torch.bfloat16:
                     self._masters[parameter] = nn.Parameter(parameter.detach().float())
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether weights have fp32 copies."""
+        return bool(self._masters)
 
     def masters(self, stage: int) -> list[nn.Parameter]:
         """What the optimizer of a stage trains: the weights, or their fp32 copies."""

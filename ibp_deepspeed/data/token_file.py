@@ -1,7 +1,6 @@
 """Prepared data on disk: a folder with packed tokens (train.bin, heldout.bin), a tokenizer and a manifest."""
 
 import hashlib
-import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from ibp_deepspeed.durable import replace_folder
 from ibp_deepspeed.errors import InterlockingError
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def write_tokens(
             unigram_entropy_nats=unigram_entropy(train.counts, heldout.counts),
         )
         (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        _replace_folder(partial, folder)
+        replace_folder(partial, folder, partial.with_name(partial.name + "-old"))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
@@ -257,26 +257,6 @@ def _batches(documents: Iterable[tuple[SplitName, str]]) -> Iterator[list[tuple[
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _replace_folder(complete: Path, target: Path) -> None:
-    """Gives `complete` the name of `target`; what was there before is removed only afterwards."""
-    for path in [*complete.rglob("*"), complete]:
-        _fsync(path)
-    old = complete.with_name(complete.name + "-old")
-    if target.exists():
-        target.rename(old)
-    complete.rename(target)
-    _fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _little_endian(dtype: str) -> np.dtype[np.unsignedinteger[Any]]:
