@@ -110,23 +110,34 @@ def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], sav
         sources: parameter → name in the checkpoint.
         saved: the checkpoint.
     """
+    inner = optimizer.optimizer
     optimizer.refresh_fp32_params()
-    steps = []
     for parameter, name in sources.items():
         values = saved.state(name)
         if MASTER in values:
             parameter.copy_(_shaped(values[MASTER], parameter))
             safe_set_full_fp32_param(parameter, values[MASTER].flatten().to(parameter.device))
+        if parameter._hp_mapping is None:  # type: ignore[attr-defined]
+            continue  # another replica's
         for key, value in values.items():
-            if value.numel() == parameter.numel() and key not in (MASTER, "step"):
-                safe_set_full_optimizer_state(parameter, value.flatten().to(parameter.device), key)
-        steps += [values["step"]] if "step" in values else []
-    inner = optimizer.optimizer
-    for state in inner.state.values():
-        if steps and "step" in state:
-            state["step"] = max(steps).clone()
+            if key != MASTER:
+                _set_state(parameter, inner, key, value)
     for group, settings in zip(inner.param_groups, _with_settings(inner.param_groups, saved), strict=True):
         group.update({key: value for key, value in settings.items() if key != "params"})
+
+
+def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, value: Tensor) -> None:
+    """One entry of a parameter's state, in the flat tensor of its group, which is made at the first step otherwise."""
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    flat = inner.param_groups[mapping.param_group_index]["params"][0]
+    state = inner.state[flat]
+    if value.numel() != parameter.numel() or value.dim() == 0:
+        state[key] = value.clone()  # a number of steps: one for the whole group
+        return
+    if key not in state:
+        state[key] = torch.zeros_like(flat)
+    mapping.set_optim_state_fragment(flat, state)
+    safe_set_full_optimizer_state(parameter, value.flatten().to(parameter.device), key)
 
 
 def _with_settings(groups: list[dict[str, Any]], saved: SavedStates) -> list[dict[str, Any]]:
