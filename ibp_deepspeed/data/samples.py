@@ -75,7 +75,7 @@ class Dialogues:
     what Hugging Face computes with `attention_mask` and `position_ids`, and padding has no label.
 
     Attributes:
-        left_out: rows that are not samples, because their responses begin after the first S + 1 tokens.
+        left_out: rows that are not samples, because no token of a response is among their first S + 1.
         cut: samples whose rows are longer than S + 1 tokens.
     """
 
@@ -120,6 +120,6 @@ class Dialogues:
         if not self.left_out + self.cut:
             return []
         return [
-            f"{self._path}: of {self.left_out + len(self)} rows {self.left_out} are left out, as their responses begin "
-            f"after {self._length + 1} tokens, and {self.cut} are cut off there"
+            f"{self._path}: {self.left_out} of {self.left_out + len(self)} rows left out, no token of a response is "
+            f"among their first {self._length + 1}; {self.cut} cut off there"
         ]
