@@ -63,7 +63,11 @@ def counted(encoder: DialogueTokenizer, one: Dialogue) -> list[str]:
 def test_rows_of_jsonl_parquet_and_hub_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow.parquet
 
-    rows = [PAIR, {"prompt": "a", "completion": "b", "id": 3}, {"messages": [QUESTION, ANSWER], "prompt": "unread"}]
+    rows: list[dict[str, Any]] = [
+        PAIR,
+        {"prompt": "a", "completion": "b", "id": 3},
+        {"messages": [QUESTION, ANSWER], "prompt": "unread"},
+    ]
     (tmp_path / "set").mkdir()
     path = tmp_path / "set" / "train.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
