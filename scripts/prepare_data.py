@@ -1,9 +1,13 @@
-"""Prepares text for training: splits it by document, trains or loads a tokenizer, writes packed tokens."""
+"""Prepares text for training: splits it by document, trains or loads a tokenizer, writes packed tokens.
+
+With --dialogues it prepares rows to fine-tune on, where the loss counts on responses only.
+"""
 
 import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -16,7 +20,8 @@ from ibp_deepspeed.data.corpus import (
     open_corpus,
     standard_library,
 )
-from ibp_deepspeed.data.token_file import Manifest, check_target, write_tokens
+from ibp_deepspeed.data.dialogues import hub_dialogues, open_dialogues
+from ibp_deepspeed.data.token_file import Encoder, Manifest, check_target, write_tokens
 from ibp_deepspeed.errors import InterlockingError
 
 
@@ -32,6 +37,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     source.add_argument(
         "--dataset", metavar="NAME", help="take this data set of the Hugging Face hub instead (default: none)"
+    )
+    add(
+        "--dialogues",
+        action="store_true",
+        help='rows of "prompt" and "response" (or "completion"), or of "messages" with "role" and "content", written '
+        "with the tokenizer's chat template, if it has one; needs --tokenizer, and .jsonl, .parquet or a data set "
+        "(default: text)",
     )
     add("--dataset-config", metavar="NAME", help="configuration of the data set (default: its own default)")
     add(
@@ -74,11 +86,19 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.dataset_config is not None and arguments.dataset is None:
         parser.error("--dataset-config needs --dataset")
+    if arguments.dialogues and arguments.input is None and arguments.dataset is None:
+        parser.error("--dialogues needs rows: name them with --input or --dataset")
+    if arguments.dialogues and arguments.tokenizer is None:
+        parser.error("--dialogues needs the tokenizer of the model to fine-tune: name it with --tokenizer")
     return arguments
 
 
-def open_source(arguments: argparse.Namespace) -> Corpus:
+def open_source(arguments: argparse.Namespace) -> Corpus[Any]:
     limits = {"max_documents": arguments.max_documents, "max_bytes": arguments.max_bytes}
+    if arguments.dialogues:
+        if arguments.dataset is not None:
+            return hub_dialogues(arguments.dataset, config=arguments.dataset_config, **limits)
+        return open_dialogues(arguments.input, **limits)
     if arguments.dataset is not None:
         field, config = arguments.text_field, arguments.dataset_config
         return hub_corpus(arguments.dataset, config=config, text_field=field, **limits)
@@ -89,6 +109,7 @@ def open_source(arguments: argparse.Namespace) -> Corpus:
 
 def prepare(arguments: argparse.Namespace) -> Manifest:
     # Imported here because transformers takes seconds, which --help need not wait for.
+    from ibp_deepspeed.data.dialogue_tokenizer import DialogueTokenizer
     from ibp_deepspeed.data.tokenizer import load_tokenizer, train_tokenizer
 
     check_target(arguments.out, overwrite=arguments.overwrite)  # before the long work, not after it
@@ -100,10 +121,11 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
         texts = progress(corpus, "training the tokenizer", split.documents)
         # Held-out text must not shape the vocabulary that it is measured in.
         tokenizer = train_tokenizer((t for t in texts if split.side(t) == "train"), arguments.vocab_size)
+    encoder: Encoder = DialogueTokenizer(tokenizer) if arguments.dialogues else tokenizer
     return write_tokens(
         arguments.out,
         ((split.side(text), text) for text in progress(corpus, "encoding", split.documents)),
-        tokenizer,
+        encoder,
         source=corpus.description,
         seed=arguments.seed,
         held_out_fraction=arguments.held_out_fraction,
@@ -111,16 +133,23 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
     )
 
 
-def progress(texts: Iterable[str], what: str, total: int | None) -> Iterable[str]:
+def progress(documents: Iterable[Any], what: str, total: int | None) -> Iterable[Any]:
     # disable=None: no bar where the output is not a terminal.
-    bar: Iterable[str] = tqdm(texts, desc=what, total=total, unit=" documents", disable=None)
+    bar: Iterable[Any] = tqdm(documents, desc=what, total=total, unit=" documents", disable=None)
     return bar
 
 
 def report(manifest: Manifest, out: Path) -> None:
     print(f"{out}: {manifest.source}")
     for name, record in (("train", manifest.train), ("held-out", manifest.heldout)):
-        print(f"{name}: {record.documents} documents, {record.tokens} tokens")
+        if record.marks is None:
+            print(f"{name}: {record.documents} documents, {record.tokens} tokens")
+        else:
+            counted, longest = record.marks.counted_tokens, record.marks.longest_row
+            print(
+                f"{name}: {record.documents} rows, {record.tokens} tokens, {counted} of them count in the loss, "
+                f"the longest row has {longest}"
+            )
     print(f"vocabulary: {manifest.vocabulary_size} ({manifest.dtype})")
     print(f"unigram entropy of the held-out tokens: {manifest.unigram_entropy_nats:.4f} nats per token")
 

@@ -273,19 +273,14 @@ def loaders(engine: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any
     Raises:
         DataError: less than one batch of data.
     """
-    from ibp_deepspeed.data import DataError, MicroBatchLoader
+    from ibp_deepspeed.data import MicroBatchLoader
 
     size, count = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     replicas = plan.replicas
     rank = engine.grid.get_data_parallel_rank() if replicas > 1 else 0
     options = {"data_parallel_rank": rank, "data_parallel_size": replicas, "seed": args.seed}
     train = MicroBatchLoader(plan.train, args.sequence_length, size, **options, start=engine.global_steps * count)
-    if train.micro_batches_per_epoch < count:
-        needed = count * size * replicas * args.sequence_length + 1
-        raise DataError(
-            f"{plan.train.path} has {len(plan.train.tokens)} tokens, a batch needs {needed}: prepare more text or "
-            f"train on smaller batches."
-        )
+    train.samples.require(count * size * replicas, "a batch")
     return train, MicroBatchLoader(plan.held_out, args.sequence_length, size, **options, shuffle=False)
 
 
@@ -300,8 +295,8 @@ def save(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
         keep_newest(folder, args.keep, batches_of)
 
 
-def describe(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
-    """Say on rank 0 what is going to be trained."""
+def describe(engine: Any, plan: Plan, args: argparse.Namespace, data: list[Any]) -> None:
+    """Say on rank 0 what is going to be trained, and what of the data is left out."""
     options, micro_batches = plan.interlocking.aux_head, engine.gradient_accumulation_steps()
     head_parameters = plan.model.aux_head_parameters(options) if options else 0
     lines = [
@@ -320,6 +315,7 @@ def describe(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
         )
     if plan.model.was_tied:
         lines.append("the readout is not tied to the embedding: they live on different stages.")
+    lines += [remark for loader in data for remark in loader.samples.remarks()]
     print("\n".join(lines), flush=True)
 
 
@@ -332,7 +328,7 @@ def main(phase: entry.SameOnAllRanks) -> None:
     train, held_out = loaders(engine, plan, args)
     args.output.mkdir(parents=True, exist_ok=True)
     if engine.global_rank == 0:
-        describe(engine, plan, args)
+        describe(engine, plan, args, [train, held_out])
     phase.ends()
     run = Run(engine, args, engine.train_batch_size() * args.sequence_length)
     losses = run.train(train, held_out, lambda: save(engine, plan, args))

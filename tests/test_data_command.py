@@ -124,6 +124,8 @@ def test_command_says_a_user_error_in_one_line(tmp_path: Path) -> None:
         ("--vocab-size", "many"),
         ("--input", "a", "--dataset", "b"),
         ("--dataset-config", "c"),
+        ("--dialogues", "--input", "a.jsonl"),
+        ("--dialogues", "--tokenizer", "t"),
         ("--nonsense",),
     ],
 )
@@ -140,4 +142,4 @@ def test_help_gives_each_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         _main(monkeypatch, "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    assert text.count("(default: ") == 12
+    assert text.count("(default: ") == 13

@@ -54,7 +54,7 @@ def test_epoch_covers_each_sample_at_most_once_over_all_ranks(shape: dict[str, i
     per_epoch = loaders[0].micro_batches_per_epoch
     seen: list[int] = []
     for loader in loaders:
-        loader.load_state_dict({"next_micro_batch": epoch * per_epoch})
+        loader.load_state_dict({"epoch": epoch, "samples": 0})
         seen += torch.cat([samples for _, _, samples in islice(loader, per_epoch)]).tolist()
     samples = (shape["tokens"] - 1) // shape["sequence_length"]
     global_size = shape["micro_batch_size"] * shape["data_parallel_size"]
@@ -75,7 +75,46 @@ def test_restart_is_continuation_across_epochs(shape: dict[str, int], shuffle: b
     count = whole.micro_batches_per_epoch + 2
     for one, two, three in islice(zip(whole, restarted, loaded, strict=True), count):
         assert _same(one, two) and _same(one, three)
-    assert whole.state_dict() == restarted.state_dict() == loaded.state_dict() == {"next_micro_batch": start + count}
+    epoch, micro_batches = divmod(start + count, whole.micro_batches_per_epoch)
+    used = micro_batches * shape["micro_batch_size"] * shape["data_parallel_size"]
+    assert whole.state_dict() == restarted.state_dict() == loaded.state_dict() == {"epoch": epoch, "samples": used}
+
+
+@given(st.integers(0, 12), st.integers(1, 5), st.integers(1, 3), st.booleans())
+@UNHURRIED
+def test_state_goes_on_with_other_sizes(micro_batches: int, size: int, ranks: int, shuffle: bool) -> None:
+    """24 samples in micro-batches of 2 × 3, then of other sizes: no sample of the epoch comes twice."""
+    before = _ranks(
+        {"sequence_length": 1, "micro_batch_size": 2, "data_parallel_size": 3, "tokens": 25}, shuffle=shuffle
+    )
+    first = micro_batches - micro_batches % 4  # of this epoch
+    seen = [i for loader in before for _, _, ids in list(islice(loader, micro_batches))[first:] for i in ids.tolist()]
+    shape = {"sequence_length": 1, "micro_batch_size": size, "data_parallel_size": ranks, "tokens": 25}
+    after = _ranks(shape, shuffle=shuffle)
+    for loader in after:
+        loader.load_state_dict(before[0].state_dict())
+    state, total = after[0].state_dict(), size * ranks
+    used = len(seen)
+    if -(-used // total) < 24 // total:
+        assert state == {"epoch": first // 4, "samples": -(-used // total) * total}
+        rest = 24 // total - state["samples"] // total
+        seen += [i for loader in after for _, _, ids in islice(loader, rest) for i in ids.tolist()]
+        assert len(seen) == len(set(seen)), "no sample comes twice"
+    else:
+        assert state == {"epoch": first // 4 + 1, "samples": 0}, "what is left does not fill a micro-batch"
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"epoch": -1, "samples": 0}, "epoch is -1"),
+        ({"epoch": 0, "samples": -6}, "samples is -6"),
+        ({"epoch": 0, "samples": 25}, "25 samples of an epoch are used, these data have 24"),
+    ],
+)
+def test_states_of_other_data(state: dict[str, int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        MicroBatchLoader(token_file(np.arange(25)), 1, 6).load_state_dict(state)
 
 
 @given(st.integers(1, 3), st.integers(0, 40), st.integers(0, 3))
@@ -122,7 +161,9 @@ def test_held_out_is_one_pass_that_does_not_move_the_stream(shuffle: bool) -> No
 def test_loader_needs_one_global_micro_batch() -> None:
     options: dict[str, Any] = {"sequence_length": 5, "micro_batch_size": 2, "data_parallel_size": 3}
     assert MicroBatchLoader(token_file(np.arange(31)), **options).micro_batches_per_epoch == 1
-    with pytest.raises(DataError, match=r"data/train\.bin has 30 tokens, .* 6 windows of 5 needs 31: "):
+    with pytest.raises(
+        DataError, match=r"data/train\.bin has 30 tokens, one micro-batch needs 31 for 6 windows of 5: "
+    ):
         MicroBatchLoader(token_file(np.arange(30)), **options)
 
 
@@ -135,7 +176,7 @@ def test_loader_needs_one_global_micro_batch() -> None:
         ({"data_parallel_rank": 2, "data_parallel_size": 2}, "give a rank from 0 to 1"),
         ({"data_parallel_rank": -1}, "data_parallel_rank is -1"),
         ({"seed": -1}, "seed is -1"),
-        ({"start": -1}, "next_micro_batch is -1"),
+        ({"start": -1}, "start is -1"),
     ],
 )
 def test_loader_arguments_out_of_range(options: dict[str, Any], message: str) -> None:

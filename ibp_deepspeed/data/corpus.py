@@ -1,29 +1,29 @@
-"""Text sources: a corpus is a description and documents (strings) in a fixed order, read again at will."""
+"""Text sources: a corpus is a description and documents in a fixed order, read again at will."""
 
 import hashlib
-import json
-import os
 import platform
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-import pyarrow
-import pyarrow.parquet
-
+from ibp_deepspeed.data.records import RECORD_SUFFIXES, file_records, find_files, hub_records, lines, sorted_files
 from ibp_deepspeed.data.token_file import DataError, SplitName
 
 END_OF_TEXT = "<|endoftext|>"
-RECORD_SUFFIXES = (".jsonl", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 # Not part of what the standard library does: third-party packages, tests, and byte-code caches.
 _SKIPPED_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
+Document = TypeVar("Document")
+
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(Generic[Document]):
     """Documents of one source; every iteration reads the source again and yields the same documents.
+
+    A document is a string, or an object whose str() is its content.
 
     Empty documents (white space only) are left out. The corpus ends before the document that would exceed
     `max_documents` (a count) or `max_bytes` (UTF-8 bytes of all documents together).
@@ -32,13 +32,14 @@ class Corpus:
     """
 
     description: str
-    read: Callable[[], Iterator[str]]
+    read: Callable[[], Iterator[Document]]
     max_documents: int | None = None
     max_bytes: int | None = None
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         documents = total_bytes = 0
-        for text in self.read():
+        for document in self.read():
+            text = str(document)
             if not text.strip():
                 continue
             documents += 1
@@ -47,7 +48,7 @@ class Corpus:
                 return
             if self.max_bytes is not None and total_bytes > self.max_bytes:
                 return
-            yield text
+            yield document
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class DocumentSplit:
     documents: int
 
     @classmethod
-    def of(cls, texts: Iterable[str], held_out_fraction: float, seed: int) -> "DocumentSplit":
+    def of(cls, texts: Iterable[object], held_out_fraction: float, seed: int) -> "DocumentSplit":
         """Reads all documents once; moves the threshold where needed so that each side has a document.
 
         Raises DataError when the fraction is not between 0 and 1, or there are not two different documents.
@@ -73,7 +74,7 @@ class DocumentSplit:
             )
         documents, lowest, highest = 0, 1 << 64, -1
         for text in texts:
-            value = _hash(text, seed)
+            value = _hash(str(text), seed)
             documents, lowest, highest = documents + 1, min(lowest, value), max(highest, value)
         if lowest >= highest:
             raise DataError(
@@ -83,13 +84,13 @@ class DocumentSplit:
         wanted = int(held_out_fraction * (1 << 64))
         return cls(seed=seed, threshold=min(max(wanted, lowest + 1), highest), documents=documents)
 
-    def side(self, text: str) -> SplitName:
-        return "heldout" if _hash(text, self.seed) < self.threshold else "train"
+    def side(self, text: object) -> SplitName:
+        return "heldout" if _hash(str(text), self.seed) < self.threshold else "train"
 
 
-def standard_library(*, max_documents: int | None = None, max_bytes: int | None = None) -> Corpus:
+def standard_library(*, max_documents: int | None = None, max_bytes: int | None = None) -> Corpus[str]:
     """The sources (*.py) of the running Python's standard library without its tests, a document a file."""
-    files = _sorted_files(Path(sysconfig.get_paths()["stdlib"]), (".py",), skip=_SKIPPED_STDLIB_FOLDERS)
+    files = sorted_files(Path(sysconfig.get_paths()["stdlib"]), (".py",), skip=_SKIPPED_STDLIB_FOLDERS)
     # _sysconfigdata*.py is written when Python is built and differs from machine to machine.
     files = [path for path in files if not path.name.startswith("_sysconfigdata")]
 
@@ -106,7 +107,7 @@ def open_corpus(
     text_field: str = "text",
     max_documents: int | None = None,
     max_bytes: int | None = None,
-) -> Corpus:
+) -> Corpus[str]:
     """Documents of a .jsonl, .parquet or text file, or of all such files in a folder (sorted by path).
 
     A record is a document. A text file is divided at lines that hold only `<|endoftext|>`; without such a
@@ -115,22 +116,13 @@ def open_corpus(
     Raises DataError when the path does not exist or holds no file of a known type.
     """
     path = Path(path)
-    known = ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give a folder or a file ({known})")
-    if path.is_file():
-        files = [path] if path.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES else []
-    else:
-        files = _sorted_files(path, TEXT_SUFFIXES + RECORD_SUFFIXES)
-    if not files:
-        raise DataError(f"{path} is or holds no file of a known type: give a folder or a file ({known})")
+    files = find_files(path, TEXT_SUFFIXES + RECORD_SUFFIXES)
 
     def read() -> Iterator[str]:
         for file in files:
-            if file.suffix == ".jsonl":
-                yield from _jsonl_documents(file, text_field)
-            elif file.suffix == ".parquet":
-                yield from _parquet_documents(file, text_field)
+            if file.suffix in RECORD_SUFFIXES:
+                for where, record in file_records(file, text_field):
+                    yield _text_of(record, where, text_field)
             else:
                 yield from _text_documents(file, alone=path.is_file())
 
@@ -145,62 +137,34 @@ def hub_corpus(
     text_field: str = "text",
     max_documents: int | None = None,
     max_bytes: int | None = None,
-) -> Corpus:
+) -> Corpus[str]:
     """The "train" split of a data set that `datasets.load_dataset` finds, a document a row.
 
     Raises DataError when the data set cannot be loaded or has no such field.
     """
-    import datasets  # slow to import, and only this source needs it
-
-    try:
-        rows = datasets.load_dataset(name, config, split="train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"the data set {name} (config {config}) could not be loaded ({_first_line(error)}): "
-            "check its name, --dataset-config and the network, or give local text with --input"
-        ) from error
+    rows = hub_records(name, config)
     if text_field not in rows.column_names:
         raise _no_such_field(f"the data set {name}", text_field, rows.column_names)
 
     def read() -> Iterator[str]:
         for number, row in enumerate(rows.select_columns([text_field])):
-            yield _as_text(row[text_field], f"row {number} of {name}", text_field)
+            yield _text_of(row, f"row {number} of {name}", text_field)
 
     return Corpus(name if config is None else f"{name} ({config})", read, max_documents, max_bytes)
 
 
-def _sorted_files(root: Path, suffixes: tuple[str, ...], skip: frozenset[str] = frozenset()) -> list[Path]:
-    """Files under root in an order that depends on their relative names only; hidden ones are left out."""
-    found: list[Path] = []
-    for folder, subfolders, names in os.walk(root):
-        # Changed in place, so that the walk does not enter the folders left out.
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    found = [path for path in found if path.suffix in suffixes and path.is_file()]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
 def _read_text(path: Path) -> str:
-    return "".join(_lines(path))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends as they are in the file (newline="" translates nothing)."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}): convert it, or leave it out") from error
+    return "".join(lines(path))
 
 
 def _text_documents(path: Path, *, alone: bool) -> Iterator[str]:
-    marked = any(line.strip() == END_OF_TEXT for line in _lines(path))
+    marked = any(line.strip() == END_OF_TEXT for line in lines(path))
     if not marked and not alone:
         yield _read_text(path)
         return
     separator = END_OF_TEXT if marked else ""
     document: list[str] = []
-    for line in _lines(path):
+    for line in lines(path):
         if line.strip() == separator:
             yield "".join(document)
             document = []
@@ -209,35 +173,10 @@ def _text_documents(path: Path, *, alone: bool) -> Iterator[str]:
     yield "".join(document)
 
 
-def _jsonl_documents(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON ({error.msg}): each line must be one JSON object") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where} is not a JSON object: each line must be an object with a text field")
-        if field not in record:
-            raise _no_such_field(where, field, list(record))
-        yield _as_text(record[field], where, field)
-
-
-def _parquet_documents(path: Path, field: str) -> Iterator[str]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise _no_such_field(str(path), field, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield _as_text(value, str(path), field)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} cannot be read as Parquet ({_first_line(error)}): give a whole file") from error
-
-
-def _as_text(value: object, where: str, field: str) -> str:
+def _text_of(record: dict[str, Any], where: str, field: str) -> str:
+    if field not in record:
+        raise _no_such_field(where, field, list(record))
+    value = record[field]
     if not isinstance(value, str):
         raise DataError(
             f'{where} has a {type(value).__name__} in the field "{field}", text is expected: '
@@ -264,7 +203,3 @@ def _hash(text: str, seed: int) -> int:
     """64 bits of the document's content and the seed, spread evenly."""
     digest = hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Micro-batches of token windows, in an order that is a function of the seed and the micro-batch's index."""
+"""Micro-batches of samples, in an order that is a function of the seed and the micro-batch's index."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ibp_deepspeed.data.samples import Samples, samples_of
 from ibp_deepspeed.data.token_file import DataError, TokenFile
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -15,8 +16,9 @@ class MicroBatchLoader:
     """An endless iterator over micro-batches `(input_ids, labels, sample_ids)` of one data-parallel rank.
 
     With B = micro_batch_size and S = sequence_length, all int64 on the CPU: `input_ids` [B, S], `labels`
-    [B, S] (the token that follows each input token, so already shifted), `sample_ids` [B]. Sample i is the
-    window tokens[i*S : i*S + S + 1]; its id is i in every epoch.
+    [B, S] (the token that follows each input token, so already shifted; -100 where it does not count in the
+    loss), `sample_ids` [B]. What sample i is, a window of a text or a row of dialogues, `samples` says
+    (samples.py); its id is i in every epoch.
 
     Each epoch is a new permutation of the samples (the order of the file when `shuffle` is False). Global
     micro-batch b of an epoch takes the b-th B * data_parallel_size entries of it, and each rank its own B of
@@ -24,7 +26,7 @@ class MicroBatchLoader:
     is the index of the next micro-batch, which counts on over the epochs: `start=n`, or load_state_dict of a
     loader that has yielded n, continues exactly as a loader that was never interrupted.
 
-    Raises DataError when an argument is out of range or the data are shorter than one global micro-batch.
+    Raises DataError when an argument is out of range or the data have less than one global micro-batch.
     """
 
     def __init__(
@@ -48,28 +50,21 @@ class MicroBatchLoader:
                 f"data_parallel_rank is {data_parallel_rank} of data_parallel_size {data_parallel_size}: "
                 f"give a rank from 0 to {data_parallel_size - 1}"
             )
-        self._tokens = token_file.tokens
-        self._sequence_length = sequence_length
+        _at_least("start", start, 0)
+        self.samples: Samples = samples_of(token_file, sequence_length)
         self._micro_batch_size = micro_batch_size
         self._rank = data_parallel_rank
         self._global_size = micro_batch_size * data_parallel_size
         self._seed = seed
         self._shuffle = shuffle
-        self._samples = max(len(self._tokens) - 1, 0) // sequence_length
         self._permutation: tuple[int, npt.NDArray[np.int64]] | None = None  # of the epoch used last
-        if self.micro_batches_per_epoch == 0:
-            raise DataError(
-                f"{token_file.path} has {len(self._tokens)} tokens, one micro-batch of {self._global_size} "
-                f"windows of {sequence_length} needs {self._global_size * sequence_length + 1}: "
-                "prepare more text, or lower the sequence length or the micro-batch size"
-            )
-        self._next = 0
-        self.load_state_dict({"next_micro_batch": start})
+        self._next = start
+        self.samples.require(self._global_size, "one micro-batch")
 
     @property
     def micro_batches_per_epoch(self) -> int:
         """How many micro-batches this rank (and every other) yields in one pass over the data."""
-        return self._samples // self._global_size
+        return len(self.samples) // self._global_size
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
@@ -90,22 +85,34 @@ class MicroBatchLoader:
         return (self._micro_batch(index) for index in range(count))
 
     def state_dict(self) -> dict[str, int]:
-        """The index of the next micro-batch, the same on every data-parallel rank."""
-        return {"next_micro_batch": self._next}
+        """The epoch, and how many of its samples all data-parallel ranks together have used."""
+        epoch, global_micro_batch = divmod(self._next, self.micro_batches_per_epoch)
+        return {"epoch": epoch, "samples": global_micro_batch * self._global_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues at the micro-batch that `state_dict` named; raises DataError when it is negative."""
-        _at_least("next_micro_batch", state["next_micro_batch"], 0)
-        self._next = state["next_micro_batch"]
+        """Continues where `state_dict` says, also that of a loader with other micro-batch and data-parallel sizes.
+
+        Samples that do not fill a global micro-batch of this loader are counted as one: they are passed over.
+
+        Raises DataError when an entry is negative, or an epoch of these data has fewer samples.
+        """
+        epoch, used = state["epoch"], state["samples"]
+        _at_least("epoch", epoch, 0)
+        _at_least("samples", used, 0)
+        if used > len(self.samples):
+            raise DataError(
+                f"the state says {used} samples of an epoch are used, these data have {len(self.samples)}: "
+                "load it with the data and the sequence length that it was saved with"
+            )
+        # The last samples of an epoch may fill no micro-batch here: the next epoch follows.
+        in_epoch = min(-(-used // self._global_size), self.micro_batches_per_epoch)
+        self._next = epoch * self.micro_batches_per_epoch + in_epoch
 
     def _micro_batch(self, index: int) -> MicroBatch:
         epoch, global_micro_batch = divmod(index, self.micro_batches_per_epoch)
         first = global_micro_batch * self._global_size + self._rank * self._micro_batch_size
         samples = self._order(epoch, first, first + self._micro_batch_size)
-        span = self._sequence_length
-        windows = np.stack([self._tokens[i * span : i * span + span + 1] for i in samples]).astype(np.int64)
-        # Copies, because slices of one array would share memory and not be contiguous.
-        inputs, labels = windows[:, :-1].copy(), windows[:, 1:].copy()
+        inputs, labels = self.samples.take(samples)
         return torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(samples.copy())
 
     def _order(self, epoch: int, first: int, last: int) -> npt.NDArray[np.int64]:
@@ -114,7 +121,7 @@ class MicroBatchLoader:
             return np.arange(first, last, dtype=np.int64)
         if self._permutation is None or self._permutation[0] != epoch:
             generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-            self._permutation = (epoch, generator.permutation(self._samples).astype(np.int64, copy=False))
+            self._permutation = (epoch, generator.permutation(len(self.samples)).astype(np.int64, copy=False))
         return self._permutation[1][first:last]
 
 

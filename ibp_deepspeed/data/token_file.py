@@ -1,4 +1,8 @@
-"""Prepared data on disk: a folder with packed tokens (train.bin, heldout.bin), a tokenizer and a manifest."""
+"""Prepared data on disk: a folder with packed tokens (train.bin, heldout.bin), a tokenizer and a manifest.
+
+Dialogues have beside each token file one of marks (train.marks.bin): a byte a token that says whether the token
+counts in the loss, and whether a row begins there.
+"""
 
 import hashlib
 import secrets
@@ -6,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +19,14 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from ibp_deepspeed.durable import replace_folder
 from ibp_deepspeed.errors import InterlockingError
 
-if TYPE_CHECKING:
-    from ibp_deepspeed.data.tokenizer import TextTokenizer
-
 SplitName = Literal["train", "heldout"]
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
+MarkArray = npt.NDArray[np.uint8]
 
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
+# Bits of a mark: the token counts in the loss; it is the first one of its row.
+COUNTS, FIRST = 1, 2
 _AGAIN = "run scripts/prepare_data.py again with --overwrite"
 # A batch that the tokenizer encodes at once ends at either limit, so that memory stays small.
 _BATCH_DOCUMENTS = 256
@@ -33,8 +37,37 @@ class DataError(InterlockingError, ValueError):
     """Data that cannot be used as they are: names the path, what was seen, what is expected, the way out."""
 
 
+class Row(NamedTuple):
+    """The token ids of one document, and which of them count in the loss (None: a text, where all do)."""
+
+    ids: list[int]
+    counts: list[bool] | None = None
+
+
+class Encoder(Protocol):
+    """What makes rows of documents; `vocabulary_size` is its highest token id plus one."""
+
+    vocabulary_size: int
+    eos_id: int
+
+    def rows(self, documents: list[Any]) -> list[Row]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class MarksRecord(BaseModel):
+    """What a manifest says of the marks of one token file, a byte a token; `longest_row` is in tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    counted_tokens: PositiveInt
+    longest_row: PositiveInt
+    sha256: str
+
+
 class SplitRecord(BaseModel):
-    """What a manifest says of one token file."""
+    """What a manifest says of one token file; a text has no `marks`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,12 +76,14 @@ class SplitRecord(BaseModel):
     tokens: PositiveInt
     max_token_id: NonNegativeInt
     sha256: str
+    marks: MarksRecord | None = None
 
 
 class Manifest(BaseModel):
     """What a prepared folder holds; `vocabulary_size` is the highest token id of the tokenizer plus one.
 
-    `unigram_entropy_nats` is in nats per held-out token; tokens are little-endian integers of type `dtype`.
+    `unigram_entropy_nats` is in nats per held-out token, of those that count in the loss, under the frequencies of
+    those in the train split; tokens are little-endian integers of type `dtype`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,12 +107,16 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """The packed tokens of one split: documents one after the other, each closed by the manifest's eos_id."""
+    """The packed tokens of one split: documents one after the other.
+
+    A text is closed by the manifest's eos_id. Dialogues end as their chat template says, and have `marks`.
+    """
 
     path: Path
     split: SplitName
     tokens: TokenArray  # [number of tokens]
     manifest: Manifest
+    marks: MarkArray | None = None  # [number of tokens], bits COUNTS and FIRST
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
         """Raises DataError when the data can hold a token id that a model of `model_vocab_size` ids lacks."""
@@ -105,22 +144,32 @@ def open_tokens(folder: str | Path, split: SplitName, *, verify: bool = True) ->
         raise DataError(f'{folder} has no split "{split}": use {" or ".join(get_args(SplitName))}')
     manifest = read_manifest(folder)
     record: SplitRecord = getattr(manifest, split)
-    path = folder / record.file
+    path, dtype = folder / record.file, manifest.numpy_dtype
+    _check_file(path, record.tokens * dtype.itemsize, record.sha256, verify=verify)
+    marks: MarkArray | None = None
+    if record.marks is not None:
+        marks_path = folder / record.marks.file
+        _check_file(marks_path, record.tokens, record.marks.sha256, verify=verify)
+        marks = np.memmap(marks_path, dtype=np.uint8, mode="r")
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    return TokenFile(path=path, split=split, tokens=tokens, manifest=manifest, marks=marks)
+
+
+def _check_file(path: Path, expected: int, sha256: str, *, verify: bool) -> None:
+    """Raises DataError when a file has not the expected bytes, or, if `verify`, not the checksum."""
     if not path.is_file():
         raise DataError(f"{path} does not exist, though the manifest of its folder names it: {_AGAIN}")
-    size, expected = path.stat().st_size, record.tokens * manifest.numpy_dtype.itemsize
+    size = path.stat().st_size
     if size != expected:
         fault = "it is truncated" if size < expected else "something was added to it"
         raise DataError(f"{path} has {size} bytes, its manifest says {expected}: {fault}; {_AGAIN}")
     if verify:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != record.sha256:
+        if digest != sha256:
             raise DataError(
-                f"{path} has the sha256 {digest}, its manifest says {record.sha256}: its content changed; {_AGAIN}"
+                f"{path} has the sha256 {digest}, its manifest says {sha256}: its content changed; {_AGAIN}"
             )
-    tokens = np.memmap(path, dtype=manifest.numpy_dtype, mode="r")
-    return TokenFile(path=path, split=split, tokens=tokens, manifest=manifest)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -155,15 +204,15 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
 
 def write_tokens(
     folder: str | Path,
-    documents: Iterable[tuple[SplitName, str]],
-    tokenizer: "TextTokenizer",
+    documents: Iterable[tuple[SplitName, Any]],
+    tokenizer: Encoder,
     *,
     source: str,
     seed: int,
     held_out_fraction: float,
     overwrite: bool = False,
 ) -> Manifest:
-    """Encodes the documents, each into the file of its split, and writes the prepared folder.
+    """Encodes the documents (what the tokenizer takes), each into the files of its split, and writes the folder.
 
     Everything goes to a hidden folder beside the target first, which takes the target's name only when all of
     it is on the disk. `source`, `seed` and `held_out_fraction` are recorded in the manifest as given.
@@ -180,7 +229,7 @@ def write_tokens(
         train, heldout = (_SplitWriter(partial, split, dtype, tokenizer) for split in get_args(SplitName))
         for batch in _batches(documents):
             for writer in (train, heldout):
-                writer.append([text for split, text in batch if split == writer.split])
+                writer.append([document for split, document in batch if split == writer.split])
         tokenizer.save(partial / TOKENIZER_FOLDER)
         manifest = Manifest(
             source=source,
@@ -192,9 +241,9 @@ def write_tokens(
             tokenizer_file=f"{TOKENIZER_FOLDER}/tokenizer.json",
             train=train.record(),
             heldout=heldout.record(),
-            unigram_entropy_nats=unigram_entropy(train.counts, heldout.counts),
+            unigram_entropy_nats=unigram_entropy(train.loss_counts, heldout.loss_counts),
         )
-        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
         replace_folder(partial, folder, partial.with_name(partial.name + "-old"))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -211,47 +260,83 @@ def unigram_entropy(train_counts: npt.NDArray[np.int64], heldout_counts: npt.NDA
 
 
 class _SplitWriter:
-    """Streams the tokens of one split to its file and keeps what the manifest says of them."""
+    """Streams the tokens and marks of one split to its files and keeps what the manifest says of them."""
 
-    def __init__(self, folder: Path, split: SplitName, dtype: str, tokenizer: "TextTokenizer") -> None:
+    def __init__(self, folder: Path, split: SplitName, dtype: str, tokenizer: Encoder) -> None:
         self.split = split
-        self.counts = np.zeros(tokenizer.vocabulary_size, dtype=np.int64)
+        self.loss_counts = np.zeros(tokenizer.vocabulary_size, dtype=np.int64)  # of the tokens that count
         self._dtype = _little_endian(dtype)
         self._tokenizer = tokenizer
-        self._sha256 = hashlib.sha256()
-        self._documents = 0
-        self._path = folder / f"{split}.bin"
+        self._tokens, self._marks = _GrowingFile(folder / f"{split}.bin"), _GrowingFile(folder / f"{split}.marks.bin")
+        self._documents = self._longest = self._highest = 0
 
-    def append(self, texts: list[str]) -> None:
-        if not texts:
+    def append(self, documents: list[Any]) -> None:
+        if not documents:
             return
-        encoded = self._tokenizer.encode(texts)
-        tokens = np.concatenate([np.array(ids, dtype=self._dtype) for ids in encoded])
-        data = tokens.tobytes()
-        with self._path.open("ab") as file:
-            file.write(data)
-        self._sha256.update(data)
-        self._documents += len(texts)
-        self.counts += np.bincount(tokens, minlength=len(self.counts))
+        rows = self._tokenizer.rows(documents)
+        tokens = np.concatenate([np.array(row.ids, dtype=self._dtype) for row in rows])
+        self._tokens.append(tokens)
+        self._documents += len(rows)
+        self._longest = max(self._longest, *(len(row.ids) for row in rows))
+        self._highest = max(self._highest, int(tokens.max()))
+        if rows[0].counts is not None:
+            marks = np.concatenate([_marks_of(row) for row in rows])
+            self._marks.append(marks)
+            tokens = tokens[marks & COUNTS != 0]
+        self.loss_counts += np.bincount(tokens, minlength=len(self.loss_counts))
 
     def record(self) -> SplitRecord:
         if not self._documents:
             raise DataError(f'no document is in the split "{self.split}": each split needs at least one')
         return SplitRecord(
-            file=self._path.name,
+            file=self._tokens.path.name,
             documents=self._documents,
-            tokens=int(self.counts.sum()),
-            max_token_id=int(np.flatnonzero(self.counts)[-1]),
-            sha256=self._sha256.hexdigest(),
+            tokens=self._tokens.items,
+            max_token_id=self._highest,
+            sha256=self._tokens.sha256.hexdigest(),
+            marks=self._marks_record(),
+        )
+
+    def _marks_record(self) -> MarksRecord | None:
+        if not self._marks.items:
+            return None
+        return MarksRecord(
+            file=self._marks.path.name,
+            counted_tokens=int(self.loss_counts.sum()),
+            longest_row=self._longest,
+            sha256=self._marks.sha256.hexdigest(),
         )
 
 
-def _batches(documents: Iterable[tuple[SplitName, str]]) -> Iterator[list[tuple[SplitName, str]]]:
-    batch: list[tuple[SplitName, str]] = []
+class _GrowingFile:
+    """A file that arrays are appended to, the number of their items, and its checksum so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.items = 0
+        self.sha256 = hashlib.sha256()
+
+    def append(self, array: npt.NDArray[Any]) -> None:
+        data = array.tobytes()
+        with self.path.open("ab") as file:
+            file.write(data)
+        self.items += len(array)
+        self.sha256.update(data)
+
+
+def _marks_of(row: Row) -> MarkArray:
+    """The marks of one row; its first token never counts, as there is nothing to predict it from."""
+    marks = np.array(row.counts, dtype=np.uint8) * np.uint8(COUNTS)
+    marks[0] = FIRST
+    return marks
+
+
+def _batches(documents: Iterable[tuple[SplitName, Any]]) -> Iterator[list[tuple[SplitName, Any]]]:
+    batch: list[tuple[SplitName, Any]] = []
     characters = 0
-    for split, text in documents:
-        batch.append((split, text))
-        characters += len(text)
+    for split, document in documents:
+        batch.append((split, document))
+        characters += len(str(document))
         if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

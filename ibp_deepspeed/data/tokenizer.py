@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ibp_deepspeed.data.corpus import END_OF_TEXT
-from ibp_deepspeed.data.token_file import DataError
+from ibp_deepspeed.data.token_file import DataError, Row
 
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text
 _KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>")
@@ -42,6 +42,25 @@ class TextTokenizer:
         """One list of ids for each document, its last id `eos_id`."""
         encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [[*encoding.ids, self.eos_id] for encoding in encodings]
+
+    def rows(self, texts: list[str]) -> list[Row]:
+        """What `encode` gives, as rows of a token file; all tokens count."""
+        return [Row(ids) for ids in self.encode(texts)]
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_messages` can be used."""
+        return self._tokenizer.chat_template is not None
+
+    def encode_messages(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> list[int]:
+        """The ids of messages ("role", "content") as the chat template writes them, with its special tokens alone.
+
+        Marks of special tokens in the messages are encoded as plain text. `add_generation_prompt` adds what an
+        assistant's turn begins with. Raises what the template raises for messages that it cannot write.
+        """
+        options = {"add_generation_prompt": add_generation_prompt, "sanitize_control_tokens": True}
+        ids: list[int] = self._tokenizer.apply_chat_template(messages, return_dict=False, **options)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens included."""
