@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from ibp_deepspeed.checkpoints import LATEST, replaced
+from ibp_deepspeed.checkpoints import LATEST, check, replaced
 from models.errors import ModelError
 from models.pipeline import Description
 
@@ -21,7 +21,8 @@ def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description,
         steps: batches that it is to have in the end.
 
     Raises:
-        ModelError: there is no such checkpoint, it is of another run, or it has as many batches already.
+        ModelError: there is no such checkpoint, it is of another model, or it has as many batches already.
+        CheckpointError: it is damaged.
     """
     if wanted is None:
         return None
@@ -33,6 +34,7 @@ def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description,
     if not path.is_dir():
         there = ", ".join(sorted(p.name for p in folder.glob("*") if batches_of(p.name) is not None)) or "none"
         raise ModelError(f"{folder} has no checkpoint {tag}, but {there}.")
+    check(path)
     _check_same(path, Description.read(path), planned)
     batches = batches_of(tag)
     if batches is not None and batches >= steps:
@@ -48,7 +50,7 @@ def batches_of(tag: str) -> int | None:
 
 def _check_same(path: Path, saved: Description, planned: Description) -> None:
     was, is_ = (json.loads(d.model_dump_json()) for d in (saved, planned))  # JSON has no numbers as keys
-    for name in ("model", "bounds", "sequence_length"):
+    for name in ("model", "sequence_length"):
         theirs, ours = was[name], is_[name]
         if theirs == ours:
             continue

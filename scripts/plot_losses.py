@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,7 +34,7 @@ def main(phase: entry.SameOnAllRanks) -> None:
     print(f"loss curves in {args.out or args.run / 'losses.png'}")
 
 
-def draw(rows: list[dict[str, object]], path: Path, entropy: float | None) -> None:
+def draw(rows: list[dict[str, Any]], path: Path, entropy: float | None) -> None:
     """One colour an exit: training losses as lines, held-out losses as dots."""
     import matplotlib
 
@@ -41,12 +42,19 @@ def draw(rows: list[dict[str, object]], path: Path, entropy: float | None) -> No
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    named: set[str] = set()
     for kind, style in (("train", {"linewidth": 1.2}), ("held_out", {"marker": "o", "linestyle": "", "markersize": 4})):
-        points = [(row["step"], row[kind]) for row in rows if kind in row]
-        for exit_index, values in enumerate(zip(*(losses for _, losses in points), strict=True)):  # type: ignore[arg-type]
-            last = exit_index == len(points[0][1]) - 1  # type: ignore[arg-type]
-            label = None if kind == "held_out" else ("model" if last else f"exit of stage {exit_index}")
-            axes.plot([step for step, _ in points], values, color=f"C{exit_index}", label=label, **style)  # type: ignore[arg-type]
+        for exits in sorted({len(row[kind]) for row in rows if kind in row}):  # a resumed run may have other stages
+            points = [(row["step"], row[kind]) for row in rows if kind in row]
+        # a run that went on with another number of stages has lines of both numbers
+        for count, same in groupby(points, key=lambda point: len(point[1])):  # type: ignore[arg-type]
+            steps, losses = zip(*same, strict=True)
+            for exit_index, values in enumerate(zip(*losses, strict=True)):
+                name = "model" if exit_index == count - 1 else f"exit of stage {exit_index} of {count}"
+                label = None if kind == "held_out" or name in named else name
+                named.add(name)
+                colour = "black" if name == "model" else f"C{exit_index}"
+                axes.plot(steps, values, color=colour, label=label, **style)  # type: ignore[arg-type]
     if entropy is not None:
         axes.axhline(entropy, color="grey", linestyle=":", label="unigram entropy")
     axes.set(xlabel="batch", ylabel="loss (nats per token)", title="Losses of all exits (dots: held out)")

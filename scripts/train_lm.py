@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import entry
+from scripts.training_checkpoints import resume, save, set_position
 from scripts.training_loop import Run
 
 
@@ -258,15 +259,6 @@ def start(plan: Plan, args: argparse.Namespace) -> Any:
         return initialize(model=module, config=plan.settings)[0]
 
 
-def resume(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
-    """Go on from a checkpoint, if there is one to go on from."""
-    if plan.resume is not None:
-        engine.load_checkpoint(args.output / "checkpoint", plan.resume)
-    if engine.global_rank == 0 and args.resume is not None:
-        where = f"goes on from {plan.resume}" if plan.resume else "there is no checkpoint yet: starts anew"
-        print(f"{args.output}: {where}", flush=True)
-
-
 def loaders(engine: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any]:
     """Training and held-out micro-batches of this rank's replica.
 
@@ -280,19 +272,9 @@ def loaders(engine: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any
     rank = engine.grid.get_data_parallel_rank() if replicas > 1 else 0
     options = {"data_parallel_rank": rank, "data_parallel_size": replicas, "seed": args.seed}
     train = MicroBatchLoader(plan.train, args.sequence_length, size, **options, start=engine.global_steps * count)
+    set_position(train, plan, args)
     train.samples.require(count * size * replicas, "a batch")
     return train, MicroBatchLoader(plan.held_out, args.sequence_length, size, **options, shuffle=False)
-
-
-def save(engine: Any, plan: Plan, args: argparse.Namespace) -> None:
-    """A checkpoint in DeepSpeed's layout, with the description that evaluation and export read; old ones go."""
-    from ibp_deepspeed.checkpoints import keep_newest
-    from models.resume import batches_of
-
-    folder = args.output / "checkpoint"
-    engine.save_checkpoint(folder, files=plan.files)
-    if engine.global_rank == 0:
-        keep_newest(folder, args.keep, batches_of)
 
 
 def describe(engine: Any, plan: Plan, args: argparse.Namespace, data: list[Any]) -> None:
@@ -331,7 +313,7 @@ def main(phase: entry.SameOnAllRanks) -> None:
         describe(engine, plan, args, [train, held_out])
     phase.ends()
     run = Run(engine, args, engine.train_batch_size() * args.sequence_length)
-    losses = run.train(train, held_out, lambda: save(engine, plan, args))
+    losses = run.train(train, held_out, lambda: save(engine, plan, args, train))
     if engine.global_rank == 0:
         final = losses[-1].item()
         entropy = plan.train.manifest.unigram_entropy_nats

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from models.errors import ModelError
 from models.pipeline import Description
 from models.resume import batches_of, checkpoint_to_resume
 from tests.test_virtual import make
+from tests.toys import micro_batches
 
 
 def write(folder: Path, tag: str, text: str) -> None:
@@ -135,8 +137,61 @@ def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
     for wanted, other, steps, said in (
         ("global_step3", planned, 9, "has no checkpoint global_step3, but global_step4"),
         ("auto", planned, 4, "has 4 batches already: give --steps above that, not 4"),
-        ("auto", description(bounds=[0, 1, 4]), 9, r"trained with bounds \[0, 2, 4\], not \[0, 1, 4\]"),
+        ("auto", description(sequence_length=64), 9, "trained with sequence_length 32, not 64"),
         ("auto", description(model={"model_type": "llama", "hidden_size": 9}), 9, "model's hidden_size 8, not 9"),
     ):
         with pytest.raises(ModelError, match=said):
             checkpoint_to_resume(tmp_path, wanted, other, steps)
+
+
+def damaged(folder: Path, name: str, change: Callable[[Path], object]) -> Path:
+    """A copy of the checkpoints with one file changed."""
+    copy = folder.with_name("damaged")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    change(copy / "global_step1" / name)
+    return copy
+
+
+def halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_damage_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    pipeline, folder = make(), tmp_path / "whole"
+    pipeline.save_checkpoint(folder, "global_step0", {"tokenizer/tokenizer.json": "{}", **description().files()})
+    pipeline.train_batch(iter(micro_batches(0, 1)))
+    pipeline.save_checkpoint(folder, "global_step1", {"tokenizer/tokenizer.json": "{}", **description().files()})
+    layer, stage = "layer_02-model_states.pt", "mp_rank_01_model_states.pt"
+    before = pipeline.train_batch(iter(micro_batches(1, 1)))
+    for name, change, said in (
+        (layer, halve, r"layer_02-model_states.pt has [\d,]+ bytes, it was written with [\d,]+"),
+        (stage, Path.unlink, f"{stage} is missing. Resume from another checkpoint: whole are global_step0."),
+        ("tokenizer/tokenizer.json", Path.unlink, "tokenizer/tokenizer.json is missing"),
+        ("contents.json", halve, "contents.json is damaged: .* whole are global_step0"),
+    ):
+        copy = damaged(folder, name, change)
+        for load in (
+            lambda copy=copy: pipeline.load_checkpoint(copy),
+            lambda copy=copy: checkpoint_to_resume(copy, "auto", description(), 9),
+        ):
+            with pytest.raises(CheckpointError, match=said) as caught:
+                load()
+            assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="has no checkpoints"):
+        pipeline.load_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="there is no checkpoint .*global_step7"):
+        pipeline.load_checkpoint(folder, "global_step7")
+    pipeline.load_checkpoint(folder)  # all the failures have left it as it was
+    assert torch.equal(pipeline.train_batch(iter(micro_batches(1, 1))), before)
+
+
+def test_a_checkpoint_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    """Without a list of its contents nothing can be compared, and unreadable files are named when they are read."""
+    pipeline = make()
+    pipeline.save_checkpoint(tmp_path / "whole", "global_step1")
+    old = damaged(tmp_path / "whole", "contents.json", Path.unlink)
+    pipeline.load_checkpoint(old)
+    halve(old / "global_step1" / "layer_02-model_states.pt")
+    with pytest.raises(CheckpointError, match="layer_02-model_states.pt can't be read"):
+        pipeline.load_checkpoint(old)

@@ -88,51 +88,6 @@ def test_processes_read_their_own_layers_and_change_nothing_at_rate_zero(hub: Pa
     assert held_out_loss(first, data, 4) == pytest.approx(held_out[0], rel=1e-5)
 
 
-def test_fine_tuning_from_an_import_and_what_it_leaves(hub: Path, data: Path, tmp_path: Path) -> None:
-    """In one process; then the family of its exits, with perplexities of the evaluation, and text from each."""
-    done = script("convert_hf.py", "import", "--model", hub, "--out", tmp_path / "imported")
-    assert done.returncode == 0 and "--init-from" in done.stdout, done.stderr
-    words: list[str | Path] = [
-        "--one-process",
-        "--stages",
-        "3",
-        "--init-from",
-        tmp_path / "imported",
-        "--data",
-        data,
-        "--steps",
-        "6",
-    ]
-    words += ["--deepspeed_config", config(tmp_path, 1e-3), "--sequence-length", str(SEQUENCE), "--eval-interval", "1"]
-    done = script("train_lm.py", *words, "--output", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
-    losses = [row["held_out"] for row in rows if "held_out" in row]
-    assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))
-    checkpoint, family = tmp_path / "run" / "checkpoint", tmp_path / "family"
-    done = script(
-        *("convert_hf.py", "export", "--checkpoint", checkpoint, "--all-exits", "--out", family, "--max-batches", "4"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in family.iterdir()) == ["README.md", "exit-1", "exit-2", "exit-3", "exits.json"]
-    table = json.loads((family / "exits.json").read_text())
-    assert [row["layers"] for row in table] == [1, 2, 3]
-    done = script(
-        *("evaluate_lm.py", "--checkpoint", checkpoint, "--max-batches", "4", "--json", tmp_path / "exits.json"),
-    )
-    evaluated = json.loads((tmp_path / "exits.json").read_text())["exits"]
-    assert [row["perplexity"] for row in table] == pytest.approx([row["perplexity"] for row in evaluated], rel=1e-5)
-    parameters = [AutoModelForCausalLM.from_pretrained(family / f"exit-{k}").num_parameters() for k in (1, 2, 3)]
-    assert [row["parameters"] for row in table] == parameters == sorted(parameters)
-    greedy = ["--prompt", "import ", "--tokens", "8", "--temperature", "0"]
-    said = [
-        script("generate.py", *source, *greedy)
-        for source in (("--checkpoint", checkpoint, "--exit", "1"), ("--model", str(family / "exit-1")))
-    ]
-    assert said[0].returncode == 0 and said[0].stdout.startswith("import "), said[0].stderr
-    assert said[0].stdout == said[1].stdout
-
-
 def test_wrong_starts_are_one_sentence(hub: Path, data: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     assert script("prepare_data.py", "--out", other, "--vocab-size", "400", "--max-bytes", "100000").returncode == 0

@@ -38,10 +38,10 @@ def at_small_size(words: list[str]) -> list[str]:
     if words[:2] == LAUNCHER:
         words = ["python", *words[3:], "--one-process", "--stages", words[2]]
     if words[1] == "scripts/train_lm.py":
-        steps = words.index("--steps") + 1 if "--steps" in words else None
         words += ["--sequence-length", "32", "--eval-micro-batches", "2"]
-        if steps:
-            words[steps] = str(int(words[steps]) // 100)
+        for option in {"--steps", "--save-interval"} & set(words):
+            value = words.index(option) + 1
+            words[value] = str(int(words[value]) // 100)
     if words[1] == "scripts/prepare_data.py" and "--dialogues" not in words:
         words += ["--max-bytes", "200000"]
     if words[1] == "scripts/evaluate_lm.py" or "--all-exits" in words:
@@ -72,7 +72,7 @@ def hub(tmp_path: Path) -> Path:
     tokenizer = train_tokenizer(DOCUMENTS, 400)
     tokenizer._tokenizer.chat_template = TEMPLATE
     tokenizer.save(folder)
-    rows = [{"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(60)]
+    rows = [{"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(300)]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 
@@ -80,7 +80,28 @@ def hub(tmp_path: Path) -> Path:
 def test_commands_of_the_hugging_face_page(hub: Path, tmp_path: Path) -> None:
     printed = run_page("huggingface.md", tmp_path)
     assert "begins with the weights of path/to/model" in printed and "| exit | decoder layers |" in printed
+    family = json.loads((tmp_path / "runs/tuned/family/exits.json").read_text())
+    evaluated = re.findall(r"^ +(?:exit \d|model) +([\d.]+)", printed, flags=re.MULTILINE)
+    assert [f"{row['loss']:.4f}" for row in family] == evaluated and len(evaluated) == 4
     for folder, layers in (("hf", 4), ("half", 2), ("family/exit-1", 1), ("family/exit-4", 4)):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/tuned" / folder)
         assert model.config.num_hidden_layers == layers
         assert (tmp_path / "runs/tuned" / folder / "README.md").exists()
+
+
+def test_commands_of_the_checkpoints_page(tmp_path: Path) -> None:
+    """Training, going on, and going on in two other shapes."""
+    printed = run_page("checkpoints.md", tmp_path)
+    assert "goes on from global_step2" in printed and "goes on from global_step4" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("head before layer")]
+    assert lines == [
+        "head before layer 4: from the checkpoint",
+        "head before layer 2: from the head before layer 4",
+        "head before layer 4: from the checkpoint",
+        "head before layer 6: from the head before layer 4",
+    ]
+    names = sorted(path.name for path in (tmp_path / "runs/first/checkpoint").iterdir())
+    assert names == ["global_step4", "global_step5", "latest"]
+    rows = [json.loads(line) for line in (tmp_path / "runs/first/history.jsonl").read_text().splitlines()]
+    held_out = {row["step"]: len(row["held_out"]) for row in rows if "held_out" in row}
+    assert held_out == {2: 4, 3: 4, 4: 2, 5: 4}
