@@ -42,19 +42,14 @@ def draw(rows: list[dict[str, Any]], path: Path, entropy: float | None) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    named: set[str] = set()
     for kind, style in (("train", {"linewidth": 1.2}), ("held_out", {"marker": "o", "linestyle": "", "markersize": 4})):
         for exits in sorted({len(row[kind]) for row in rows if kind in row}):  # a resumed run may have other stages
-            points = [(row["step"], row[kind]) for row in rows if kind in row]
-        # a run that went on with another number of stages has lines of both numbers
-        for count, same in groupby(points, key=lambda point: len(point[1])):  # type: ignore[arg-type]
-            steps, losses = zip(*same, strict=True)
-            for exit_index, values in enumerate(zip(*losses, strict=True)):
-                name = "model" if exit_index == count - 1 else f"exit of stage {exit_index} of {count}"
-                label = None if kind == "held_out" or name in named else name
-                named.add(name)
-                colour = "black" if name == "model" else f"C{exit_index}"
-                axes.plot(steps, values, color=colour, label=label, **style)  # type: ignore[arg-type]
+            points = [(row["step"], row[kind]) for row in rows if len(row.get(kind, ())) == exits]
+            for index in range(exits):
+                name = "model" if index == exits - 1 else f"exit {index + 1} of {exits}"
+                label = None if kind == "held_out" else name
+                steps, losses = [step for step, _ in points], [values[index] for _, values in points]
+                axes.plot(steps, losses, color=f"C{index}", label=label, **style)
     if entropy is not None:
         axes.axhline(entropy, color="grey", linestyle=":", label="unigram entropy")
     axes.set(xlabel="batch", ylabel="loss (nats per token)", title="Losses of all exits (dots: held out)")

@@ -34,6 +34,13 @@ class Run:
         return self
 
 
+def free_port() -> str:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def launch(
     worker: str, world_size: int, argument: Any = None, *, timeout: float = 300, end_with_first_failure: bool = False
 ) -> Run:
@@ -42,15 +49,13 @@ def launch(
     A worker calls :func:`report` with its result. After ``timeout`` seconds the rest is killed (exit code None);
     with ``end_with_first_failure`` that happens as soon as one fails, which is what launchers do.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(world_size):
             env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-            env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+            env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
             env.update(IBP_REPORT=f"{folder}/{rank}.json", PYTHONPATH=str(ROOT))
             log = open(f"{folder}/{rank}.log", "w")  # noqa: SIM115
             command = [sys.executable, "-m", f"tests.workers.{worker}", json.dumps(argument)]

@@ -17,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ibp_deepspeed import InterlockingError
+from tests.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
@@ -72,7 +73,7 @@ def trained(data: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Eight batches on two stages × two replicas through the deepspeed launcher."""
     out = tmp_path_factory.mktemp("run")
     done = run(
-        *(LAUNCHER, "--num_accelerators", "4", "--master_port", "29611", "scripts/train_lm.py", "--stages", "2"),
+        *(LAUNCHER, "--num_accelerators", "4", "--master_port", free_port(), "scripts/train_lm.py", "--stages", "2"),
         *(
             "--deepspeed_config",
             config,
@@ -150,7 +151,7 @@ def test_torchrun_and_one_process_train_the_same(data: Path, config: Path, tmp_p
     evaluate alike."""
     borrowing = changed(config, tmp_path / "borrow.json", aux_head={"readout": "shared", "borrow": 1})
     words = ["scripts/train_lm.py", "--deepspeed_config", borrowing, "--data", data, "--steps", "3", *SMALL, "--output"]
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
     done = run(*torchrun, *words, tmp_path / "two")
     assert done.returncode == 0, done.stdout + done.stderr
     done = run(sys.executable, *words, tmp_path / "one", "--one-process", "--stages", "2")
@@ -214,7 +215,7 @@ def test_no_compiler_is_needed(data: Path, config: Path, tmp_path: Path) -> None
     folder.mkdir()
     for name in ("bash", "sh", "env", "ls", "uname"):
         (folder / name).symlink_to(shutil.which(name) or f"/bin/{name}")
-    command = [sys.executable, LAUNCHER, "--num_accelerators", "2", "--master_port", "29614", "scripts/train_lm.py"]
+    command = [sys.executable, LAUNCHER, "--num_accelerators", "2", "--master_port", free_port(), "scripts/train_lm.py"]
     words = ["--deepspeed_config", config, "--data", data, "--steps", "2", "--output", tmp_path / "out", *SMALL]
     env = {
         "PATH": str(folder),
@@ -336,7 +337,7 @@ def test_the_launcher_ends_with_one_sentence(data: Path, config: Path, tmp_path:
     """Data shorter than one batch is known when the processes have met: rank 0 speaks, everybody ends."""
     huge = {"settings": {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 5000}}
     arguments = wrong(tmp_path, data, config, **huge)
-    launcher = (LAUNCHER, "--num_accelerators", "2", "--master_port", "29613", "scripts/train_lm.py")
+    launcher = (LAUNCHER, "--num_accelerators", "2", "--master_port", free_port(), "scripts/train_lm.py")
     done = run(*launcher, *arguments, timeout=120)
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
     assert done.returncode != 0 and len(said) == 1 and "a batch needs" in said[0], done.stdout + done.stderr
