@@ -45,8 +45,12 @@ class WholeCheckpoints:
         """Of this rank's trained parameters: name in its module → name in the model, in the optimizer's order."""
         raise NotImplementedError
 
-    def load_reshaped(self, folder: Path, shape: Shape) -> list[str]:
-        """Load a checkpoint of another shape; returns lines for the user."""
+    def loads_by_name(self) -> bool:
+        """Whether DeepSpeed can't load what it has written."""
+        return False
+
+    def load_reshaped(self, folder: Path, shape: Shape) -> tuple[list[str], dict[str, Any]]:
+        """Load a checkpoint of another shape; returns lines for the user, and the client's state."""
         raise NotImplementedError
 
     def save_checkpoint(
@@ -102,12 +106,13 @@ class WholeCheckpoints:
         folder = Path(load_dir) / name
         contents = check(folder)
         self.loaded_shape, self.load_report = contents.shape if contents is not None else None, []
-        if self.loaded_shape in (None, self.checkpoint_shape()):
+        same = self.loaded_shape == self.checkpoint_shape()
+        if contents is None or (same and not self.loads_by_name()):
             path, client_state = super().load_checkpoint(str(load_dir), name, *args, **kwargs)  # type: ignore[misc]
         else:
-            assert self.loaded_shape is not None
-            self.load_report = self.load_reshaped(folder, self.loaded_shape)
-            path, client_state = str(folder / "reshaped"), {}
+            lines, client_state = self.load_reshaped(folder, contents.shape)
+            self.load_report = [] if same else lines
+            path = str(folder / "reshaped")
         if path is not None:
             load_random_state(folder, self.global_rank, dist.get_world_size())
         return path, client_state

@@ -11,8 +11,10 @@ from ibp_deepspeed.checkpoints import WholeCheckpoints
 from ibp_deepspeed.config import InterlockingConfig
 from ibp_deepspeed.contents import Shape, structure
 from ibp_deepspeed.module import InterlockedPipelineModule
-from ibp_deepspeed.saved_states import SavedStates, names_of
+from ibp_deepspeed.saved_states import NAMES_KEY, SavedStates, names_of
 from ibp_deepspeed.stage_readout import StageReadout
+
+_NOT_THE_CLIENTS = ("module", "optimizer", "lr_scheduler", NAMES_KEY)  # DeepSpeed returns the rest as client's state
 
 
 class EngineCheckpoints(WholeCheckpoints):
@@ -71,7 +73,11 @@ class EngineCheckpoints(WholeCheckpoints):
         ordered = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
         return {name: places[name] for name in ordered}
 
-    def load_reshaped(self, folder: Path, shape: Shape) -> list[str]:
+    def loads_by_name(self) -> bool:
+        """bf16 without ZeRO: BF16_Optimizer wants the states of all replicas, DeepSpeed 0.19.8 hands it one."""
+        return self._is_partitioned() and not self.zero_optimization()  # type: ignore[attr-defined]
+
+    def load_reshaped(self, folder: Path, shape: Shape) -> tuple[list[str], dict[str, Any]]:
         """See the base class."""
         saved, module = SavedStates(folder, shape), self.module
         module.load_trunk(str(folder), self.checkpoint_engine)
@@ -92,7 +98,8 @@ class EngineCheckpoints(WholeCheckpoints):
         self.global_samples = counters["global_samples"]
         self.skipped_steps = counters["skipped_steps"]
         first = self.grid.get_data_parallel_rank() == 0
-        return [origin.words for origin in heads.values()] if first else []
+        client_state = {key: value for key, value in counters.items() if key not in _NOT_THE_CLIENTS}
+        return [origin.words for origin in heads.values()] if first else [], client_state
 
     def _is_partitioned(self) -> bool:
         """Whether DeepSpeed keeps flat copies of parameters, as ZeRO and its bf16 optimizer do."""

@@ -34,6 +34,8 @@ def resume(engine: Any, plan: Any, args: argparse.Namespace) -> None:
 
 def set_position(train: Any, plan: Any, args: argparse.Namespace) -> None:
     """Have the training data go on where the checkpoint was written, also in batches of another size."""
-    path: Path = args.output / "checkpoint" / str(plan.resume) / POSITION_FILE
-    if plan.resume is not None and path.exists():
+    if plan.resume is None:
+        return
+    path: Path = args.output / "checkpoint" / plan.resume / POSITION_FILE
+    if path.exists():  # checkpoints of an earlier version have none
         train.load_state_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The environment's own ninja: another one would build DeepSpeed's extension anew, and again for the next process.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 

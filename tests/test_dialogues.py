@@ -23,6 +23,8 @@ from ibp_deepspeed.data.tokenizer import train_tokenizer
 from scripts.train_lm import Plan, loaders
 from tests.test_scripts import ROOT, SMALL, script
 
+pytestmark = pytest.mark.xdist_group("test_dialogues")  # one worker: they share fixtures of the module
+
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}\n{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant\n{% endif %}"
@@ -123,7 +125,9 @@ def test_too_few_rows_for_a_batch_are_counted_as_rows(data: Path) -> None:
     engine = SimpleNamespace(
         train_micro_batch_size_per_gpu=lambda: 4, gradient_accumulation_steps=lambda: 16, global_steps=0
     )
-    plan = SimpleNamespace(train=open_tokens(data, "train"), held_out=open_tokens(data, "heldout"), replicas=1)
+    plan = SimpleNamespace(
+        train=open_tokens(data, "train"), held_out=open_tokens(data, "heldout"), replicas=1, resume=None
+    )
     args = argparse.Namespace(sequence_length=SEQUENCE, seed=0)
     with pytest.raises(DataError, match=r"has \d+ rows with a response in their first 33 tokens, a batch needs 64: "):
         loaders(engine, cast(Plan, plan), args)

@@ -15,6 +15,8 @@ from models import load_config
 from tests.test_models import perturbed
 from tests.test_scripts import ROOT, assert_one_sentence, run, script
 
+pytestmark = pytest.mark.xdist_group("test_fine_tuning")  # one worker: they share fixtures of the module
+
 SEQUENCE = 32
 
 

@@ -29,13 +29,14 @@ def check_kept(row: dict[str, Any], heads: list[int]) -> None:
     """Everything of the trunk and of heads at kept boundaries is the saved value, moments included."""
     kept = {f"head {boundary}.{name}" for boundary in heads for name in ("bias", "weight")}
     assert set(row["kept"]) >= {*TRUNK, *kept}, row
+    assert row["client"] == "kept"
     steps, samples, rate = row["counted"]
     assert steps == 3 and samples == 0 and rate == pytest.approx(0, abs=1e-12), row
 
 
 def test_processes_in_other_shapes(tmp_path: Path) -> None:
     """4 × 1 ↔ 2 × 2 (stages × replicas) and other bounds, with plain, partitioned and bf16 optimizers; then 3 and 2."""
-    folders = {name: str(tmp_path / name) for name in ("plain", "zero", "low", "exact", "halves", "again")}
+    folders = {name: str(tmp_path / name) for name in ("plain", "zero", "low", "exact", "halves", "again", "zero-less")}
     whole, halves = case(FOUR), case(TWO, 2)
     cases = [
         whole | {"save": folders["plain"]},
@@ -43,6 +44,8 @@ def test_processes_in_other_shapes(tmp_path: Path) -> None:
         halves | {"save": folders["halves"], "zero": 1},
         whole | {"save": folders["low"], "zero": 1, "bf16": True},
         case(FOUR, strategy=GLOBAL) | {"save": folders["exact"]},
+        whole | {"save": folders["zero-less"], "bf16": True},
+        whole | {"load": folders["zero-less"], "bf16": True},
         halves | {"load": folders["plain"]},
         halves | {"load": folders["zero"], "zero": 1},
         halves | {"load": folders["plain"], "zero": 1},
@@ -53,6 +56,9 @@ def test_processes_in_other_shapes(tmp_path: Path) -> None:
         case([0, 1, 3, 4, 8], strategy=GLOBAL) | {"load": folders["exact"]},
     ]
     rows = launch("reshape", 4, cases).check().reports[0]
+    unchanged, *rows = rows
+    check_kept(unchanged, [2, 4, 6])
+    assert not unchanged["lines"] and unchanged["error"] <= 1e-6, unchanged
     for row in rows[:4]:
         check_kept(row, [4])
         assert row["lines"] == [HEADS[4]] and not row["moved"], row

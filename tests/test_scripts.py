@@ -19,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ibp_deepspeed import InterlockingError
 from tests.launch import free_port
 
+pytestmark = pytest.mark.xdist_group("test_scripts")  # one worker: they share fixtures of the module
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 

@@ -93,6 +93,7 @@ def resume(case: dict[str, Any]) -> dict[str, Any]:
     dist.barrier()
     if dist.get_rank() == 0:
         os.remove(path)
+        os.remove(os.path.join(os.path.dirname(path), "contents.json"))  # which would name the file first
     dist.barrier()
     refusal = said(lambda: other.load_checkpoint(folder, tag="middle"))
     for each in (engine, other):

@@ -90,7 +90,7 @@ def save(case: dict[str, Any]) -> None:
     """Three batches, a checkpoint, three more; the states of both moments go beside it."""
     engine, folder = make_engine(case), Path(case["save"])
     train(engine, range(3))
-    engine.save_checkpoint(folder)
+    engine.save_checkpoint(folder, client_state={"mine": "kept"})
     moments = [together(engine)]
     rate, samples = engine.get_lr()[0], engine.global_samples
     train(engine, range(3, 6))
@@ -108,7 +108,7 @@ def load(case: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in engine.module.parameters():
             parameter.fill_(0.5)  # what is not loaded shows
-    engine.load_checkpoint(folder)
+    _, client_state = engine.load_checkpoint(folder)
     kept, moved = compare(there["moments"][0], together(engine))
     lines: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lines, engine.load_report)
@@ -126,6 +126,7 @@ def load(case: dict[str, Any]) -> dict[str, Any]:
     return {
         "kept": kept,
         "moved": moved,
+        "client": client_state["mine"],
         "lines": sorted(line for row in lines for line in row),
         "counted": counted,
         "error": max(errors.values()),
