@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,21 +38,21 @@ class WholeCheckpoints:
     loaded_shape: Shape | None = None
     load_report: list[str] = []
 
+    @abstractmethod
     def checkpoint_shape(self) -> Shape:
         """The shape that decides what the files of a checkpoint hold."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stage_names(self) -> dict[str, str]:
         """Of this rank's trained parameters: name in its module → name in the model, in the optimizer's order."""
-        raise NotImplementedError
 
     def loads_by_name(self) -> bool:
         """Whether DeepSpeed can't load what it has written."""
         return False
 
+    @abstractmethod
     def load_reshaped(self, folder: Path, shape: Shape) -> tuple[list[str], dict[str, Any]]:
         """Load a checkpoint of another shape; returns lines for the user, and the client's state."""
-        raise NotImplementedError
 
     def save_checkpoint(
         self,

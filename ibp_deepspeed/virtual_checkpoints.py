@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ class VirtualCheckpoints:
     _borrow: int
 
     @property
+    @abstractmethod
     def global_steps(self) -> int:
         """Batches trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def train_batch_size(self) -> int:
         """Samples a batch."""
-        raise NotImplementedError
 
     def save_checkpoint(
         self, save_dir: str | Path, tag: str | None = None, files: Mapping[str, str] | None = None

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from models.checkpoint import GENERATION_FILE
 from models.errors import ModelError
 from models.exits import Exits
 from models.model_card import model_card
+from models.whole_folder import whole_folder
 
 _TOLERANCE = {torch.float32: 1e-5}  # of the largest logit; a head's temperature is folded into its readout
 _COARSE_TOLERANCE = 2e-2  # the same in 16 bits
@@ -48,23 +46,12 @@ def write(
             the exit's logits, because its head has something that the architecture has no place for. Nothing is left.
     """
     exit_ = len(exits) if exit_ is None else exit_
-    if out.exists():
-        raise ModelError(f"{out} exists already: give another --out or remove it.")
-    model = exits.to_hugging_face(exit_)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            _save(exits, model, temporary, shard_size)
-            card = model_card(exits, exit_, model.num_parameters(), results or {})
-            card.save(temporary / "README.md")
-            _check(exits, exit_, temporary, next(model.parameters()).dtype)
-            temporary.chmod(0o755)
-            os.rename(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"can't write {out}: {getattr(error, 'strerror', None) or error}") from error
+    with whole_folder(out) as folder:
+        model = exits.to_hugging_face(exit_)
+        _save(exits, model, folder, shard_size)
+        card = model_card(exits, exit_, model.num_parameters(), results or {})
+        card.save(folder / "README.md")
+        _check(exits, exit_, folder, next(model.parameters()).dtype)
     return model.num_parameters()
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from ibp_deepspeed.checkpoints import write_texts
+from ibp_deepspeed.checkpoints import write_texts, written
 from models.causal_lm import CausalLM
 from models.checkpoint import GENERATION_FILE, TOKENIZER_FOLDER, layer_file
 from models.config import load_config
 from models.errors import ModelError
 from models.pipeline import Description
 from models.pretrained import PretrainedWeights, local_folder
+from models.whole_folder import whole_folder
 
 
 def import_model(path_or_name: str, out: Path) -> Path:
@@ -27,8 +27,6 @@ def import_model(path_or_name: str, out: Path) -> Path:
     Raises:
         ModelError: a model that can't be cut or read, or a folder that exists or can't be written. Nothing is left.
     """
-    if out.exists():
-        raise ModelError(f"{out} exists already: give another --out or remove it.")
     folder = local_folder(path_or_name)
     config = load_config(folder)
     weights = PretrainedWeights(folder, config)
@@ -43,20 +41,11 @@ def import_model(path_or_name: str, out: Path) -> Path:
         sequence_length=min(length, 2048),
         init_from=path_or_name,
     )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            for index in tqdm(range(model.num_layers), desc="layers", disable=None):
-                torch.save(model.build_layer(index).state_dict(), temporary / layer_file(index))
-            write_texts(temporary, description.files())
-            _save_companions(folder, temporary)
-            temporary.chmod(0o755)
-            temporary.rename(out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise ModelError(f"can't write {out}: {error.strerror or error}") from error
+    with whole_folder(out) as made, written(out):
+        for index in tqdm(range(model.num_layers), desc="layers", disable=None):
+            torch.save(model.build_layer(index).state_dict(), made / layer_file(index))
+        write_texts(made, description.files())
+        _save_companions(folder, made)
     return out
 
 
