@@ -6,6 +6,7 @@ the one that stood at its boundary, or as the nearest one, or as the model's own
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,13 +127,13 @@ def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], sav
         group.update({key: value for key, value in settings.items() if key != "params"})
 
 
-def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, value: Tensor) -> None:
+def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, value: Any) -> None:
     """One entry of a parameter's state, in the flat tensor of its group, which is made at the first step otherwise."""
     mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
     flat = inner.param_groups[mapping.param_group_index]["params"][0]
     state = inner.state[flat]
-    if value.numel() != parameter.numel() or value.dim() == 0:
-        state[key] = value.clone()  # a number of steps: one for the whole group
+    if not _is_of_size(value, parameter):
+        state[key] = copy.deepcopy(value)  # a number of steps: one for the whole group
         return
     if key not in state:
         state[key] = torch.zeros_like(flat)
@@ -148,7 +149,10 @@ def _with_settings(groups: list[dict[str, Any]], saved: SavedStates) -> list[dic
     return [{**group, **{k: v for k, v in s.items() if k in group}} for group, s in zip(groups, settings, strict=True)]
 
 
-def _shaped(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    return (
-        value.reshape(parameter.shape).clone() if value.numel() == parameter.numel() and value.dim() else value.clone()
-    )
+def _is_of_size(value: Any, parameter: nn.Parameter) -> bool:
+    """Whether an entry of a state is a tensor as large as the parameter, and no number."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == parameter.numel()
+
+
+def _shaped(value: Any, parameter: nn.Parameter) -> Any:
+    return value.reshape(parameter.shape).clone() if _is_of_size(value, parameter) else copy.deepcopy(value)

@@ -44,7 +44,7 @@ class SavedStates:
     def __init__(self, folder: Path, shape: Shape) -> None:
         self.folder, self.shape = folder, shape
         self._weights: dict[str, Mapping[str, Tensor]] = {}
-        self._states: dict[int, dict[str, dict[str, Tensor]]] = {}
+        self._states: dict[int, dict[str, dict[str, Any]]] = {}
         self._files: dict[int, dict[str, Any]] = {}
 
     def weight(self, name: str) -> Tensor | None:
@@ -58,8 +58,9 @@ class SavedStates:
             self._weights[place] = read(found[0]) if found else {}
         return self._weights[place].get(rest)
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        """What the optimizer knew of a parameter: tensors of its size, flat or not, and numbers; with mixed precision
+    def state(self, name: str) -> dict[str, Any]:
+        """What the optimizer knew of a parameter: tensors of its size, flat or not, and numbers, which may be
+        tensors too; with mixed precision
         its fp32 copy as ``MASTER``. Empty for a parameter that was not trained."""
         for stage in self._stages(name):
             if stage not in self._states:
@@ -104,7 +105,7 @@ class SavedStates:
             raise CheckpointError(f"{self.folder} has no optimizer state of replica {replica}, stage {stage}.")
         return found[0]
 
-    def _read_states(self, stage: int) -> dict[str, dict[str, Tensor]]:
+    def _read_states(self, stage: int) -> dict[str, dict[str, Any]]:
         whole, partitions = self._optimizer(stage)
         if partitions:
             return self._joined(stage, partitions)
@@ -115,11 +116,11 @@ class SavedStates:
             found[name][MASTER] = master
         return found
 
-    def _joined(self, stage: int, partitions: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    def _joined(self, stage: int, partitions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Each parameter's pieces from the replicas' flat tensors, in their order."""
         boundary = next((b for b, holder in self.shape.heads.items() if holder == stage), None)
         pieces: dict[str, dict[str, list[Tensor]]] = {}
-        numbers: dict[str, dict[str, Tensor]] = {}
+        numbers: dict[str, dict[str, Any]] = {}
         for partition in partitions:
             base = partition["base_optimizer_state"]["state"]
             for group, fragments in enumerate(partition["param_slice_mappings"]):
@@ -132,7 +133,7 @@ class SavedStates:
                             piece = tensor.narrow(0, fragment.start, fragment.numel)
                             pieces.setdefault(name, {}).setdefault(key, []).append(piece)
                         else:
-                            numbers.setdefault(name, {})[key] = torch.as_tensor(tensor)
+                            numbers.setdefault(name, {})[key] = tensor
         return {
             name: {**{k: torch.cat(v) for k, v in keys.items()}, **numbers.get(name, {})}
             for name, keys in pieces.items()

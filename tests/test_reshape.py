@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -169,3 +170,21 @@ def test_another_strategy_is_the_same_shape(tmp_path: Path) -> None:
     for ours, theirs in zip(other.optimizers, one.optimizers, strict=True):
         for a, b in zip(ours.state.values(), theirs.state.values(), strict=True):
             assert torch.equal(a["exp_avg"], b["exp_avg"])
+
+
+def test_steps_may_be_numbers_or_tensors(tmp_path: Path) -> None:
+    """DeepSpeed's own optimizers count in Python's numbers, torch's in tensors."""
+    one = make(TWO, GLOBAL)
+    train(one, range(1))
+    one.save_checkpoint(tmp_path)
+    path = tmp_path / "global_step1" / "mp_rank_00_model_states.pt"
+    file = torch.load(path, weights_only=False)
+    for state in file["optimizer"]["state"].values():
+        state["step"] = 7
+    torch.save(file, path)
+    (tmp_path / "global_step1" / "contents.json").write_text(
+        json.dumps({"shape": one.checkpoint_shape().model_dump(), "files": {}})
+    )
+    other = make(FOUR, GLOBAL)
+    other.load_checkpoint(tmp_path)
+    assert {float(state["step"]) for state in other.optimizers[0].state.values()} == {7}
