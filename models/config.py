@@ -32,15 +32,7 @@ def load_config(path_or_name: str | Path, **overrides: Any) -> PretrainedConfig:
         values, _ = PretrainedConfig.get_config_dict(str(path_or_name))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no model config in '{path_or_name}': {_first_line(error)}") from error
-    for name, value in overrides.items():
-        own_name = base.attribute_map.get(name, name)
-        if not hasattr(base, own_name):
-            raise ModelError(f"the config of model type '{base.model_type}' has no '{name}' to override")
-        values[own_name] = value
-    try:
-        return type(base).from_dict(_cut_lists(values, base, overrides))
-    except Exception as error:  # a config class may refuse its values with any kind of error
-        raise ModelError(f"{overrides} do not fit the config in '{path_or_name}': {_first_line(error)}") from error
+    return _changed(base, values, overrides, f"the config in '{path_or_name}'")
 
 
 def overridden(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
@@ -49,16 +41,23 @@ def overridden(config: PretrainedConfig, overrides: Mapping[str, Any]) -> Pretra
     Raises:
         ModelError: an unknown name, or values that the config class refuses.
     """
-    values = config.to_dict()
+    return _changed(config, config.to_dict(), overrides, "the config")
+
+
+def _changed(
+    base: PretrainedConfig, values: dict[str, Any], overrides: Mapping[str, Any], what: str
+) -> PretrainedConfig:
     for name, value in overrides.items():
-        own_name = config.attribute_map.get(name, name)
-        if not hasattr(config, own_name):
-            raise ModelError(f"the config of model type '{config.model_type}' has no '{name}' to override")
+        own_name = base.attribute_map.get(name, name)
+        if not hasattr(base, own_name):
+            raise ModelError(f"the config of model type '{base.model_type}' has no '{name}' to override")
         values[own_name] = value
     try:
-        return type(config).from_dict(values)
+        return type(base).from_dict(_cut_lists(values, base, overrides))
+    except ModelError:
+        raise
     except Exception as error:  # a config class may refuse its values with any kind of error
-        raise ModelError(f"{dict(overrides)} do not fit the config: {_first_line(error)}") from error
+        raise ModelError(f"{dict(overrides)} do not fit {what}: {_first_line(error)}") from error
 
 
 def with_layers(config: PretrainedConfig, kinds: Sequence[int]) -> PretrainedConfig:
@@ -72,7 +71,7 @@ def with_layers(config: PretrainedConfig, kinds: Sequence[int]) -> PretrainedCon
     return type(config).from_dict(values)
 
 
-def _cut_lists(values: dict[str, Any], base: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+def _cut_lists(values: dict[str, Any], base: PretrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Shorten lists with an entry per layer to an overridden number of layers."""
     layers = overrides.get("num_hidden_layers", overrides.get(base.attribute_map.get("num_hidden_layers", "")))
     if layers is None:
