@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+_PORTS_OF_A_WORKER = 2000
+_ports = itertools.count(os.getpid())  # another start in the next run: ports stay taken for a minute
 
 
 @dataclass
@@ -35,10 +38,19 @@ class Run:
 
 
 def free_port() -> str:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port that nobody listens at, and that no other worker of these tests will take meanwhile.
+
+    Below the ports that systems give to outgoing connections, each worker has a range of its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 20000 + _PORTS_OF_A_WORKER * worker + next(_ports) % _PORTS_OF_A_WORKER
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return str(port)
 
 
 def launch(
