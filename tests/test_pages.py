@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ibp_deepspeed.data.tokenizer import train_tokenizer
 from models import load_config
+from tests.launch import free_port
 from tests.prepared_data import DOCUMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,7 @@ def run_page(page: str, folder: Path) -> str:
     env = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     printed = []
     for words in commands(page):
+        env["MASTER_PORT"] = free_port()
         done = subprocess.run(at_small_size(words), cwd=folder, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
         printed.append(done.stdout)

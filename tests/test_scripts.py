@@ -29,6 +29,7 @@ def run(
     *command: object, timeout: float = 240, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     env = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **(environment or {}))
+    env.setdefault("MASTER_PORT", free_port())  # for --one-process: another test could take one that it finds itself
     env.update(PATH=f"{Path(sys.executable).parent}:{env['PATH']}")
     words = [str(word) for word in command]
     return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
