@@ -59,9 +59,8 @@ class SavedStates:
         return self._weights[place].get(rest)
 
     def state(self, name: str) -> dict[str, Any]:
-        """What the optimizer knew of a parameter: tensors of its size, flat or not, and numbers, which may be
-        tensors too; with mixed precision
-        its fp32 copy as ``MASTER``. Empty for a parameter that was not trained."""
+        """What the optimizer knew of a parameter: tensors of its size, flat or not, and numbers, which may be tensors
+        too; with mixed precision its fp32 copy as ``MASTER``. Empty for a parameter that was not trained."""
         for stage in self._stages(name):
             if stage not in self._states:
                 self._states[stage] = self._read_states(stage)

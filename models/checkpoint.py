@@ -15,6 +15,7 @@ from models.pipeline import DESCRIPTION_FILE, Description
 
 TOKENIZER_FOLDER = "tokenizer"
 GENERATION_FILE = "generation_config.json"
+_TEXTS = (".json", ".txt", ".jinja")
 
 
 def layer_file(index: int) -> str:
@@ -23,8 +24,8 @@ def layer_file(index: int) -> str:
 
 
 def tokenizer_texts(folder: Path) -> dict[str, str]:
-    """A fast tokenizer's files, all texts, by their names in a checkpoint."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    """A fast tokenizer's files, all texts, by their names in a checkpoint; SentencePiece's binary one is not needed."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix in _TEXTS)
     return {f"{TOKENIZER_FOLDER}/{path.name}": path.read_text(encoding="utf-8") for path in paths}
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ibp_deepspeed.config import AuxHeadConfig
 from models import CausalLM, ModelError
+from models.checkpoint import tokenizer_texts
 from models.config import load_config
 from models.layers import AuxiliaryHead, HeadLayer
 from models.pretrained import PretrainedWeights, local_folder
@@ -153,3 +154,9 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path) -> None:
     said("has no weights")
     with pytest.raises(ModelError, match="'nobody/nothing' is no folder, and can't be had from the hub"):
         local_folder("nobody/nothing")
+
+
+def test_a_tokenizers_binary_files_stay_out_of_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_bytes(b"\xec\x00")
+    assert tokenizer_texts(tmp_path) == {"tokenizer/tokenizer.json": "{}"}
