@@ -6,32 +6,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ibp_deepspeed.config import AuxHeadConfig, ConfigError, InterlockingConfig
-    from ibp_deepspeed.distributed import init_distributed
-    from ibp_deepspeed.engine import InterlockedPipelineEngine
+    from ibp_deepspeed.comm.distributed import init_distributed
+    from ibp_deepspeed.config.interlocking import AuxHeadConfig, ConfigError, InterlockingConfig
+    from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
+    from ibp_deepspeed.engine.initialize import initialize
     from ibp_deepspeed.errors import InterlockingError
-    from ibp_deepspeed.initialization import initialize
-    from ibp_deepspeed.module import InterlockedPipelineModule, ModuleError
-    from ibp_deepspeed.reference import InterlockedReference
-    from ibp_deepspeed.schedule import InterlockedTrainSchedule
-    from ibp_deepspeed.strategy import Strategy
+    from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
+    from ibp_deepspeed.single_process.reference import InterlockedReference
+    from ibp_deepspeed.stage.module import InterlockedPipelineModule, ModuleError
+    from ibp_deepspeed.strategy.strategy import Strategy
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AuxHeadConfig": "config",
-    "ConfigError": "config",
-    "InterlockedPipelineEngine": "engine",
-    "InterlockedPipelineModule": "module",
-    "InterlockedReference": "reference",
-    "InterlockedTrainSchedule": "schedule",
-    "InterlockingConfig": "config",
+    "AuxHeadConfig": "config.interlocking",
+    "ConfigError": "config.interlocking",
+    "InterlockedPipelineEngine": "engine.engine",
+    "InterlockedPipelineModule": "stage.module",
+    "InterlockedReference": "single_process.reference",
+    "InterlockedTrainSchedule": "schedule.generator",
+    "InterlockingConfig": "config.interlocking",
     "InterlockingError": "errors",
-    "ModuleError": "module",
-    "Strategy": "strategy",
-    "VirtualPipeline": "virtual",
-    "init_distributed": "distributed",
-    "initialize": "initialization",
+    "ModuleError": "stage.module",
+    "Strategy": "strategy.strategy",
+    "VirtualPipeline": "single_process.virtual_pipeline",
+    "init_distributed": "comm.distributed",
+    "initialize": "engine.initialize",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ibp_deepspeed.config import AuxHeadConfig
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from models.errors import ModelError
 from models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from models.partition import balanced_sizes, manual_bounds, sizes_to_bounds

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibp_deepspeed.config import AuxHeadConfig
-from ibp_deepspeed.heads import LazyLogits
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.objectives.cross_entropy import LazyLogits
 from models.recorder import Recorder
 from models.shell import Shell
 

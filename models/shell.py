@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from models.errors import ModelError
 
-# Those that tests/test_models.py compares with the uncut model. Another may work: add it there first.
+# Those that tests/models/test_causal_lm.py compares with the uncut model. Another may work: add it there first.
 PROVEN = (
     "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
     "mistral", "mixtral", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",

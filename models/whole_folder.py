@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ibp_deepspeed.durable import replace_folder
+from ibp_deepspeed.atomic_files import replace_folder
 from models.errors import ModelError
 
 

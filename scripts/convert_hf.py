@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ibp_deepspeed import entry
+from ibp_deepspeed import cli
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,8 +51,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def export(args: argparse.Namespace) -> None:
     """One exit."""
-    from models.exits import Exits
-    from models.hub_folder import write
+    from models.exits.exits import Exits
+    from models.hf.save import write
 
     exits = Exits(args.checkpoint)
     parameters = write(exits, args.out, args.exit, shard_size=args.shard_size)
@@ -62,9 +62,9 @@ def export(args: argparse.Namespace) -> None:
 def export_all(args: argparse.Namespace) -> None:
     """Every exit in a folder of its own, and what each costs and is worth."""
     from models import ModelError
-    from models.exit_table import measure, table
-    from models.exits import Exits
-    from models.hub_folder import write
+    from models.exits.exits import Exits
+    from models.exits.table import measure, table
+    from models.hf.save import write
 
     exits = Exits(args.checkpoint)
     data = args.data or exits.description.data
@@ -95,11 +95,11 @@ def report(exits: Any, exit_: int, parameters: int, out: Path) -> None:
     )
 
 
-def main(phase: entry.SameOnAllRanks) -> None:
+def main(phase: cli.SameOnAllRanks) -> None:
     """Run a command."""
     args = parse_arguments()
     if args.command == "import":
-        from models.importing import import_model
+        from models.hf.importing import import_model
 
         folder = import_model(args.model, args.out)
         print(f"{folder}: train with scripts/train_lm.py --init-from {folder}")
@@ -110,4 +110,4 @@ def main(phase: entry.SameOnAllRanks) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

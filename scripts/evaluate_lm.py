@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the metric is a file beside this script
 
-from ibp_deepspeed import entry
+from ibp_deepspeed import cli
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +39,7 @@ def evaluate_exits(args: argparse.Namespace) -> tuple[list[dict[str, Any]], floa
 
     from ibp_deepspeed.data import MicroBatchLoader, open_tokens
     from models import ModelError
-    from models.exits import Exits
+    from models.exits.exits import Exits
 
     exits = Exits(args.checkpoint, args.device)
     data = args.data or exits.description.data
@@ -58,7 +58,7 @@ def evaluate_exits(args: argparse.Namespace) -> tuple[list[dict[str, Any]], floa
     return rows, tokens.manifest.unigram_entropy_nats
 
 
-def main(phase: entry.SameOnAllRanks) -> None:
+def main(phase: cli.SameOnAllRanks) -> None:
     """Evaluate, print, write."""
     args = parse_arguments()
     rows, entropy = evaluate_exits(args)
@@ -72,4 +72,4 @@ def main(phase: entry.SameOnAllRanks) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ibp_deepspeed import entry
+from ibp_deepspeed import cli
 from ibp_deepspeed.errors import InterlockingError
 
 
@@ -49,7 +49,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if args.checkpoint is not None:
-        from models.exits import Exits
+        from models.exits.exits import Exits
 
         exits = Exits(args.checkpoint)
         model, tokenizer = exits.to_hugging_face(args.exit), exits.checkpoint.tokenizer
@@ -77,7 +77,7 @@ def encode(tokenizer: Any, args: argparse.Namespace) -> Any:
     return tokenizer.apply_chat_template(messages, **options)
 
 
-def main(phase: entry.SameOnAllRanks) -> None:
+def main(phase: cli.SameOnAllRanks) -> None:
     """Load, sample, print."""
     args = parse_arguments()
     import torch
@@ -92,4 +92,4 @@ def main(phase: entry.SameOnAllRanks) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

@@ -13,11 +13,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ibp_deepspeed import entry
+from ibp_deepspeed import cli
 from ibp_deepspeed.errors import InterlockingError
 
 
-def main(phase: entry.SameOnAllRanks) -> None:
+def main(phase: cli.SameOnAllRanks) -> None:
     """Read history.jsonl, write a PNG."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="output folder of train_lm.py")
@@ -59,4 +59,4 @@ def draw(rows: list[dict[str, Any]], path: Path, entropy: float | None) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

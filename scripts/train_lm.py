@@ -24,9 +24,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ibp_deepspeed import entry
-from scripts.training_checkpoints import resume, save, set_position
-from scripts.training_loop import Run
+from ibp_deepspeed import cli
+from scripts.training.checkpoints import resume, save, set_position
+from scripts.training.loop import Run
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -122,11 +122,11 @@ class Plan:
 def check(args: argparse.Namespace) -> Plan:
     """Check everything that can be checked alone, before the processes meet."""
     from ibp_deepspeed.data import open_tokens
-    from ibp_deepspeed.initialization import check_deepspeed_settings, load_config, resolve_interlocking
+    from ibp_deepspeed.engine.initialize import check_deepspeed_settings, load_config, resolve_interlocking
     from models import CausalLM, ModelError
-    from models.checkpoint import TOKENIZER_FOLDER, tokenizer_texts
-    from models.pipeline import Description
-    from models.resume import checkpoint_to_resume
+    from models.build import Description
+    from models.runs.checkpoint import TOKENIZER_FOLDER, tokenizer_texts
+    from models.runs.resume import checkpoint_to_resume
 
     if args.one_process:
         become_only_process(args.stages)
@@ -181,8 +181,8 @@ def check(args: argparse.Namespace) -> Plan:
 
 def starting_point(args: argparse.Namespace, vocabulary_size: int) -> Any:
     """The config and weights of --model or --init-from."""
-    from models.checkpoint import TOKENIZER_FOLDER
-    from models.starting_point import pretrained_start, random_start
+    from models.runs.checkpoint import TOKENIZER_FOLDER
+    from models.runs.start import pretrained_start, random_start
 
     overrides = parse_overrides(args.set)
     if args.init_from is None:
@@ -243,7 +243,7 @@ def start(plan: Plan, args: argparse.Namespace) -> Any:
     from deepspeed.monitor.monitor import MonitorMaster
 
     from ibp_deepspeed import init_distributed, initialize
-    from models.pipeline import pipeline_module, virtual_pipeline
+    from models.build import pipeline_module, virtual_pipeline
 
     deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
     with contextlib.ExitStack() as stack:
@@ -301,7 +301,7 @@ def describe(engine: Any, plan: Plan, args: argparse.Namespace, data: list[Any])
     print("\n".join(lines), flush=True)
 
 
-def main(phase: entry.SameOnAllRanks) -> None:
+def main(phase: cli.SameOnAllRanks) -> None:
     """Check, start, train, save."""
     args = parse_arguments()
     plan = check(args)
@@ -323,4 +323,4 @@ def main(phase: entry.SameOnAllRanks) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ibp_deepspeed.course import Course
-from ibp_deepspeed.reference import InterlockedReference
+from ibp_deepspeed.single_process.reference import InterlockedReference
+from ibp_deepspeed.strategy.timeline import Course
 
 
 def cosines(reference: InterlockedReference, inputs: Tensor, labels: Tensor) -> list[float]:

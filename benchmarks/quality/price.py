@@ -8,10 +8,10 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from ibp_deepspeed.config import InterlockingConfig
-from ibp_deepspeed.course import Course
-from ibp_deepspeed.simulate import Prediction, simulate_course
-from ibp_deepspeed.walk import Costs
+from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.schedule.predict import Prediction, simulate_course
+from ibp_deepspeed.schedule.simulator import Costs
+from ibp_deepspeed.strategy.timeline import Course
 
 HEAD = 0.1  # forward and both products of a private readout, where a stage's forward is 1
 MICRO_BATCHES = 4

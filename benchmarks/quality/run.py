@@ -15,10 +15,10 @@ from transformers import AutoConfig
 
 from benchmarks.quality.gradients import cosines
 from benchmarks.quality.tasks import HopTask, Task, TextTask
-from ibp_deepspeed.heads import LazyLogits
-from ibp_deepspeed.virtual import VirtualPipeline
+from ibp_deepspeed.objectives.cross_entropy import LazyLogits
+from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
 from models import CausalLM
-from models.pipeline import virtual_pipeline
+from models.build import virtual_pipeline
 
 SOLVED = 0.99
 

@@ -139,9 +139,9 @@ def measure(
 
 def prediction(name: str, stages: int, micro_batches: int, latency: float) -> dict[str, float]:
     """What the schedule's simulation says; nothing for schedules that are not ours."""
-    from ibp_deepspeed.simulate import simulate
-    from ibp_deepspeed.strategy import Strategy
-    from ibp_deepspeed.walk import Costs
+    from ibp_deepspeed.schedule.predict import simulate
+    from ibp_deepspeed.schedule.simulator import Costs
+    from ibp_deepspeed.strategy.strategy import Strategy
 
     if name in ("DualPipeV", "ZBV"):
         return {}

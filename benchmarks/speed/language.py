@@ -17,8 +17,8 @@ def llama(
     """A Llama of this many decoder layers; embedding, and norm with readout, join the outermost of them."""
     from transformers import AutoConfig
 
-    from ibp_deepspeed.config import AuxHeadConfig
-    from ibp_deepspeed.heads import CausalLMLoss
+    from ibp_deepspeed.config.interlocking import AuxHeadConfig
+    from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
     from models import CausalLM
 
     config = AutoConfig.for_model(

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ibp_deepspeed.channels import SendChannel
-from ibp_deepspeed.messages import Frame
+from ibp_deepspeed.comm.channel import SendChannel
+from ibp_deepspeed.comm.message import Frame
 
 
 class _Late:

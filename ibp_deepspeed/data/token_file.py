@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from ibp_deepspeed.durable import replace_folder
+from ibp_deepspeed.atomic_files import replace_folder
 from ibp_deepspeed.errors import InterlockingError
 
 SplitName = Literal["train", "heldout"]

@@ -12,7 +12,7 @@ from deepspeed.pipe import LayerSpec
 
 from ibp_deepspeed import InterlockedPipelineModule, initialize
 from tests.launch import report
-from tests.test_reference import XS, A, B, C, M, P, Q, Scale, linear_loss
+from tests.single_process.test_reference import XS, A, B, C, M, P, Q, Scale, linear_loss
 
 
 def gradients(interlocking: dict[str, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
-from ibp_deepspeed import InterlockedPipelineModule, entry, initialize
+from ibp_deepspeed import InterlockedPipelineModule, cli, initialize
 from tests.toys import Head, Layer, layer_specs, loss_fn, make_module, micro_batches
 
 CONFIG: dict[str, Any] = {
@@ -55,7 +55,7 @@ def module_with(layer: Any, stages: int = 4, at: int = 3) -> InterlockedPipeline
 
 def train(
     module: InterlockedPipelineModule,
-    phase: entry.SameOnAllRanks,
+    phase: cli.SameOnAllRanks,
     data: Iterator[Any] | None = None,
     config: dict[str, Any] = CONFIG,
 ) -> None:
@@ -78,7 +78,7 @@ def raising() -> Callable[[Tensor], Tensor]:
     return act
 
 
-def cases(phase: entry.SameOnAllRanks) -> dict[str, Callable[[], None]]:
+def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
     rank = deepspeed.comm.get_rank()
     other = [(x, y + rank // 2) for x, y in micro_batches(0, 3)]  # stages 0 and 1 agree, 2 and 3 agree
     tied = [
@@ -127,11 +127,11 @@ class Scalar(nn.Module):
         return hidden * self.scale
 
 
-def main(phase: entry.SameOnAllRanks) -> None:
+def main(phase: cli.SameOnAllRanks) -> None:
     deepspeed.init_distributed("gloo")
     deepspeed.utils.logger.setLevel("ERROR")
     cases(phase)[json.loads(sys.argv[1])]()
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    cli.run(main)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ibp_deepspeed import InterlockedReference, initialize
-from ibp_deepspeed.messages import Memory
+from ibp_deepspeed.comm.message import Memory
 from tests.launch import report
 from tests.toys import make_module, make_reference, micro_batches
 

@@ -23,11 +23,11 @@ from ibp_deepspeed import (
     InterlockingError,
     initialize,
 )
-from ibp_deepspeed.stage_readout import shared_readout_path
+from ibp_deepspeed.stage.readout_copies import shared_readout_path
+from models.build import pipeline_module
 from models.causal_lm import CausalLM
-from models.pipeline import pipeline_module
 from tests.launch import report
-from tests.test_models import SEQUENCE, shifted, tiny
+from tests.models.test_causal_lm import SEQUENCE, shifted, tiny
 from tests.toys import FollowingHead, Head, Layer, loss_fn, make_module, micro_batches
 from tests.workers.parity import OPTIMIZERS, compare, run_case, stage_parameters
 

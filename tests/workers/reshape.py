@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor
 
 from ibp_deepspeed import InterlockedPipelineModule, initialize
-from ibp_deepspeed.saved_states import names_of
+from ibp_deepspeed.checkpoint.reader import names_of
 from tests.launch import report
 from tests.toys import Head, Layer, loss_fn, micro_batches
 from tests.workers.parity import destroy_groups

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ibp_deepspeed import initialize
-from ibp_deepspeed.virtual import VirtualPipeline
+from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
 from tests.launch import report
 from tests.toys import loss_fn, make_module, make_reference, micro_batches
 from tests.workers.parity import compare, destroy_groups, stage_parameters

@@ -114,8 +114,8 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def _work(name: str, stages: int) -> str:
-    from ibp_deepspeed.simulate import simulate
-    from ibp_deepspeed.strategy import Strategy
+    from ibp_deepspeed.schedule.predict import simulate
+    from ibp_deepspeed.strategy.strategy import Strategy
 
     if not name.startswith("N="):
         return "3.00"

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.speed.harness import Row, Spread, interleaved
-from ibp_deepspeed import fused
-from ibp_deepspeed.heads import CausalLMLoss, LazyLogits
-from ibp_deepspeed.token_sample import TokenSample
+from ibp_deepspeed.objectives import fused_cross_entropy
+from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss, LazyLogits
+from ibp_deepspeed.objectives.token_sampling import TokenSample
 
 RANK, FRACTION = 64, 0.25
 
@@ -90,7 +90,7 @@ class Contenders:
             contenders[f"chunks of {chunk or '64 MiB'}"] = partial(self.ours, full, chunk)
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
         linear.weight = self.weight
-        if fused.applies(linear, self.hidden):
+        if fused_cross_entropy.applies(linear, self.hidden):
             contenders["fused kernel"] = lambda: CausalLMLoss()(LazyLogits(self.hidden, linear, full), self.labels)
         contenders["shared readout"] = partial(self.ours, full, None, trained=False)
         contenders[f"aux_tokens {FRACTION}"] = partial(self.ours, full, None, sample=TokenSample(FRACTION, 0))

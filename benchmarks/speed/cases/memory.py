@@ -109,7 +109,7 @@ _ARGUMENTS = ("stages", "micro_batches", "contenders", "width", "tokens", "vocab
 
 def bound(name: str, stages: int, micro_batches: int, stage: int) -> int:
     """The most micro-batches that may be alive."""
-    from ibp_deepspeed.strategy import Strategy
+    from ibp_deepspeed.strategy.strategy import Strategy
 
     strategy = Strategy(stages, stages if name == "1F1B" else int(name[2:]))
     return strategy.live_micro_batches(stage, micro_batches)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.speed.harness import Row, Spread, interleaved
-from ibp_deepspeed.config import AuxHeadConfig
-from ibp_deepspeed.heads import CausalLMLoss
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},

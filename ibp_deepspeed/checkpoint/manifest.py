@@ -1,0 +1,94 @@
+"""What a checkpoint consists of: its files' sizes, and the shape of the pipeline that wrote it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.errors import InterlockingError
+
+CONTENTS_FILE = "contents.json"
+
+
+class CheckpointError(InterlockingError):
+    """A checkpoint that can't be written or read."""
+
+
+class Shape(BaseModel):
+    """How a model, its heads and the optimizer's state are spread over processes: what their files hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bounds: list[int]
+    """Stage k has layers bounds[k] … bounds[k+1]-1."""
+    replicas: int
+    """Data-parallel ranks."""
+    micro_batches: int
+    """M."""
+    heads: dict[int, int]
+    """The layer before which a head stands → the stage that holds it."""
+    head_options: dict[str, Any] | None
+    optimizer: str
+    """How the optimizer's state is laid out, and its class."""
+
+    @property
+    def stages(self) -> int:
+        """K."""
+        return len(self.bounds) - 1
+
+
+def structure(options: AuxHeadConfig | None) -> dict[str, Any] | None:
+    """The options that decide what parameters a head has, and where it stands."""
+    return None if options is None else options.model_dump(mode="json", include={"readout", "blocks", "rank", "borrow"})
+
+
+class Contents(BaseModel):
+    """What is in a checkpoint's folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shape: Shape
+    files: dict[str, int]
+    """Path in the folder → bytes."""
+
+    @classmethod
+    def write(cls, folder: Path, shape: Shape) -> None:
+        """List a complete folder in itself."""
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CONTENTS_FILE]
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+        text = json.dumps(cls(shape=shape, files=files).model_dump(mode="json"), indent=1)
+        (folder / CONTENTS_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Contents | None:
+        """The list, or None in a folder of an earlier version.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        path = folder / CONTENTS_FILE
+        if not path.exists():
+            return None
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise CheckpointError(f"{path} is damaged: {error.errors()[0]['msg']}.") from error
+
+    def check(self, folder: Path) -> None:
+        """Compare the files with the list.
+
+        Raises:
+            CheckpointError: one is missing or has another size.
+        """
+        for name, size in self.files.items():
+            path = folder / name
+            if not path.exists():
+                raise CheckpointError(f"{folder} is damaged: {name} is missing.")
+            if path.stat().st_size != size:
+                raise CheckpointError(
+                    f"{folder} is damaged: {name} has {path.stat().st_size:,} bytes, it was written with {size:,}."
+                )

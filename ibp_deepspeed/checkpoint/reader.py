@@ -1,0 +1,162 @@
+"""Weights and optimizer states of a checkpoint by name, whatever the pipeline that wrote it.
+
+A name says where a parameter stands in the uncut model: "3.weight" is that of layer 3, "head 4.weight" that of the head
+before layer 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ibp_deepspeed.checkpoint.manifest import CheckpointError, Shape
+
+NAMES_KEY = "parameter_names"
+"""In the file of a stage: its trained parameters' names, in the order of the optimizer."""
+MASTER = "master"
+"""The key of fp32 copies of weights in a parameter's state."""
+_HEAD = "head "
+_MODULES_HEAD = "aux_head."
+
+
+def head_name(boundary: int, name: str) -> str:
+    """The name of a parameter of the head before layer ``boundary``."""
+    return f"{_HEAD}{boundary}.{name}"
+
+
+def names_of(module: nn.Module, boundary: int | None) -> dict[str, str]:
+    """Of a stage's module: name in it → name in the model; ``boundary`` is its head's."""
+    return {name: _in_the_model(name, boundary) for name, _ in module.named_parameters()}
+
+
+class SavedStates:
+    """Reads the files of the stages that wrote a checkpoint when they are needed.
+
+    Args:
+        folder: of the checkpoint.
+        shape: of the pipeline that wrote it.
+    """
+
+    def __init__(self, folder: Path, shape: Shape) -> None:
+        self.folder, self.shape = folder, shape
+        self._weights: dict[str, Mapping[str, Tensor]] = {}
+        self._states: dict[int, dict[str, dict[str, Any]]] = {}
+        self._files: dict[int, dict[str, Any]] = {}
+
+    def weight(self, name: str) -> Tensor | None:
+        """A weight or buffer, None if there is no such."""
+        place, _, rest = name.partition(".")
+        pattern = f"layer_{place.zfill(2)}-*model_states.pt"
+        if place.startswith(_HEAD):
+            pattern = f"aux_head_{place.removeprefix(_HEAD).zfill(2)}-model_states.pt"
+        if place not in self._weights:
+            found = sorted(self.folder.glob(pattern))
+            self._weights[place] = read(found[0]) if found else {}
+        return self._weights[place].get(rest)
+
+    def state(self, name: str) -> dict[str, Any]:
+        """What the optimizer knew of a parameter: tensors of its size, flat or not, and numbers, which may be tensors
+        too; with mixed precision its fp32 copy as ``MASTER``. Empty for a parameter that was not trained."""
+        for stage in self._stages(name):
+            if stage not in self._states:
+                self._states[stage] = self._read_states(stage)
+            if name in self._states[stage]:
+                return self._states[stage][name]
+        return {}
+
+    def stage_file(self, stage: int = 0) -> dict[str, Any]:
+        """What a stage's main file holds: counters, the rate's schedule, perhaps the optimizer."""
+        if stage not in self._files:
+            self._files[stage] = read(self.folder / f"mp_rank_{stage:02d}_model_states.pt")
+        return self._files[stage]
+
+    def group_settings(self) -> list[dict[str, Any]]:
+        """Rates and the like of the parameter groups, those of the first stage."""
+        groups = self._optimizer(0)[0].get("param_groups", [])
+        return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+    def _stages(self, name: str) -> list[int]:
+        """Where a parameter may be."""
+        place = name.partition(".")[0]
+        if place.startswith(_HEAD):
+            stage = self.shape.heads.get(int(place.removeprefix(_HEAD)))
+            return [] if stage is None else [stage]
+        if not place.isdigit():
+            return list(range(self.shape.stages))  # a tied layer's
+        return [k for k in range(self.shape.stages) if self.shape.bounds[k] <= int(place) < self.shape.bounds[k + 1]]
+
+    def _optimizer(self, stage: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """torch's optimizer state of a stage, and DeepSpeed's around it for each replica if that partitions it."""
+        inside = self.stage_file(stage).get("optimizer")
+        if inside is not None and "state" in inside:
+            return inside, []
+        paths = [self._partition_file(stage, replica) for replica in range(self.shape.replicas)]
+        partitions = [read(path)["optimizer_state_dict"] for path in paths]
+        return partitions[0]["base_optimizer_state"], partitions
+
+    def _partition_file(self, stage: int, replica: int) -> Path:
+        found = sorted(self.folder.glob(f"*zero_pp_rank_{replica}_mp_rank_{stage:02d}_optim_states.pt"))
+        if not found:
+            raise CheckpointError(f"{self.folder} has no optimizer state of replica {replica}, stage {stage}.")
+        return found[0]
+
+    def _read_states(self, stage: int) -> dict[str, dict[str, Any]]:
+        whole, partitions = self._optimizer(stage)
+        if partitions:
+            return self._joined(stage, partitions)
+        file = self.stage_file(stage)
+        states = dict(enumerate(file[NAMES_KEY]))
+        found = {name: dict(whole["state"].get(index, {})) for index, name in states.items()}
+        for name, master in zip(file[NAMES_KEY], file.get("masters") or [], strict=False):
+            found[name][MASTER] = master
+        return found
+
+    def _joined(self, stage: int, partitions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Each parameter's pieces from the replicas' flat tensors, in their order."""
+        boundary = next((b for b, holder in self.shape.heads.items() if holder == stage), None)
+        pieces: dict[str, dict[str, list[Tensor]]] = {}
+        numbers: dict[str, dict[str, Any]] = {}
+        for partition in partitions:
+            base = partition["base_optimizer_state"]["state"]
+            for group, fragments in enumerate(partition["param_slice_mappings"]):
+                master = partition["single_partition_of_fp32_groups"][group]
+                flat = {MASTER: master, **base.get(group, {})}
+                for raw, fragment in fragments.items():
+                    name = _in_the_model(raw, boundary)
+                    for key, tensor in flat.items():
+                        if isinstance(tensor, Tensor) and tensor.dim() > 0:
+                            piece = tensor.narrow(0, fragment.start, fragment.numel)
+                            pieces.setdefault(name, {}).setdefault(key, []).append(piece)
+                        else:
+                            numbers.setdefault(name, {})[key] = tensor
+        return {
+            name: {**{k: torch.cat(v) for k, v in keys.items()}, **numbers.get(name, {})}
+            for name, keys in pieces.items()
+        }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of torch.save, mapped rather than copied.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        # not weights alone: DeepSpeed's files hold its own classes, and were made by a training of the user's
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} can't be read: {reason}") from error
+    return state
+
+
+def _in_the_model(name: str, boundary: int | None) -> str:
+    if name.startswith(_MODULES_HEAD) and boundary is not None:
+        return head_name(boundary, name.removeprefix(_MODULES_HEAD))
+    return name

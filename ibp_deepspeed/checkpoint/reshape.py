@@ -1,0 +1,158 @@
+"""A checkpoint into a pipeline of another shape: layers keep their states, heads follow their boundaries.
+
+Everything is found by name (``reader.py``). The trunk's names are the same however it is cut. A head starts as
+the one that stood at its boundary, or as the nearest one, or as the model's own readout.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+from torch import Tensor, nn
+
+from ibp_deepspeed.checkpoint.reader import MASTER, SavedStates, head_name
+
+
+@dataclass(frozen=True)
+class HeadOrigin:
+    """Where a head's values come from.
+
+    Attributes:
+        words: for the log.
+        names: name in the head → name in the checkpoint, those that have a value there.
+    """
+
+    words: str
+    names: Mapping[str, str]
+
+
+def head_origin(head: nn.Module, boundary: int, saved: SavedStates) -> HeadOrigin:
+    """What of a checkpoint the head before layer ``boundary`` starts from.
+
+    A head may have a method ``sources()``: its parameters' names → those of trunk parameters ("layer.name") that they
+    can start from.
+    """
+    shapes = {name: tensor.shape for name, tensor in head.state_dict().items()}
+
+    def fitting(names: Mapping[str, str]) -> dict[str, str]:
+        values = {name: saved.weight(source) for name, source in names.items()}
+        return {n: names[n] for n, value in values.items() if value is not None and value.shape == shapes.get(n)}
+
+    nearest = sorted(saved.shape.heads, key=lambda other: (abs(other - boundary), other))
+    for other in nearest[:1]:
+        names = {name: head_name(other, name) for name in shapes}
+        if len(fitting(names)) == len(shapes):
+            where = "the checkpoint" if other == boundary else f"the head before layer {other}"
+            return HeadOrigin(f"head before layer {boundary}: from {where}", names)
+    sources = getattr(head, "sources", None)
+    names = fitting(sources()) if sources is not None else {}
+    drawn = sorted(shapes.keys() - names.keys())
+    begun = f"head before layer {boundary}: from the model's readout" if names else f"head before layer {boundary}: new"
+    return HeadOrigin(begun + (f", {', '.join(drawn)} as in a new head" if names and drawn else ""), names)
+
+
+@torch.no_grad()
+def fill_head(head: nn.Module, origin: HeadOrigin, saved: SavedStates) -> None:
+    """Give a head the weights that it starts from."""
+    state = head.state_dict()
+    for name, source in origin.names.items():
+        value = saved.weight(source)
+        assert value is not None
+        state[name].copy_(value)
+
+
+def source_of(place: str, heads: Mapping[int, HeadOrigin]) -> str | None:
+    """The name in the checkpoint of what a parameter starts from, None if it has no value there.
+
+    Args:
+        place: its name in the model.
+        heads: layer before which a head stands → where that comes from.
+    """
+    for boundary, origin in heads.items():
+        prefix = head_name(boundary, "")
+        if place.startswith(prefix):
+            return origin.names.get(place.removeprefix(prefix))
+    return place
+
+
+@torch.no_grad()
+def restore_plain(optimizer: torch.optim.Optimizer, sources: Mapping[nn.Parameter, str], saved: SavedStates) -> None:
+    """Give torch's optimizer the states of its parameters.
+
+    Args:
+        optimizer: torch's.
+        sources: parameter → name in the checkpoint.
+        saved: the checkpoint.
+    """
+    settings = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {}
+    for index, parameter in enumerate(parameters):
+        values = saved.state(sources[parameter]) if parameter in sources else {}
+        if values:
+            states[index] = {key: _shaped(value, parameter) for key, value in values.items() if key != MASTER}
+        if MASTER in values:
+            parameter.copy_(_shaped(values[MASTER], parameter))
+    groups = _with_settings(settings["param_groups"], saved)
+    optimizer.load_state_dict({**settings, "state": states, "param_groups": groups})
+
+
+@torch.no_grad()
+def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], saved: SavedStates) -> None:
+    """Give DeepSpeed's ZeRO or bf16 optimizer the states of its parameters, through its API for single parameters.
+
+    Args:
+        optimizer: DeepSpeed's, around torch's.
+        sources: parameter → name in the checkpoint.
+        saved: the checkpoint.
+    """
+    inner = optimizer.optimizer
+    optimizer.refresh_fp32_params()
+    for parameter, name in sources.items():
+        values = saved.state(name)
+        if MASTER in values:
+            parameter.copy_(_shaped(values[MASTER], parameter))
+            safe_set_full_fp32_param(parameter, values[MASTER].flatten().to(parameter.device))
+        if parameter._hp_mapping is None:  # type: ignore[attr-defined]
+            continue  # another replica's
+        for key, value in values.items():
+            if key != MASTER:
+                _set_state(parameter, inner, key, value)
+    for group, settings in zip(inner.param_groups, _with_settings(inner.param_groups, saved), strict=True):
+        group.update({key: value for key, value in settings.items() if key != "params"})
+
+
+def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, value: Any) -> None:
+    """One entry of a parameter's state, in the flat tensor of its group, which is made at the first step otherwise."""
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    flat = inner.param_groups[mapping.param_group_index]["params"][0]
+    state = inner.state[flat]
+    if not _is_of_size(value, parameter):
+        state[key] = copy.deepcopy(value)  # a number of steps: one for the whole group
+        return
+    if key not in state:
+        state[key] = torch.zeros_like(flat)
+    mapping.set_optim_state_fragment(flat, state)
+    safe_set_full_optimizer_state(parameter, value.flatten().to(parameter.device), key)
+
+
+def _with_settings(groups: list[dict[str, Any]], saved: SavedStates) -> list[dict[str, Any]]:
+    """Parameter groups with the rates that the checkpoint was written with: schedules set new ones after a batch."""
+    settings = saved.group_settings()
+    if len(settings) != len(groups):
+        return groups
+    return [{**group, **{k: v for k, v in s.items() if k in group}} for group, s in zip(groups, settings, strict=True)]
+
+
+def _is_of_size(value: Any, parameter: nn.Parameter) -> bool:
+    """Whether an entry of a state is a tensor as large as the parameter, and no number."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == parameter.numel()
+
+
+def _shaped(value: Any, parameter: nn.Parameter) -> Any:
+    return value.reshape(parameter.shape).clone() if _is_of_size(value, parameter) else copy.deepcopy(value)

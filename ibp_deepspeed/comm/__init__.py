@@ -1,0 +1,1 @@
+"""What crosses a stage boundary, and how: messages, channels, process groups."""

@@ -1,0 +1,229 @@
+"""One-directional channels between neighbouring stages: receives posted ahead, sends that never block.
+
+A boundary costs one message a micro-batch, and its header lets the receiver prove what it was given. Activations and
+gradients have a process group each, so that neither can hold up the other.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ibp_deepspeed.comm.message import META_LENGTH, BoundaryError, Frame, Header, Memory, TensorSpec
+from ibp_deepspeed.errors import PeerLostError
+
+_SPARE_FRAMES = 2  # that a channel keeps for its next messages
+
+
+class SendChannel:
+    """Messages to one neighbour.
+
+    A background thread waits for the messages in order, so that their memory serves the next ones as soon as they are
+    received (or is given back, beyond what two messages need), and keeps the count that backpressure asks for.
+
+    Args:
+        group: process group of this direction alone.
+        peer: global rank of the receiver.
+        memory: where messages live.
+        name: for error messages, such as ``activations from stage 0 to stage 1``.
+        announce: whether the first message tells the receiver the shape.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, memory: Memory, name: str, *, announce: bool) -> None:
+        self.group, self.peer, self.memory, self.name, self.announce = group, peer, memory, name, announce
+        self.spec: TensorSpec | None = None
+        self._pending: deque[tuple[dist.Work, Tensor, Frame | None]] = deque()
+        self._spare: list[Frame] = []
+        self._changed = threading.Condition()
+        self._error: Exception | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def send(self, spec: TensorSpec, tensor: Tensor, header: Header) -> None:
+        """Copy ``tensor`` into a message and start sending it; returns at once.
+
+        Raises:
+            BoundaryError: the shape or dtype differs from the first message's.
+            PeerLostError: an earlier message could not be delivered.
+        """
+        if self.spec is None:
+            self.spec = spec
+            if self.announce:
+                meta = self.memory.new(META_LENGTH, torch.int64)
+                self._post(meta.copy_(spec.encode()))
+        elif spec != self.spec:
+            raise BoundaryError(
+                f"{self.name} changed from {self.spec} to {spec}: every micro-batch needs the same shape, pad or "
+                f"drop the odd one."
+            )
+        frame = self._spare.pop() if self._spare else spec.new_frame(self.memory)
+        frame.payload.copy_(tensor)
+        frame.header.copy_(torch.tensor(header, dtype=torch.int64))
+        self._post(frame.message, frame)
+
+    def wait_in_flight(self, at_most: int, timeout: float | None = None) -> bool:
+        """Wait until no more than ``at_most`` messages are on their way; False if ``timeout`` seconds pass first."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while len(self._pending) > at_most and self._error is None:
+                remaining = None if deadline is None else deadline - time.monotonic()
+                if remaining is not None and remaining <= 0:
+                    return False
+                self._changed.wait(remaining)
+        self._raise_error()
+        return True
+
+    def close(self) -> None:
+        """Let the background thread end once everything is delivered; wait for that if everything is."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            delivered = not self._pending
+        if self._thread is not None and delivered:
+            self._thread.join()
+
+    def _post(self, message: Tensor, frame: Frame | None = None) -> None:
+        self._raise_error()
+        try:
+            work = dist.isend(message, self.peer, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        assert work is not None
+        with self._changed:
+            self._pending.append((work, message, frame))
+            self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._reap, name=f"reap {self.name}", daemon=True)
+            self._thread.start()
+
+    def _reap(self) -> None:
+        """Wait for the oldest message, keep or drop its memory, tell whoever waits; until closed."""
+        while True:
+            with self._changed:
+                while not self._pending and not self._closed:
+                    self._changed.wait()
+                if not self._pending:
+                    return
+                work, _, frame = self._pending[0]
+            try:
+                _wait_on_host(work)
+            except Exception as error:
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            if frame is not None and len(self._spare) < _SPARE_FRAMES:
+                self._spare.append(frame)
+            del work, frame
+            with self._changed:
+                self._pending.popleft()
+                self._changed.notify_all()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._lost(self._error) from self._error
+
+    def _lost(self, error: Exception) -> PeerLostError:
+        return PeerLostError(f"lost the connection for {self.name}: {_first_line(error)}")
+
+
+class ReceiveChannel:
+    """Messages from one neighbour, in order; ``ahead`` receives are always posted.
+
+    Args:
+        group: process group of this direction alone.
+        peer: global rank of the sender.
+        memory: where messages live.
+        name: for error messages.
+        ahead: receives posted beyond the one in use.
+        spec: shape of the messages; None waits for the sender's announcement.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        peer: int,
+        memory: Memory,
+        name: str,
+        *,
+        ahead: int,
+        spec: TensorSpec | None = None,
+    ) -> None:
+        self.group, self.peer, self.memory, self.name, self.ahead = group, peer, memory, name, ahead
+        self.spec = spec
+        self._posted: deque[tuple[dist.Work, Frame]] = deque()
+        self._spare: list[Frame] = []  # of staged messages, which nobody owns once they are copied
+        if spec is not None:
+            self._post_ahead(spec)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Wait for the next message.
+
+        Returns:
+            its payload and its header [3], views of memory that the caller now owns.
+
+        Raises:
+            PeerLostError: the sender ended or the connection broke.
+        """
+        if self.spec is None:
+            self.spec = self._receive_spec()
+            self._post_ahead(self.spec)
+        self._post(self.spec)
+        work, frame = self._posted.popleft()
+        self._wait(work)
+        if not self.memory.staged:
+            return frame.payload, frame.header
+        payload, header = self.memory.fetch(frame.payload), frame.header.clone()
+        if len(self._spare) < _SPARE_FRAMES:
+            self._spare.append(frame)
+        return payload, header
+
+    def _receive_spec(self) -> TensorSpec:
+        meta = self.memory.new(META_LENGTH, torch.int64)
+        work = dist.irecv(meta, self.peer, group=self.group)
+        assert work is not None
+        self._wait(work)
+        return TensorSpec.decode(meta.cpu())
+
+    def _post_ahead(self, spec: TensorSpec) -> None:
+        while len(self._posted) < self.ahead:
+            self._post(spec)
+
+    def _post(self, spec: TensorSpec) -> None:
+        frame = self._spare.pop() if self._spare else spec.new_frame(self.memory)
+        try:
+            work = dist.irecv(frame.message, self.peer, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        assert work is not None
+        self._posted.append((work, frame))
+
+    def _wait(self, work: dist.Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> PeerLostError:
+        return PeerLostError(f"lost the connection for {self.name}: {_first_line(error)}")
+
+
+def _wait_on_host(work: dist.Work) -> None:
+    """Block this thread until a message is delivered.
+
+    NCCL's ``Work.wait`` would make the computation's stream wait instead, so it is asked from time to time.
+    """
+    if dist.get_backend() != "nccl":
+        work.wait()
+        return
+    while not work.is_completed():
+        time.sleep(1e-4)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

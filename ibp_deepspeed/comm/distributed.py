@@ -1,0 +1,102 @@
+"""Meet the other processes, with or without a C++ compiler on the machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from ibp_deepspeed.config.interlocking import ConfigError
+
+_COMPILED_ON_CPU = ("adam", "adamw", "adagrad", "lion", "lamb")
+
+
+def init_distributed() -> None:
+    """As ``deepspeed.init_distributed``, for two more kinds of machine.
+
+    On CPU processes the extension that DeepSpeed compiles at first use is optional: without a compiler its
+    shared-memory all-reduce is marked as not available, and gloo does its work. With more processes than GPUs on a
+    machine, several share one: see :func:`share_devices`.
+    """
+    backend = get_accelerator().communication_backend_name()
+    if not (_needs_no_compiler() or has_compiler()):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _tell("no C++ compiler: gloo takes the place of DeepSpeed's shared-memory extension.")
+    processes, devices = _local_processes(), get_accelerator().device_count()
+    if _needs_no_compiler() and 0 < devices < processes:
+        share_devices(devices)
+        backend = "gloo"
+        _tell(f"{processes} processes share {devices} GPUs: gloo carries messages through host memory.")
+    deepspeed.init_distributed(backend)
+
+
+def share_devices(devices: int) -> None:
+    """Before processes meet: give this one a device that exists; NCCL wants one for each.
+
+    DeepSpeed's own communication then passes through host memory too, by the hook that it has for gloo on machines
+    whose device gloo can't reach. Our messages do by themselves (:class:`ibp_deepspeed.comm.message.Memory`).
+    """
+    os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % devices)
+    import_module("deepspeed.comm.torch")._needs_cpu_staging = _lives_on_device  # type: ignore[attr-defined]
+
+
+def _lives_on_device(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _local_processes() -> int:
+    """Processes of this job on this machine, as torchrun or DeepSpeed's launcher say; 1 if neither does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def _tell(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def has_compiler() -> bool:
+    """Whether torch could compile an extension: ninja and a C++ compiler are on the path."""
+    compiler = os.environ.get("CXX", "c++")
+    return shutil.which("ninja") is not None and bool(shutil.which(compiler) or shutil.which("g++"))
+
+
+def check_compiler(settings: Mapping[str, Any]) -> None:
+    """Refuse an optimizer that DeepSpeed would have to compile where it can't.
+
+    Raises:
+        ConfigError: on CPU without a compiler, with the setting that needs none.
+    """
+    optimizer = settings.get("optimizer", {})
+    name = str(optimizer.get("type", "")).lower()
+    if _needs_no_compiler() or has_compiler() or name not in _COMPILED_ON_CPU:
+        return
+    if name.startswith("adam") and optimizer.get("params", {}).get("torch_adam"):
+        return
+    raise ConfigError(
+        f"DeepSpeed compiles its {optimizer['type']} for CPU and no C++ compiler was found: install g++, or use "
+        f'"AdamW" with "torch_adam": true.'
+    )
+
+
+def check_connections(backend: str) -> None:
+    """Refuse a launch queue in which a posted receive would hold up the stream that its sender waits for.
+
+    Raises:
+        ConfigError: NCCL with ``CUDA_DEVICE_MAX_CONNECTIONS=1``.
+    """
+    if backend == "nccl" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        raise ConfigError(
+            "CUDA_DEVICE_MAX_CONNECTIONS is 1, with which stages that post receives ahead can block each other: "
+            "unset it."
+        )
+
+
+def _needs_no_compiler() -> bool:
+    return bool(get_accelerator().device_name() != "cpu")

@@ -1,0 +1,405 @@
+"""The engine: follows the checked schedule, and owns scale, channels and losses."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import logger
+from torch import Tensor
+
+from ibp_deepspeed.comm.loss_board import LossBoard
+from ibp_deepspeed.comm.message import TensorSpec
+from ibp_deepspeed.comm.stage_links import Boundaries
+from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.engine.checkpointing import EngineCheckpoints
+from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.objectives.token_sampling import TokenSample
+from ibp_deepspeed.schedule import generator
+from ibp_deepspeed.schedule.validate import checked_course
+from ibp_deepspeed.stage.losses import StageLosses
+from ibp_deepspeed.stage.micro_batch import LiveMicroBatch
+from ibp_deepspeed.stage.module import InterlockedPipelineModule
+from ibp_deepspeed.stage.readout_copies import StageReadout
+from ibp_deepspeed.stage.sample_ledger import BatchError, SampleLedger, to_device, unpack
+from ibp_deepspeed.strategy.timeline import Course
+
+_FLUSH_SECONDS = 30.0
+
+
+class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
+    """Trains an :class:`InterlockedPipelineModule`. Made by :func:`ibp_deepspeed.initialize`.
+
+    Streams across batches: a stage starts its next batch as soon as its own optimizer step is done, and waits for
+    another stage only where the mathematics does. Every loss is divided by M once, where it is computed; DeepSpeed's
+    scaling hooks are not used.
+
+    Attributes:
+        interlocking: the configuration.
+        course: the strategies of all batches.
+        recomputations: how often the trunk was run again for activation checkpointing.
+    """
+
+    module: InterlockedPipelineModule
+
+    def __init__(self, *args: Any, interlocking: InterlockingConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.interlocking = interlocking
+        self.pipe_buffers: dict[str, list[Any]] = {"live": []}
+        self.recomputations = 0
+        # The stage is checkpointed by hand (micro_batch.py): DeepSpeed's functions recompute at every product.
+        self._recompute = self.module.activation_checkpoint_interval > 0
+        self.module.activation_checkpoint_interval = 0
+        self._trunk_parameters = self.module.trunk_parameters()
+        self._borrows = self.module.borrow > 0 and self.stage_id > 0  # a head stands behind layers of this stage
+        self._set_schedule()
+        self.boundaries = Boundaries(self.grid, self.device, self._channel_depth)
+        self._readout = StageReadout.from_config(interlocking, self.module, self.grid, self.micro_batches)
+        self._sample = TokenSample.from_config(interlocking)
+        self._losses = StageLosses(self.module, self.grid, self.device)
+        self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
+        self._ledger = SampleLedger(self.stage_id)
+        self._failed = False
+        self._running_engine_backward = True  # for DeepSpeed's hooks: all backward passes are the engine's
+        atexit.register(self._flush_at_exit)
+
+    # What DeepSpeed's hooks ask for
+
+    def _set_schedule(self) -> None:
+        self.course = Course(self.interlocking, self.num_stages, self.micro_batches, self.module.has_aux_heads)
+        self._channel_depth = self.course.channel_depth()
+        self._schedules = {batch: stages[self.stage_id] for batch, stages in checked_course(self.course).items()}
+        self._schedule = self._train_schedule()
+
+    def _train_schedule(self) -> generator.InterlockedTrainSchedule:
+        """Overrides PipelineEngine's: the object that was checked, for the batch at hand."""
+        return self._schedules[self.course.at(self.global_steps)]
+
+    def _exec_schedule(self, pipe_schedule: generator.InterlockedTrainSchedule) -> None:
+        """Overrides PipelineEngine's, which makes the instructions anew and registers each with the module."""
+        self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
+        for command in pipe_schedule.program:
+            self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Overrides PipelineEngine's: another number of micro-batches needs another schedule."""
+        super().set_train_batch_size(train_batch_size)
+        self._set_schedule()
+        self.boundaries.depth = self._channel_depth
+
+    def set_dataloader(self, loader: Any) -> None:
+        """Overrides PipelineEngine's: every stage reads data, for its labels."""
+        self.training_dataloader = loader
+        self.data_iterator = iter(loader)
+
+    def set_dataiterator(self, iterator: Any) -> None:
+        """Overrides PipelineEngine's: every stage reads data, for its labels."""
+        self.training_dataloader = None
+        self.data_iterator = iterator
+
+    def reset_activation_shape(self) -> None:
+        """Overrides PipelineEngine's.
+
+        Raises:
+            InterlockingError: always; receives for the next batch are posted already.
+        """
+        raise InterlockingError("the shape of hidden states can't change while training streams: pad to one shape.")
+
+    # Public
+
+    def train_batch(self, data_iter: Any = None) -> Tensor:
+        """Train this stage on the next batch.
+
+        Args:
+            data_iter: iterator of micro-batches (inputs, labels) or (inputs, labels, sample ids), the same on every
+                stage; M are taken. None goes on with the last one.
+
+        Returns:
+            this stage's loss: the mean over its micro-batches and data-parallel ranks, detached (NaN for a stage
+            without a head). No other stage is waited for to compute it. With borrowed layers the loss of the stage
+            before is computed here, and returned, but for the last stage.
+
+        Raises:
+            BatchError: no data, or another stage sees other samples.
+            PeerLostError: a neighbouring stage is gone.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_batch() needs gradients enabled; use eval_batch() for evaluation")
+        if data_iter is not None and data_iter is not self.data_iterator:
+            self.set_dataiterator(data_iter)
+        if not self.module.training:
+            self.module.train()
+        self._losses.clear()
+        self._schedule = self._train_schedule()
+        try:
+            if self._readout is not None:
+                self._readout.begin_batch(self.global_steps)
+            self._exec_schedule(self._schedule)
+            losses = self._losses.means(self.micro_batches)
+            if not self.interlocking.streaming:
+                dist.barrier()
+        except BaseException:
+            self._failed = True
+            raise
+        if self.grid.get_data_parallel_rank() == 0:
+            self._board.publish(self.global_steps, losses)
+        self._report()
+        return losses[self.module.losses[-1]] if losses else torch.full((), torch.nan, device=self.device)
+
+    @property
+    def refresh_bytes(self) -> int:
+        """Bytes of one copy of the last stage's readout that travels to the heads; 0 if none does."""
+        if self._readout is None or self._readout.rule is None:
+            return 0
+        return self._readout.refresh_bytes
+
+    def latest_losses(self) -> tuple[Tensor, int] | None:
+        """On rank 0: the newest complete set of all K losses [K] and its batch's number (from 1); else None."""
+        return self._board.latest() if self.global_rank == 0 else None
+
+    @torch.no_grad()
+    def eval_batch(self, data_iter: Any, num_micro_batches: int | None = None) -> Tensor:  # type: ignore[override]
+        """Held-out losses of all exits; a synchronisation of the whole pipeline.
+
+        Args:
+            data_iter: as for :meth:`train_batch`; the training iterator is kept.
+            num_micro_batches: how many to take (default M).
+
+        Returns:
+            the K losses, means over micro-batches and data-parallel ranks, on every rank (NaN: no head). Shape [K],
+            float64.
+        """
+        training_iterator, training_loader = self.data_iterator, self.training_dataloader
+        self.data_iterator = data_iter
+        was_training = self.module.training
+        self.module.eval()
+        count = num_micro_batches or self.micro_batches
+        link = self.boundaries.evaluation_link()
+        self._losses.clear()
+        try:
+            for m in range(count):
+                self._eval_micro_batch(m, link)
+            losses = torch.zeros(self.num_stages, dtype=torch.float64, device=self.device)
+            for index, loss in self._losses.means(count).items():
+                losses[index] = loss
+            dist.all_reduce(losses, group=self.grid.get_pipe_parallel_group())
+            self._ledger.check()
+        except BaseException:
+            self._failed = True
+            raise
+        finally:
+            link.close()
+            self.data_iterator, self.training_dataloader = training_iterator, training_loader
+            self.module.train(was_training)
+        return losses.cpu()
+
+    def close(self) -> None:
+        """Wait until the neighbours have all messages, then end; happens by itself at the end of the process."""
+        atexit.unregister(self._flush_at_exit)
+        if not self._failed:
+            self.boundaries.flush(_FLUSH_SECONDS)
+        self.boundaries.close()
+        if self._readout is not None:
+            self._readout.close(wait=not self._failed)
+        self._board.close()
+
+    def _flush_at_exit(self) -> None:
+        if getattr(sys, "last_value", None) is None:
+            self.close()
+
+    # Instructions
+
+    def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
+        recompute = self._recompute and self._schedule.tables[micro_batch].waits
+        if self._borrows:
+            layers, borrowed = self.module.remaining_layers, self.module.borrowed_layers
+            live = LiveMicroBatch(layers, borrowed=borrowed, recompute=recompute)
+        else:
+            live = LiveMicroBatch(self.module.trunk, recompute=recompute)
+        live.inputs, live.labels, live.sample_checksum = self._load()
+        self.pipe_buffers["live"][buffer_id] = live
+
+    def _exec_recv_activations(self, buffer_id: int, micro_batch: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        hidden, header = self.boundaries.receive_activation()
+        self._ledger.add(header, self.global_steps, micro_batch, live.sample_checksum)
+        live.inputs = hidden.requires_grad_(self._schedule.tables[micro_batch].sends_gradients)
+
+    def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        self.boundaries.wait_for_credit()
+        live.forward(product_follows=self._schedule.tables[micro_batch].product_follows)
+        if self.is_last_stage():
+            live.outputs = self._losses.take(self.stage_id, live.outputs, live.labels)
+            live.cotangents[self.stage_id] = torch.full_like(live.outputs, 1 / self.micro_batches)
+
+    def _exec_send_activations(self, buffer_id: int, micro_batch: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        spec = TensorSpec.of(live.outputs, self.stage_id)
+        header = (self.global_steps, micro_batch, live.sample_checksum)
+        self.boundaries.send_activation(spec, live.outputs.detach(), header)
+        if not self._schedule.tables[micro_batch].computes_losses:
+            live.drop_graph()
+
+    def _exec_aux_loss(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        table = self._schedule.tables[micro_batch]
+        read, cotangents = (live.cut, live.borrowed_cotangents) if self._borrows else (live.outputs, live.cotangents)
+        assert self.module.aux_head is not None and read is not None
+        hidden = read.detach().requires_grad_(loss in table.used)
+        outputs, labels = self.module.aux_head(hidden), live.labels
+        if self._sample is not None:
+            outputs, labels = self._sample.select(outputs, labels, self.global_steps, loss)
+        value = self._losses.take(loss, outputs, labels)
+        with self._accumulating():
+            (value / self.micro_batches).backward()
+        if hidden.grad is not None:
+            cotangents[loss] = hidden.grad
+        if loss not in table.crosses:
+            live.drop_graph()
+
+    def _exec_relay_grad(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        gradient, header = self.boundaries.receive_gradient()
+        self._ledger.add(header, self.global_steps, micro_batch, loss)
+        live.cotangents[loss] = gradient
+
+    def _exec_borrowed_product(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        live.borrowed_product(loss)
+        live.drop_graph()
+
+    def _exec_input_product(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        live.input_product(loss)
+        if loss == self.stage_id:
+            live.drop_graph()
+
+    def _exec_send_grad(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        gradient = live.input_gradients.pop(loss)
+        self.boundaries.send_gradient(gradient, (self.global_steps, micro_batch, loss))
+
+    def _exec_interlocked_backward(self, buffer_id: int, micro_batch: int) -> None:
+        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+        table = self._schedule.tables[micro_batch]
+        both = table.update_gives_input_gradient
+        with self._accumulating():
+            live.update(table.weights, None if both else self._trunk_parameters or None, table.borrowed_share)
+        if both:
+            live.input_gradients[table.reach] = live.input_gradient(table.weights[table.reach])
+        self.recomputations += live.recomputations
+        live.free()
+
+    def _exec_reduce_grads(self) -> None:
+        """Overrides PipelineEngine's: alone in its group and without a partitioned optimizer nothing is to do."""
+        self._ledger.check()
+        if self.module.tied_comms:
+            self._exec_reduce_tied_grads()
+        if self.is_data_parallel or self.zero_optimization():
+            super()._exec_reduce_grads()
+
+    _INSTRUCTION_MAP = {
+        generator.LoadMicroBatch: _exec_load_micro_batch,
+        generator.RecvActivation: _exec_recv_activations,
+        generator.ForwardPass: _exec_forward_pass,
+        generator.SendActivation: _exec_send_activations,
+        generator.AuxLoss: _exec_aux_loss,
+        generator.RelayGrad: _exec_relay_grad,
+        generator.RecvGrad: _exec_relay_grad,
+        generator.BorrowedProduct: _exec_borrowed_product,
+        generator.InputProduct: _exec_input_product,
+        generator.SendGrad: _exec_send_grad,
+        generator.InterlockedBackward: _exec_interlocked_backward,
+        generator.ReduceGrads: _exec_reduce_grads,
+        generator.OptimizerStep: PipelineEngine._exec_optimizer_step,
+    }
+
+    # Pieces
+
+    def _load(self) -> tuple[Any, Any, int]:
+        """The next micro-batch: inputs (first stage only), labels (stages with a loss only), sample checksum."""
+        if self.data_iterator is None:
+            raise BatchError(f"stage {self.stage_id} was given no data: every rank needs a data_iter.")
+        try:
+            batch = self._next_batch()
+        except StopIteration:
+            raise BatchError(
+                f"the data of stage {self.stage_id} ended in batch {self.global_steps + 1}: give a repeating iterator."
+            ) from None
+        inputs, labels, key = unpack(batch)
+        has_loss = self.is_last_stage() or self.module.aux_head is not None
+        return (
+            to_device(inputs, self.device) if self.is_first_stage() else None,
+            to_device(labels, self.device) if has_loss else None,
+            key,
+        )
+
+    @contextmanager
+    def _accumulating(self) -> Iterator[None]:
+        """Around every backward pass into parameters: head and trunk come at different times, and each pass must
+        reach the fp32 gradients that BF16_Optimizer keeps, once."""
+        if self.using_bf16_optimizer:
+            self.optimizer.clear_lp_grads(set_to_none=True)
+        yield
+        if self.using_bf16_optimizer:
+            self.optimizer.update_hp_grads()
+
+    def _eval_micro_batch(self, micro_batch: int, link: Any) -> None:
+        inputs, labels, key = self._load()
+        if not self.is_first_stage():
+            inputs, header = link.receive()
+            self._ledger.add(header, -1, micro_batch, key)
+        if self._borrows:
+            read = self.module.borrowed_layers(inputs)
+            outputs = self.module.remaining_layers(read)
+        else:
+            read = outputs = self.module.trunk(inputs)
+        if self.is_last_stage():
+            self._losses.take(self.stage_id, outputs, labels)
+        else:
+            link.send(TensorSpec.of(outputs, self.stage_id), outputs, (-1, micro_batch, key))
+        if self.module.aux_head is not None:
+            self._losses.take(self.module.losses[0], self.module.aux_head(read), labels)
+
+    # Optimizer, reports
+
+    def clip_fp32_gradients(self) -> None:
+        """Overrides DeepSpeedEngine's, whose norm spans the pipeline: clip by the norm of clip_scope.
+
+        Gradients are averaged over data-parallel ranks already, so the norm needs no reduction there.
+        """
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if not gradients:
+            return
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.interlocking.clip_scope == "global":
+            squared = norm.square()
+            dist.all_reduce(squared, group=self.grid.get_pipe_parallel_group())
+            norm = squared.sqrt()
+        self._global_grad_norm = norm
+        torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.gradient_clipping(), norm)
+
+    def _report(self) -> None:
+        """Print and log what is known on rank 0 at the print interval; nobody waits."""
+        interval = self.steps_per_print()
+        if self.global_rank != 0 or interval is None or self.global_steps % interval:
+            return
+        latest = self.latest_losses()
+        if latest is None:
+            return
+        losses, batch = latest
+        text = " ".join(f"{loss:.4f}" for loss in losses.tolist())
+        logger.info(f"batch {batch}: losses of stages 0 … {self.num_stages - 1}: {text}")
+        if self.monitor.enabled:
+            samples = batch * self.train_batch_size()
+            events = [(f"Train/Exits/stage_{k}_loss", loss, samples) for k, loss in enumerate(losses.tolist())]
+            if self.refresh_bytes:
+                events.append(("Train/Readout/bytes_per_refresh", self.refresh_bytes, samples))
+            self.monitor.write_events(events)

@@ -1,0 +1,210 @@
+"""Interlocking backpropagation in one process: the oracle of every test.
+
+Plain autograd over an uncut forward pass, written from the definition of the gradients and from nothing else in
+this package but the table of which loss trains which trunk and the rule by which heads follow the last readout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ibp_deepspeed.config.interlocking import ConfigError, InterlockingConfig
+from ibp_deepspeed.objectives.shared_readout import ReadoutSource, RefreshRule, head_readout, install, source_readout
+from ibp_deepspeed.objectives.token_sampling import TokenSample
+from ibp_deepspeed.strategy.strategy import Strategy
+from ibp_deepspeed.strategy.timeline import Course
+
+Weighted = tuple[list[nn.Parameter], float]
+
+
+class InterlockedReference:
+    """K stages and K-1 heads on one device, differentiated as interlocking backpropagation says.
+
+    With ``aux_head.readout`` shared or frozen the heads' copies are overwritten by the last stage's readout here.
+
+    Args:
+        stages: the K trunks; stage k maps h_{k-1} to h_k, the last one to what ``loss_fn`` takes.
+        aux_heads: the K-1 heads a_k, or None for backpropagation without heads.
+        loss_fn: ``loss_fn(outputs, labels)`` → scalar.
+        interlocking: the configuration, as in the DeepSpeed JSON.
+
+    Attributes:
+        batch: the number of the next batch, from 0; strategies and readouts follow it.
+        taken: copies of the last readout that are not used yet, by the batch at whose beginning they were taken.
+        source: what makes these copies; None with private readouts.
+
+    Raises:
+        ConfigError: more borrowed layers than a stage has.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        aux_heads: Sequence[nn.Module] | None,
+        loss_fn: Callable[[Any, Any], Tensor],
+        interlocking: InterlockingConfig | Mapping[str, Any],
+    ) -> None:
+        self.stages = list(stages)
+        self.aux_heads = list(aux_heads) if aux_heads is not None else []
+        self.loss_fn = loss_fn
+        self.config = InterlockingConfig.parse(interlocking)
+        self._has_heads = aux_heads is not None
+        Course(self.config, len(self.stages), 1, self._has_heads).distinct()  # refuses what needs heads
+        if aux_heads is not None and len(self.aux_heads) != len(self.stages) - 1:
+            raise ValueError(f"{len(self.stages)} stages need {len(self.stages) - 1} heads, not {len(aux_heads)}")
+        options = self.config.aux_head if self.aux_heads else None
+        self._borrow = options.borrow if options else 0
+        self._check_borrow()
+        self._sample = TokenSample.from_config(self.config)
+        self.batch = 0
+        self.taken: dict[int, list[Tensor]] = {}
+        self.source: ReadoutSource | None = None
+        self._copies: list[list[Tensor]] = []
+        if options and options.readout != "private":
+            self._copies = [head_readout(head) for head in self.aux_heads]
+            initial = source_readout(self.stages[-1])
+            self.source = ReadoutSource(initial, options.average)
+            self._install(initial)
+
+    def parameters(self, stage: int) -> list[nn.Parameter]:
+        """Trunk and head parameters of a stage, in that order; with borrowed layers the head of the stage before."""
+        return [p for module in self.modules(stage) for p in _trained(module)]
+
+    def modules(self, stage: int) -> list[nn.Module]:
+        """Trunk, and head if there is one, that live on a stage together."""
+        head = stage - bool(self._borrow)
+        return [self.stages[stage], *(self.aux_heads[head : head + 1] if head >= 0 else [])]
+
+    def accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
+        """Add the gradients of the next batch to ``.grad``.
+
+        Args:
+            micro_batches: M pairs of inputs and labels.
+
+        Returns:
+            The K losses, means over the micro-batches, detached; NaN where a stage has no loss. Shape [K], float64.
+        """
+        count = len(micro_batches)
+        self._refresh_readouts(count)
+        strategies = Course(self.config, len(self.stages), count, self._has_heads).at(self.batch)
+        rows = []
+        for (inputs, labels), strategy in zip(micro_batches, strategies.micro_batches, strict=True):
+            losses = self.losses(inputs, labels, sample=self._sample)
+            for j, loss in losses.items():
+                self._differentiate(loss / count, self._trained_by(j, strategy))
+            rows.append({j: loss.detach() for j, loss in losses.items()})
+        self.batch += 1
+        return self._means(rows)
+
+    def evaluate(
+        self, micro_batches: Sequence[tuple[Any, Any]], measure: Callable[[Any, Any], Tensor] | None = None
+    ) -> Tensor:
+        """The K losses, or another ``measure(outputs, labels)`` of the exits, without gradients. Shape [K], float64."""
+        with torch.no_grad():
+            return self._means([self.losses(inputs, labels, measure) for inputs, labels in micro_batches])
+
+    def losses(
+        self,
+        inputs: Any,
+        labels: Any,
+        measure: Callable[[Any, Any], Tensor] | None = None,
+        sample: TokenSample | None = None,
+    ) -> dict[int, Tensor]:
+        """L_k of every stage that has one, on one connected graph, of one micro-batch (or another ``measure``); the
+        heads' at the positions of a ``sample`` only."""
+        loss_fn = measure or self.loss_fn
+
+        def head_loss(k: int, hidden: Tensor) -> Tensor:
+            outputs = self.aux_heads[k](hidden)
+            return loss_fn(*(sample.select(outputs, labels, self.batch, k) if sample else (outputs, labels)))
+
+        losses: dict[int, Tensor] = {}
+        hidden = inputs
+        for k, stage in enumerate(self.stages):
+            if k and self._borrow:
+                borrowed, stage = self._borrowed(k), stage[self._borrow :]  # type: ignore[index]
+                hidden = borrowed(hidden)
+                losses[k - 1] = head_loss(k - 1, hidden)
+            hidden = stage(hidden)
+            if k < len(self.aux_heads) and not self._borrow:
+                losses[k] = head_loss(k, hidden)
+        losses[len(self.stages) - 1] = loss_fn(hidden, labels)
+        return losses
+
+    def _trained_by(self, loss: int, strategy: Strategy) -> list[Weighted]:
+        """The parameters that L_loss trains, with its weight: w_{j-k} ∂L_j/∂θ_k for trunks, ∂L_k/∂φ_k for heads."""
+        groups: list[Weighted] = []
+        for k in strategy.users(loss):
+            weights = strategy.weights(k)
+            if self._borrow and k and strategy.mode == "window":
+                # Its first layers also serve the head before: one loss more in their mean.
+                share = 1.0 / (len(weights) + 1)
+                groups += [(_trained(self._borrowed(k)), share), (_trained(self._own(k)), weights[loss])]
+            else:
+                groups.append((_trained(self.stages[k]), weights[loss]))
+        if loss < len(self.aux_heads):
+            groups.append((_trained(self.aux_heads[loss]), 1.0))
+            if self._borrow and strategy.mode == "window":
+                share = 1.0 / (len(strategy.weights(loss + 1)) + 1)
+                groups.append((_trained(self._borrowed(loss + 1)), share))
+        return groups
+
+    def _borrowed(self, stage: int) -> nn.Module:
+        return self.stages[stage][: self._borrow]  # type: ignore[index,return-value]
+
+    def _own(self, stage: int) -> nn.Module:
+        return self.stages[stage][self._borrow :]  # type: ignore[index,return-value]
+
+    def _check_borrow(self) -> None:
+        if not self._borrow:
+            return
+        for k, stage in enumerate(self.stages[1:], 1):
+            if not isinstance(stage, nn.Sequential) or len(stage) <= self._borrow:
+                raise ConfigError(
+                    f'"interlocking.aux_head.borrow" is {self._borrow}, but stage {k} is not an nn.Sequential of more '
+                    "layers."
+                )
+
+    def _refresh_readouts(self, micro_batches: int) -> None:
+        """Take and use copies of the last stage's readout at the beginning of a batch."""
+        rule = RefreshRule.from_config(self.config, len(self.stages), micro_batches) if self._copies else None
+        if rule is None:
+            return
+        if rule.takes(self.batch):
+            assert self.source is not None
+            self.taken[self.batch] = self.source.take(source_readout(self.stages[-1]))
+        taken = rule.used_from(self.batch)
+        if taken is not None:
+            self._install(self.taken.pop(taken))
+
+    def _install(self, newest: list[Tensor]) -> None:
+        for copies in self._copies:
+            install(copies, newest)
+
+    def _differentiate(self, loss: Tensor, groups: list[Weighted]) -> None:
+        """Add weight · ∂loss/∂parameter for all groups, in one backward pass."""
+        parameters = [p for group, _ in groups for p in group]
+        if not parameters:
+            return
+        weights = [weight for group, weight in groups for _ in group]
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for parameter, gradient, weight in zip(parameters, gradients, weights, strict=True):
+            if gradient is not None:
+                self._add_gradient(parameter, gradient if weight == 1.0 else gradient * weight)
+
+    def _add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def _means(self, rows: Sequence[Mapping[int, Tensor]]) -> Tensor:
+        means = torch.full((len(self.stages),), torch.nan, dtype=torch.float64)
+        for k in rows[0]:
+            means[k] = torch.stack([row[k] for row in rows]).double().mean()
+        return means
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]

@@ -1,0 +1,227 @@
+"""K virtual stages on one device, trained as the engine trains K real ones.
+
+The gradients are the reference's; optimizers, learning-rate schedules, clipping and checkpoints are those that the
+DeepSpeed configuration means. For studies of how a strategy learns, where speed-up is of no interest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from deepspeed.runtime import lr_schedules
+from torch import Tensor, nn
+
+from ibp_deepspeed.config.interlocking import ConfigError
+from ibp_deepspeed.engine.initialize import check_deepspeed_settings, resolve_interlocking
+from ibp_deepspeed.single_process.checkpointing import VirtualCheckpoints
+from ibp_deepspeed.single_process.reference import InterlockedReference
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.AdamW,  # DeepSpeed's "Adam" decays weights as AdamW does, unless adam_w_mode is off
+    "sgd": torch.optim.SGD,
+}
+_DEEPSPEED_ONLY = ("torch_adam", "adam_w_mode")
+
+
+class VirtualPipeline(VirtualCheckpoints):
+    """One process that trains K stages, each with its own optimizer, as one replica of a pipeline.
+
+    Its methods are named as the engine's; :meth:`train_batch` returns all K losses instead of one stage's.
+
+    Args:
+        stages: K trunks of layers.
+        aux_heads: K-1 heads, or None for backpropagation without heads.
+        loss_fn: ``loss_fn(outputs, labels)`` → scalar.
+        config: a DeepSpeed configuration with its ``"interlocking"`` block. Optimizers: Adam, AdamW, SGD; learning-rate
+            schedules: DeepSpeed's. bf16 keeps fp32 master weights and sums gradients in fp32.
+        device: where everything is put.
+        monitor: DeepSpeed's MonitorMaster, for the losses of the exits every ``steps_per_print`` batches.
+
+    Attributes:
+        reference: the stages, heads and gradients.
+        bounds: stage k has layers bounds[k] … bounds[k+1]-1.
+        global_rank: 0.
+
+    Raises:
+        ConfigError: a setting that only works with processes, or an unknown optimizer or schedule.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Sequential],
+        aux_heads: Sequence[nn.Module] | None,
+        loss_fn: Callable[[Any, Any], Tensor],
+        config: Mapping[str, Any],
+        device: torch.device | str = "cpu",
+        monitor: Any = None,
+    ) -> None:
+        check_deepspeed_settings(config)
+        self.config, self.monitor, self.global_rank = dict(config), monitor, 0
+        self.device = torch.device(device)
+        self._micro_batches, self._micro_batch_size = _batch_sizes(config)
+        dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else None
+        for module in (*stages, *(aux_heads or ())):
+            module.to(device=self.device, dtype=dtype)
+        self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(config))
+        options = self.reference.config.aux_head
+        self.stages, self._borrow = len(stages), options.borrow if options else 0
+        self.bounds = [sum(len(stage) for stage in stages[:k]) for k in range(len(stages) + 1)]
+        self.optimizers = [self._optimizer(k) for k in range(self.stages)]
+        self.schedulers = [self._scheduler(optimizer) for optimizer in self.optimizers]
+        self._losses: Tensor | None = None
+
+    @property
+    def global_steps(self) -> int:
+        """Batches trained."""
+        return self.reference.batch
+
+    def gradient_accumulation_steps(self) -> int:
+        """M."""
+        return self._micro_batches
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples a micro-batch."""
+        return self._micro_batch_size
+
+    def train_batch_size(self) -> int:
+        """Samples a batch."""
+        return self._micro_batches * self._micro_batch_size
+
+    def latest_losses(self) -> tuple[Tensor, int] | None:
+        """The K losses of the newest batch and its number (from 1); None before the first."""
+        return None if self._losses is None else (self._losses, self.global_steps)
+
+    def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
+        """Train all stages on the next M micro-batches (inputs, labels[, ids]); returns their K losses, float64."""
+        self._train(True)
+        losses = self.reference.accumulate(self._take(data_iter, self._micro_batches))
+        self._clip()
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            if scheduler is not None:
+                scheduler.step()
+        self.reference.masters_to_weights()
+        self._losses = losses
+        self._report()
+        return losses
+
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any],
+        num_micro_batches: int | None = None,
+        measure: Callable[[Any, Any], Tensor] | None = None,
+    ) -> Tensor:
+        """Means of the K held-out losses (or of another ``measure(outputs, labels)``) over micro-batches. [K]."""
+        self._train(False)
+        return self.reference.evaluate(self._take(data_iter, num_micro_batches or self._micro_batches), measure)
+
+    def _report(self) -> None:
+        interval = self.config.get("steps_per_print", 10)
+        if self.monitor is None or not self.monitor.enabled or not interval or self.global_steps % interval:
+            return
+        assert self._losses is not None
+        samples = self.global_steps * self.train_batch_size()
+        rows = enumerate(self._losses.tolist())
+        self.monitor.write_events([(f"Train/Exits/stage_{k}_loss", loss, samples) for k, loss in rows])
+
+    def close(self) -> None:
+        """As the engine's; nothing is open here."""
+
+    def _optimizer(self, stage: int) -> torch.optim.Optimizer:
+        block = self.config.get("optimizer", {})
+        name, options = str(block.get("type", "")), dict(block.get("params", {}))
+        if name.lower() not in _OPTIMIZERS:
+            raise ConfigError(f'virtual stages train with Adam, AdamW or SGD; "optimizer.type" is {name!r}.')
+        if not options.get("adam_w_mode", True):
+            raise ConfigError('virtual stages have no Adam without "adam_w_mode": use AdamW.')
+        kept = {key: value for key, value in options.items() if key not in _DEEPSPEED_ONLY}
+        if "betas" in kept:
+            kept["betas"] = tuple(kept["betas"])
+        defaults = {} if name.lower() == "sgd" else {"weight_decay": 0.01 if name.lower() == "adamw" else 0.0}
+        return _OPTIMIZERS[name.lower()](self.reference.masters(stage), **{**defaults, **kept})
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        block = self.config.get("scheduler", {})
+        if not block:
+            return None
+        if block.get("type") not in lr_schedules.VALID_LR_SCHEDULES:
+            known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
+            raise ConfigError(f'"scheduler.type" is {block.get("type")!r}, known are {known}.')
+        return getattr(lr_schedules, block["type"])(optimizer, **block.get("params", {}))
+
+    def _clip(self) -> None:
+        limit = self.config.get("gradient_clipping", 1.0)  # DeepSpeed's default
+        if not limit:
+            return
+        scopes = [self.reference.masters(k) for k in range(self.stages)]
+        if self.reference.config.clip_scope == "global":
+            scopes = [[p for scope in scopes for p in scope]]
+        for scope in scopes:
+            torch.nn.utils.clip_grad_norm_(scope, limit)
+
+    def _take(self, data_iter: Iterator[Any], count: int) -> list[tuple[Any, Any]]:
+        rows = [(row[0].to(self.device), row[1].to(self.device)) for row in islice(data_iter, count)]
+        if len(rows) < count:
+            raise ValueError(f"the data ended after {len(rows)} of {count} micro-batches: give a repeating iterator")
+        return rows
+
+    def _train(self, mode: bool) -> None:
+        for module in (*self.reference.stages, *self.reference.aux_heads):
+            module.train(mode)
+
+
+class FullPrecisionSums(InterlockedReference):
+    """A reference that sums bf16 gradients in fp32, for fp32 master copies of its bf16 weights."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._masters: dict[nn.Parameter, nn.Parameter] = {}
+        for k in range(len(self.stages)):
+            for parameter in self.parameters(k):
+                if parameter.dtype == torch.bfloat16:
+                    self._masters[parameter] = nn.Parameter(parameter.detach().float())
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether weights have fp32 copies."""
+        return bool(self._masters)
+
+    def masters(self, stage: int) -> list[nn.Parameter]:
+        """What the optimizer of a stage trains: the weights, or their fp32 copies."""
+        return [self._masters.get(p, p) for p in self.parameters(stage)]
+
+    @torch.no_grad()
+    def masters_to_weights(self) -> None:
+        """After a step: round the master weights."""
+        for weight, master in self._masters.items():
+            weight.copy_(master)
+
+    @torch.no_grad()
+    def set_masters(self, stage: int, values: Sequence[Tensor] | None) -> None:
+        """After loading the weights: their fp32 copies as saved, or made of them."""
+        for parameter, value in zip(self.parameters(stage), values or self.parameters(stage), strict=True):
+            self._masters.get(parameter, parameter).copy_(value)
+
+    def _add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        master = self._masters.get(parameter, parameter)
+        super()._add_gradient(master, gradient.to(master.dtype))
+
+
+def _batch_sizes(config: Mapping[str, Any]) -> tuple[int, int]:
+    """M and samples a micro-batch, from any two of DeepSpeed's three keys."""
+    total, size = config.get("train_batch_size"), config.get("train_micro_batch_size_per_gpu")
+    count = config.get("gradient_accumulation_steps")
+    if count is None:
+        count = total // size if total and size else 1
+    size = size or (total // count if total else None)
+    if size is None or (total is not None and total != size * count):
+        raise ConfigError(
+            f"train_batch_size {total}, train_micro_batch_size_per_gpu {size} and gradient_accumulation_steps {count} "
+            "do not say how large a micro-batch of one replica is."
+        )
+    return count, size

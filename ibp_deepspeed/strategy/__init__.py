@@ -1,0 +1,1 @@
+"""Which losses train which trunk, over stages, micro-batches and batches."""

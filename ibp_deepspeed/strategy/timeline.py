@@ -1,0 +1,146 @@
+"""Strategies over time: which strategy each micro-batch of each batch is trained with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from ibp_deepspeed.config.interlocking import ConfigError, InterlockingConfig, Mode
+from ibp_deepspeed.strategy.strategy import Strategy, borrows
+
+
+@dataclass(frozen=True)
+class BatchStrategy:
+    """The strategies of one batch.
+
+    Attributes:
+        micro_batches: one strategy a micro-batch; they differ in width, mode and weights only.
+    """
+
+    micro_batches: tuple[Strategy, ...]
+
+    def __post_init__(self) -> None:
+        if not self.micro_batches:
+            raise ValueError("a batch needs at least one micro-batch")
+        if len({(s.stages, s.hop_slack, s.aux_heads, s.borrow) for s in self.micro_batches}) > 1:
+            raise ValueError(f"the micro-batches of a batch differ in more than width, mode and weights: {self}")
+
+    @classmethod
+    def uniform(cls, strategy: Strategy, micro_batches: int) -> BatchStrategy:
+        """All micro-batches with one strategy."""
+        return cls((strategy,) * micro_batches)
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self.micro_batches)
+
+    def __getitem__(self, micro_batch: int) -> Strategy:
+        return self.micro_batches[micro_batch]
+
+    @property
+    def stages(self) -> int:
+        """K."""
+        return self.micro_batches[0].stages
+
+    @property
+    def hop(self) -> int:
+        """Slots between a gradient's use on one stage and on the stage before it."""
+        return self.micro_batches[0].hop
+
+    def distance(self, stage: int) -> int:
+        """The most boundaries that an update gradient of trunk ``stage`` crosses."""
+        return self._widest.distance(stage)
+
+    def live_micro_batches(self, stage: int) -> int:
+        """The most micro-batches whose activations ``stage`` holds at once."""
+        last_slots = [m + s.distance(stage) * s.hop for m, s in enumerate(self.micro_batches)]
+        return max(sum(last >= slot for last in last_slots[: slot + 1]) for slot in range(len(self)))
+
+    def buffers(self, stage: int) -> int:
+        """Places for micro-batches that are told apart by their number modulo this."""
+        return min(len(self), self.distance(stage) * self.hop + 1)
+
+    @cached_property
+    def _widest(self) -> Strategy:
+        return max(self.micro_batches, key=lambda strategy: strategy.width)
+
+    def channel_depth(self, requested: int | None = None) -> int:
+        """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
+
+        Raises:
+            ConfigError: the requested depth is below what the schedule of one of the strategies keeps live.
+        """
+        return max(strategy.channel_depth(len(self), requested) for strategy in self.micro_batches)
+
+
+class Course:
+    """The strategies of a whole training.
+
+    Args:
+        config: with its ``schedule``, ``mixed`` and ``global_interval``.
+        stages: K.
+        micro_batches: M.
+        aux_heads: whether stages before the last have a loss of their own.
+
+    Raises:
+        ConfigError: a mixed width that is not above one it is mixed into.
+    """
+
+    def __init__(self, config: InterlockingConfig, stages: int, micro_batches: int, aux_heads: bool = True) -> None:
+        self._config, self._stages, self._count, self._aux_heads = config, stages, micro_batches, aux_heads
+        phases = [(p.from_step, self._strategy(p.width, p.mode)) for p in config.schedule]
+        if not phases or phases[0][0] > 0:
+            phases.insert(0, (0, Strategy.from_config(config, stages, aux_heads)))
+        self._phases = [(start, self._mixed(strategy)) for start, strategy in phases]
+        self._global = BatchStrategy.uniform(self._strategy(stages, "furthest"), micro_batches)
+
+    @property
+    def period(self) -> int:
+        """Batches after which the strategies repeat themselves, but for the changes of ``schedule``."""
+        return self._config.global_interval or 1
+
+    def at(self, batch: int) -> BatchStrategy:
+        """The strategies of batch ``batch``, counted from 0."""
+        interval = self._config.global_interval
+        if interval and (batch + 1) % interval == 0:
+            return self._global
+        return next(phase for start, phase in reversed(self._phases) if start <= batch)
+
+    def distinct(self) -> list[BatchStrategy]:
+        """All batches that can occur, in the order of their first use."""
+        found = [phase for _, phase in self._phases]
+        if self._config.global_interval:
+            found.append(self._global)
+        return list(dict.fromkeys(found))
+
+    def strategies(self) -> list[Strategy]:
+        """All strategies that a micro-batch can have."""
+        return list(dict.fromkeys(s for batch in self.distinct() for s in batch.micro_batches))
+
+    def channel_depth(self) -> int:
+        """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
+
+        Raises:
+            ConfigError: the configured depth is below what a schedule keeps live.
+        """
+        return max(batch.channel_depth(self._config.channel_depth) for batch in self.distinct())
+
+    def _mixed(self, strategy: Strategy) -> BatchStrategy:
+        mixed = self._config.mixed
+        if mixed is None or strategy.width == self._stages:  # nothing is wider
+            return BatchStrategy.uniform(strategy, self._count)
+        if mixed.width <= strategy.width:
+            raise ConfigError(
+                f'"interlocking.mixed.width" is {mixed.width}, which is not above the width {strategy.width} that it '
+                "is mixed into."
+            )
+        wide = math.ceil(mixed.fraction * self._count - 1e-9)  # 0.3 · 10 is a little above 3
+        wider = self._strategy(mixed.width, mixed.mode)
+        return BatchStrategy((wider,) * wide + (strategy,) * (self._count - wide))
+
+    def _strategy(self, width: int, mode: Mode | None) -> Strategy:
+        config = self._config
+        width = min(width, self._stages)
+        mode = mode or config.mode
+        return Strategy(self._stages, width, mode, config.hop_slack, None, self._aux_heads, borrows(config))

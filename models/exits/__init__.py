@@ -1,0 +1,1 @@
+"""Every exit of a trained model: evaluation and tables."""

@@ -1,0 +1,1 @@
+"""Between Hugging Face folders and pipeline layers."""

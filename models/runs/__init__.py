@@ -1,0 +1,1 @@
+"""What a training run starts from, describes and leaves on disk."""

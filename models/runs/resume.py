@@ -1,0 +1,62 @@
+"""Which checkpoint a training goes on from, and whether it fits, found out before the processes meet."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from ibp_deepspeed.checkpoint.store import LATEST, check, replaced
+from models.build import Description
+from models.errors import ModelError
+
+
+def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description, steps: int) -> str | None:
+    """The tag of a checkpoint in ``folder``.
+
+    Args:
+        folder: of a run's checkpoints.
+        wanted: a tag; ``auto``: the newest, if there is one; None: start anew.
+        planned: what the run is about to train.
+        steps: batches that it is to have in the end.
+
+    Raises:
+        ModelError: there is no such checkpoint, it is of another model, or it has as many batches already.
+        CheckpointError: it is damaged.
+    """
+    if wanted is None:
+        return None
+    latest = folder / LATEST
+    if wanted == "auto" and not latest.exists():
+        return None
+    tag = latest.read_text(encoding="utf-8").strip() if wanted == "auto" else wanted
+    path = folder / tag if (folder / tag).exists() else folder / replaced(tag)
+    if not path.is_dir():
+        there = ", ".join(sorted(p.name for p in folder.glob("*") if batches_of(p.name) is not None)) or "none"
+        raise ModelError(f"{folder} has no checkpoint {tag}, but {there}.")
+    check(path)
+    _check_same(path, Description.read(path), planned)
+    batches = batches_of(tag)
+    if batches is not None and batches >= steps:
+        raise ModelError(f"{path} has {batches} batches already: give --steps above that, not {steps}.")
+    return tag
+
+
+def batches_of(tag: str) -> int | None:
+    """Batches that a checkpoint was trained with, from its name; None for another name."""
+    found = re.fullmatch(r"global_step(\d+)", tag)
+    return int(found[1]) if found else None
+
+
+def _check_same(path: Path, saved: Description, planned: Description) -> None:
+    was, is_ = (json.loads(d.model_dump_json()) for d in (saved, planned))  # JSON has no numbers as keys
+    for name in ("model", "sequence_length"):
+        theirs, ours = was[name], is_[name]
+        if theirs == ours:
+            continue
+        if name == "model":
+            key = next(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
+            name, theirs, ours = f"model's {key}", theirs.get(key), ours.get(key)
+        raise ModelError(
+            f"{path} was trained with {name} {theirs}, not {ours}: resume with the same, or another --output."
+        )

@@ -1,0 +1,140 @@
+"""The learning-quality study: its tasks, its bookkeeping, and its shortest result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.pages import filled, markdown
+from benchmarks.quality.gradients import cosines
+from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
+from benchmarks.quality.price import price
+from benchmarks.quality.records import load
+from benchmarks.quality.report import DOCS, RESULTS, depth_table, hop_table, tables, text_table, tuned
+from benchmarks.quality.run import SOLVED, Run, train
+from benchmarks.quality.tasks import HopTask
+from ibp_deepspeed import InterlockingConfig
+from tests.toys import make_reference, micro_batches
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3])
+def test_labels_are_where_the_hops_end(hops: int) -> None:
+    tokens, labels = next(HopTask(hops, sequence_length=12, alphabet=3).batches(seed=0, size=20))
+    for row, targets in zip(tokens.tolist(), labels.tolist(), strict=True):
+        for i, target in enumerate(targets):
+            place: int | None = i
+            for _ in range(hops):
+                before = [j for j in range(place) if row[j] == row[place]] if place is not None else []
+                place = before[-1] + 1 if before else None
+            assert target == (-100 if place is None else row[place])
+
+
+def test_batches_depend_on_the_seed_alone_and_differ_from_the_held_out_ones() -> None:
+    task = HopTask(1)
+    first, again, other = (next(task.batches(seed, 8))[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first, task.held_out()[0][0][:8])
+
+
+def test_interlocking_learns_a_circuit_over_two_stages_that_local_learning_does_not() -> None:
+    """The standing check: one hop, stages of one layer, the same 400 batches."""
+    ends = {}
+    for row in ("local, shared", "2-wise window, shared"):
+        run = dataclasses.replace(hop(row, HOP_ROWS[row], 1, seed=0), steps=400, evaluations=2, width=32)
+        ends[row] = train(run)["curve"][-1][1][-1]
+    assert ends["2-wise window, shared"] > 0.97 > 0.93 > ends["local, shared"], ends
+
+
+def test_a_run_is_named_by_what_it_depends_on() -> None:
+    run = hop("global", HOP_ROWS["global"], 1, seed=0)
+    assert run.id == Run(**json.loads(json.dumps(dataclasses.asdict(run)))).id
+    changes: list[dict[str, Any]] = [{"seed": 1}, {"rate": 0.1}, {"task": {"hops": 2}}, {"interlocking": {}}]
+    assert len({run.id, *(dataclasses.replace(run, **change).id for change in changes)}) == 5
+
+
+def test_every_row_of_the_study_is_a_configuration() -> None:
+    for interlocking in (*HOP_ROWS.values(), *TEXT_ROWS.values()):
+        InterlockingConfig.parse(interlocking)
+    assert len({run.id for run in PLANS["hops"](Path())}) == len(list(PLANS["hops"](Path())))
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    done = [{"id": run.id} for run in PLANS["check"](tmp_path)]
+    (tmp_path / "check.jsonl").write_text("".join(json.dumps(record) + "\n" for record in done[1:]), encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.quality", "check", "--list", "--results", str(tmp_path)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.count("check local, shared") == 1 and shown.count("check ") == 1
+
+
+def test_prices_follow_the_schedule() -> None:
+    local, pairwise = (
+        price(TEXT_ROWS["local, private"], 4, 2, 1000),
+        price(TEXT_ROWS["pairwise window, private"], 4, 2, 1000),
+    )
+    assert price(TEXT_ROWS["global"], 4, 2, 1000).time == 1
+    assert local.time == pytest.approx(3.1 / 5.25, abs=0.01) and pairwise.time == pytest.approx(4.1 / 5.25, abs=0.01)
+    half = [{"from_step": 500, "width": 4, "mode": "furthest"}]
+    changing = price({**TEXT_ROWS["local, private"], "schedule": half}, 4, 2, 1000)
+    assert changing.time == pytest.approx((local.time + 1) / 2)
+    periodic = price(TEXT_ROWS["local + global every 4th, shared"], 4, 2, 1000)
+    assert local.time < periodic.time < 1
+    assert price(TEXT_ROWS["local, shared, 1 block"], 4, 2, 1000).work > local.work + 0.3
+
+
+def record(row: str, loss: float, **values: Any) -> dict[str, Any]:
+    run = {"row": row, "interlocking": TEXT_ROWS[row], "layers": 8, "stages": 4, "steps": 1000, "rate": 0.1}
+    return {"run": run | {"task": {}} | values, "curve": [[1, [9.0, 9.0, 9.0, 9.0]], [2, [5.0, 4.0, 3.5, loss]]]}
+
+
+def test_text_table_measures_against_global() -> None:
+    rows = [
+        record("global", 2.0),
+        record("global", 3.0, layers=2, stages=2),
+        record("global", 2.2, steps=500),
+        record("local, private", 2.1),
+        record("local, private", 2.3),
+    ]
+    cells = dict(zip(*[text_table(rows)[i] for i in (0, 2)], strict=True))
+    assert cells["last exit"] == "2.200 ± 0.100" and cells["gap to global"] == "+10.0%"
+    assert cells["share of depth's gain"] == "80%" and cells["seeds"] == "2"
+    assert 2.0 < float(cells["global at equal time"]) < 2.2  # 0.59 of the batches, between 500 and 1000
+    assert markdown(depth_table(rows)).count("3.000") == 1
+
+
+def test_hop_table_counts_what_is_solved() -> None:
+    solved = record("local, private", SOLVED, task={"hops": 1}) | {"steps": 300}
+    table = hop_table([solved, record("local, private", 0.5, task={"hops": 1}) | {"steps": 900}], [1])
+    assert table[1][1].endswith("· 1/2 (300)")
+
+
+def test_the_first_rate_stays_unless_another_is_clearly_better() -> None:
+    first, other = RATES[0], RATES[1]
+    rows = [record("global", 2.0, rate=first), record("global", 1.9, rate=other)]
+    rows += [record("global", 2.5, rate=first, layers=2), record("global", 2.46, rate=other, layers=2)]
+    assert best_rates(rows) == {("global", 8): other, ("global", 2): first}
+    better = [record("global", 1.9, rate=0.2), record("global", 2.1, rate=0.2)]
+    rows = [record("global", 2.1, rate=0.1), *better, record("global", 9.0, layers=2)]
+    assert tuned(rows) == rows[1:]
+
+
+def test_gradient_of_backpropagation_agrees_with_itself() -> None:
+    reference = make_reference(3, {"strategy": "global"})
+    assert cosines(reference, *micro_batches(0, 1)[0]) == pytest.approx([1.0] * 3)
+    local = make_reference(3, {"strategy": "local"})
+    values = cosines(local, *micro_batches(0, 1)[0])
+    assert values[-1] == pytest.approx(1.0) and all(value < 0.99 for value in values[:-1])
+
+
+def test_tables_of_the_page_are_those_of_the_records() -> None:
+    page = (DOCS / "learning.md").read_text(encoding="utf-8")
+    assert page.count("<!-- table: ") == page.count("<!-- end -->") > 0
+    assert filled(page, tables({path.stem: load(path) for path in RESULTS.glob("*.jsonl")})) == page

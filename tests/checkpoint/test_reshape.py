@@ -1,0 +1,190 @@
+"""Checkpoints into pipelines of another shape: states follow their layers, heads their boundaries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
+from tests.launch import launch
+from tests.toys import Head, Layer, loss_fn, micro_batches
+from tests.workers.reshape import LAYERS, SAMPLES, HeadWithSources
+
+LOCAL = {"strategy": "pairwise", "mode": "window"}
+GLOBAL = {"strategy": "global", "clip_scope": "global"}
+FOUR, THREE, TWO = [0, 2, 4, 6, 8], [0, 2, 5, 8], [0, 4, 8]
+TRUNK = [f"{layer}.{name}" for layer in range(LAYERS) for name in ("bias", "weight")]
+HEADS = {4: "head before layer 4: from the checkpoint"}
+
+
+def case(bounds: list[int], replicas: int = 1, strategy: dict[str, Any] = LOCAL, **more: Any) -> dict[str, Any]:
+    return {"bounds": bounds, "replicas": replicas, "interlocking": strategy, **more}
+
+
+def check_kept(row: dict[str, Any], heads: list[int]) -> None:
+    """Everything of the trunk and of heads at kept boundaries is the saved value, moments included."""
+    kept = {f"head {boundary}.{name}" for boundary in heads for name in ("bias", "weight")}
+    assert set(row["kept"]) >= {*TRUNK, *kept}, row
+    assert row["client"] == "kept"
+    steps, samples, rate = row["counted"]
+    assert steps == 3 and samples == 0 and rate == pytest.approx(0, abs=1e-12), row
+
+
+def test_processes_in_other_shapes(tmp_path: Path) -> None:
+    """4 × 1 ↔ 2 × 2 (stages × replicas) and other bounds, with plain, partitioned and bf16 optimizers; then 3 and 2."""
+    folders = {name: str(tmp_path / name) for name in ("plain", "zero", "low", "exact", "halves", "again", "zero-less")}
+    whole, halves = case(FOUR), case(TWO, 2)
+    cases = [
+        whole | {"save": folders["plain"]},
+        whole | {"save": folders["zero"], "zero": 1},
+        halves | {"save": folders["halves"], "zero": 1},
+        whole | {"save": folders["low"], "zero": 1, "bf16": True},
+        case(FOUR, strategy=GLOBAL) | {"save": folders["exact"]},
+        whole | {"save": folders["zero-less"], "bf16": True},
+        whole | {"load": folders["zero-less"], "bf16": True},
+        halves | {"load": folders["plain"]},
+        halves | {"load": folders["zero"], "zero": 1},
+        halves | {"load": folders["plain"], "zero": 1},
+        halves | {"load": folders["low"], "zero": 1, "bf16": True},
+        whole | {"load": folders["halves"]},
+        case([0, 1, 4, 5, 8]) | {"load": folders["plain"], "sources": True},
+        case(TWO, 2, GLOBAL) | {"load": folders["exact"], "zero": 1},
+        case([0, 1, 3, 4, 8], strategy=GLOBAL) | {"load": folders["exact"]},
+    ]
+    rows = launch("reshape", 4, cases).check().reports[0]
+    unchanged, *rows = rows
+    check_kept(unchanged, [2, 4, 6])
+    assert not unchanged["lines"] and unchanged["error"] <= 1e-6, unchanged
+    for row in rows[:4]:
+        check_kept(row, [4])
+        assert row["lines"] == [HEADS[4]] and not row["moved"], row
+    back, bounds, *exact = rows[4:]
+    check_kept(back, [4])
+    assert back["lines"] == [
+        "head before layer 2: from the head before layer 4", HEADS[4],
+        "head before layer 6: from the head before layer 4",
+    ]  # fmt: skip
+    assert set(back["moved"].values()) == {"head 4.weight", "head 4.bias"}
+    assert bounds["lines"][0] == "head before layer 1: from the head before layer 2"
+    check_kept(bounds, [4])
+    for row in exact:
+        check_kept(row, [])
+        assert row["error"] <= 1e-6, row
+    for stages, shape, boundaries in ((3, THREE, [2]), (2, TWO, [4])):
+        wanted = [case(shape, load=folders["zero"], zero=1, again=folders["again"])]
+        wanted += [case(shape, strategy=GLOBAL, load=folders["exact"])]
+        row, same = launch("reshape", stages, wanted).check().reports[0]
+        check_kept(row, boundaries)
+        check_kept(same, [])
+        assert same["error"] <= 1e-6
+    virtual = make(FOUR, GLOBAL)
+    virtual.load_checkpoint(tmp_path / "exact")
+    assert_trunk_is(virtual, tmp_path / "exact")
+
+
+def make(bounds: list[int], interlocking: dict[str, Any], sources: bool = False, **more: Any) -> VirtualPipeline:
+    layers = [Layer(seed) for seed in range(LAYERS - 1)] + [Head(LAYERS - 1)]
+    stages = [nn.Sequential(*layers[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    kind = HeadWithSources if sources else Head
+    heads = None if interlocking["strategy"] == "global" else [kind(100 + k) for k in range(len(stages) - 1)]
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": SAMPLES,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": 0.02}},
+        "interlocking": interlocking,
+        **more,
+    }
+    return VirtualPipeline(cast(Any, stages), cast(Any, heads), loss_fn, config)
+
+
+def train(pipeline: VirtualPipeline, batches: range) -> None:
+    for batch in batches:
+        pipeline.train_batch(iter(micro_batches(batch, SAMPLES)))
+
+
+def trunk(pipeline: VirtualPipeline) -> list[torch.Tensor]:
+    return [p.detach() for stage in pipeline.reference.stages for p in stage.parameters()]
+
+
+def assert_trunk_is(pipeline: VirtualPipeline, folder: Path) -> None:
+    there = torch.load(folder / "states.pt", weights_only=False)["moments"][0]
+    for index, layer in enumerate(layer for stage in pipeline.reference.stages for layer in stage.children()):
+        for name, parameter in layer.named_parameters():
+            assert torch.equal(parameter, there[f"{index}.{name}"]["weight"])
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("first", "second"), [(FOUR, TWO), (TWO, FOUR), (FOUR, THREE)])
+def test_backpropagation_goes_on_as_if_nothing_had_happened(
+    first: list[int], second: list[int], low: bool, tmp_path: Path
+) -> None:
+    """Its results don't depend on the cut: weights, masters, moments, steps and rates have all to be right."""
+    more: dict[str, Any] = {"bf16": {"enabled": True}} if low else {}
+    one, other = make(first, GLOBAL, **more), make(second, GLOBAL, **more)
+    train(one, range(3))
+    one.save_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path)
+    assert all(map(torch.equal, trunk(one), trunk(other)))
+    for pipeline in (one, other):
+        train(pipeline, range(3, 6))
+    for ours, theirs in zip(trunk(other), trunk(one), strict=True):
+        assert (ours - theirs).norm() <= (1e-2 if low else 1e-6) * theirs.norm()
+
+
+def test_heads_of_another_kind_begin_with_the_readout(tmp_path: Path) -> None:
+    """No heads before, or none that fits: the layers that a head names itself, with their moments."""
+    one, other = make(TWO, GLOBAL), make(FOUR, LOCAL, sources=True)
+    train(one, range(2))
+    one.save_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path)
+    assert other.load_report == [f"head before layer {b}: from the model's readout" for b in (2, 4, 6)]
+    last = list(other.reference.stages[-1].children())[-1]
+    moments = other.optimizers[0].state
+    for head in other.reference.aux_heads:
+        for ours, theirs in zip(head.parameters(), last.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    ours, theirs = other.reference.aux_heads[0].weight, last.weight
+    assert torch.equal(moments[ours]["exp_avg"], other.optimizers[-1].state[theirs]["exp_avg"])
+    plain = make(FOUR, LOCAL)
+    untouched = [p.detach().clone() for p in plain.reference.aux_heads[0].parameters()]
+    plain.load_checkpoint(tmp_path)
+    assert plain.load_report[0] == "head before layer 2: new"
+    assert all(map(torch.equal, untouched, plain.reference.aux_heads[0].parameters()))
+    train(plain, range(2, 3))
+
+
+def test_another_strategy_is_the_same_shape(tmp_path: Path) -> None:
+    """Width and mode leave no trace in the files: heads and moments go on as they are."""
+    one, other = make(FOUR, LOCAL), make(FOUR, {"strategy": "nwise", "width": 3, "mode": "furthest"})
+    train(one, range(2))
+    one.save_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path)
+    assert other.load_report == []
+    for ours, theirs in zip(other.optimizers, one.optimizers, strict=True):
+        for a, b in zip(ours.state.values(), theirs.state.values(), strict=True):
+            assert torch.equal(a["exp_avg"], b["exp_avg"])
+
+
+def test_steps_may_be_numbers_or_tensors(tmp_path: Path) -> None:
+    """DeepSpeed's own optimizers count in Python's numbers, torch's in tensors."""
+    one = make(TWO, GLOBAL)
+    train(one, range(1))
+    one.save_checkpoint(tmp_path)
+    path = tmp_path / "global_step1" / "mp_rank_00_model_states.pt"
+    file = torch.load(path, weights_only=False)
+    for state in file["optimizer"]["state"].values():
+        state["step"] = 7
+    torch.save(file, path)
+    (tmp_path / "global_step1" / "contents.json").write_text(
+        json.dumps({"shape": one.checkpoint_shape().model_dump(), "files": {}})
+    )
+    other = make(FOUR, GLOBAL)
+    other.load_checkpoint(tmp_path)
+    assert {float(state["step"]) for state in other.optimizers[0].state.values()} == {7}

@@ -1,0 +1,87 @@
+"""Every preset is understood, key by key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from ibp_deepspeed.config.known_keys import TOP_LEVEL, unknown_keys
+from ibp_deepspeed.engine.initialize import check_deepspeed_settings, load_config, resolve_interlocking
+from ibp_deepspeed.schedule.validate import checked_course
+from ibp_deepspeed.strategy.timeline import Course
+
+PRESETS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+
+
+class Listening(dict[str, Any]):
+    """A dictionary that remembers which keys it was asked for."""
+
+    asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return _Keys(self)
+
+    def __copy__(self) -> Listening:
+        return Listening(self)
+
+
+class _Keys:
+    def __init__(self, owner: Listening) -> None:
+        self.owner = owner
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.owner
+
+    def __iter__(self) -> Any:
+        return iter(self.owner)
+
+
+def test_known_keys_are_those_that_deepspeed_asks_for() -> None:
+    DeepSpeedConfig(Listening(train_batch_size=1))
+    assert Listening.asked == set(TOP_LEVEL)
+
+
+def test_there_is_a_cpu_and_a_gpu_preset_of_each_strategy() -> None:
+    names = {
+        f"{strategy}_{kind}.json" for strategy in ("local", "pairwise", "3wise", "global") for kind in ("cpu", "gpu")
+    }
+    assert {path.name for path in PRESETS} == names
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset(path: Path) -> None:
+    settings = load_config(path)
+    assert unknown_keys(settings) == []
+    check_deepspeed_settings(settings)
+    config = resolve_interlocking(settings)
+    parsed = DeepSpeedConfig({k: v for k, v in settings.items() if k != "interlocking"})
+    course = Course(config, 4, parsed.gradient_accumulation_steps, aux_heads=config.aux_head is not None)
+    width = {"local": 1, "pairwise": 2, "3wise": 3, "global": 4}[path.stem.split("_")[0]]
+    assert [strategy.width for strategy in course.strategies()] == [width]
+    checked_course(course)
+    assert parsed.bfloat16_config.enabled == path.stem.endswith("gpu")
+
+
+def test_an_unknown_key_is_named_with_its_neighbour() -> None:
+    settings = {"gradient_cliping": 1.0, "optimizer": {"typ": "SGD"}, "interlocking": {}}
+    assert unknown_keys(settings) == [
+        '"gradient_cliping" (did you mean "gradient_clipping"?)',
+        '"optimizer.typ" (did you mean "type"?)',
+    ]
+    assert json.loads(PRESETS[0].read_text())

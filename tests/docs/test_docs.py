@@ -1,0 +1,57 @@
+"""What the documents show is true: code runs, configurations parse, commands exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from ibp_deepspeed import InterlockingConfig
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HOW = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks(HOW, "python"))
+def test_python_of_how_it_works_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(code, "docs/how-it-works.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("4.10 ")
+
+
+def test_python_of_the_readme_uses_names_that_exist() -> None:
+    import ibp_deepspeed
+
+    for code in blocks(README, "python"):
+        compile(code, "README.md", "exec")
+        for names in re.findall(r"from ibp_deepspeed import (.*)", code):
+            assert all(hasattr(ibp_deepspeed, name.strip()) for name in names.split(","))
+
+
+def test_configurations_of_the_readme_parse() -> None:
+    for block in blocks(README, "json"):
+        InterlockingConfig.parse(json.loads("{" + block + "}")["interlocking"])
+
+
+def test_every_option_is_documented_with_its_name() -> None:
+    for name in (*InterlockingConfig.model_fields, *AuxHeadConfig.model_fields):
+        assert f"`{name}`" in HOW, name
+
+
+def test_files_that_the_readme_names_exist_and_options_too() -> None:
+    commands = "\n".join(blocks(README, "bash"))
+    for path in re.findall(r"(?:scripts|ds_configs|models/configs|benchmarks)/[\w./-]+", commands):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(((?!http)[\w./-]+)\)", README):
+        assert (ROOT / path).exists(), path
+    train = (ROOT / "scripts" / "train_lm.py").read_text(encoding="utf-8")
+    for option in re.findall(r"train_lm\.py(.*?)(?:\n[a-z]|\Z)", commands, flags=re.DOTALL)[0].split():
+        if option.startswith("--"):
+            assert f'"{option}"' in train, option

@@ -1,0 +1,109 @@
+"""The commands of docs/huggingface.md and docs/checkpoints.md, run in their order on small models."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ibp_deepspeed.data.tokenizer import train_tokenizer
+from models import load_config
+from tests.launch import free_port
+from tests.prepared_data import DOCUMENTS
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+LAUNCHER = ["deepspeed", "--num_accelerators"]
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of all commands in the page's bash blocks, continued lines joined, comments left out."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def at_small_size(words: list[str]) -> list[str]:
+    """Stages in one process, which saves their start, and short trainings on little text."""
+    if words[:2] == LAUNCHER:
+        words = ["python", *words[3:], "--one-process", "--stages", words[2]]
+    if words[1] == "scripts/train_lm.py":
+        words += ["--sequence-length", "32", "--eval-micro-batches", "2"]
+        for option in {"--steps", "--save-interval"} & set(words):
+            value = words.index(option) + 1
+            words[value] = str(int(words[value]) // 100)
+    if words[1] == "scripts/prepare_data.py" and "--dialogues" not in words:
+        words += ["--max-bytes", "200000"]
+    if words[1] == "scripts/evaluate_lm.py" or "--all-exits" in words:
+        words += ["--max-batches", "2"]
+    return [sys.executable, str(ROOT / words[1]), *words[2:]]
+
+
+def run_page(page: str, folder: Path) -> str:
+    """All commands of a page in ``folder``; returns what they print."""
+    for name in ("ds_configs", "models"):
+        (folder / name).symlink_to(ROOT / name)
+    env = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    printed = []
+    for words in commands(page):
+        env["MASTER_PORT"] = free_port()
+        done = subprocess.run(at_small_size(words), cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
+        printed.append(done.stdout)
+    return "\n".join(printed)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """A Llama of four layers with a tokenizer that has a chat template, and rows to tune it on."""
+    folder = tmp_path / "path" / "to" / "model"
+    config = load_config(ROOT / "models/configs/llama-tiny.json", vocab_size=400, num_hidden_layers=4)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer = train_tokenizer(DOCUMENTS, 400)
+    tokenizer._tokenizer.chat_template = TEMPLATE
+    tokenizer.save(folder)
+    rows = [{"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(300)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def test_commands_of_the_hugging_face_page(hub: Path, tmp_path: Path) -> None:
+    printed = run_page("huggingface.md", tmp_path)
+    assert "begins with the weights of path/to/model" in printed and "| exit | decoder layers |" in printed
+    family = json.loads((tmp_path / "runs/tuned/family/exits.json").read_text())
+    evaluated = re.findall(r"^ +(?:exit \d|model) +([\d.]+)", printed, flags=re.MULTILINE)
+    assert [f"{row['loss']:.4f}" for row in family] == evaluated and len(evaluated) == 4
+    for folder, layers in (("hf", 4), ("half", 2), ("family/exit-1", 1), ("family/exit-4", 4)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/tuned" / folder)
+        assert model.config.num_hidden_layers == layers
+        assert (tmp_path / "runs/tuned" / folder / "README.md").exists()
+
+
+def test_commands_of_the_checkpoints_page(tmp_path: Path) -> None:
+    """Training, going on, and going on in two other shapes."""
+    printed = run_page("checkpoints.md", tmp_path)
+    assert "goes on from global_step2" in printed and "goes on from global_step4" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("head before layer")]
+    assert lines == [
+        "head before layer 4: from the checkpoint",
+        "head before layer 2: from the head before layer 4",
+        "head before layer 4: from the checkpoint",
+        "head before layer 6: from the head before layer 4",
+    ]
+    names = sorted(path.name for path in (tmp_path / "runs/first/checkpoint").iterdir())
+    assert names == ["global_step4", "global_step5", "latest"]
+    rows = [json.loads(line) for line in (tmp_path / "runs/first/history.jsonl").read_text().splitlines()]
+    held_out = {row["step"]: len(row["held_out"]) for row in rows if "held_out" in row}
+    assert held_out == {2: 4, 3: 4, 4: 2, 5: 4}

@@ -1,0 +1,120 @@
+"""From a Hugging Face folder through training on processes and back: the scripts as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ibp_deepspeed.data import MicroBatchLoader, open_tokens
+from models import load_config
+from tests.models.test_causal_lm import perturbed
+from tests.scripts.test_scripts import ROOT, assert_one_sentence, run, script
+
+pytestmark = pytest.mark.xdist_group("test_fine_tuning")  # one worker: they share fixtures of the module
+
+SEQUENCE = 32
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    done = script("prepare_data.py", "--out", folder, "--vocab-size", "512", "--max-bytes", "400000")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied GPT-2 in several shards, with the tokenizer of the data."""
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    config = load_config(ROOT / "models/configs/gpt2-tiny.json", vocab_size=512, n_layer=3, tie_word_embeddings=True)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    perturbed([model])
+    model.save_pretrained(folder, max_shard_size="500KB")
+    AutoTokenizer.from_pretrained(data / "tokenizer").save_pretrained(folder)
+    return folder
+
+
+def config(folder: Path, rate: float) -> Path:
+    """Pairwise with private heads on small batches."""
+    settings = json.loads((ROOT / "ds_configs" / "pairwise_cpu.json").read_text())
+    settings.update(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2)
+    settings["optimizer"]["params"]["lr"] = rate
+    settings["interlocking"]["aux_head"] = {}
+    del settings["scheduler"], settings["tensorboard"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder / "config.json"
+
+
+def held_out_loss(model: PreTrainedModel, data: Path, micro_batches: int) -> float:
+    loader = MicroBatchLoader(open_tokens(data, "heldout"), SEQUENCE, 2, shuffle=False)
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten()).item()
+            for ids, labels, _ in loader.held_out(micro_batches)
+        ]
+    return sum(losses) / len(losses)
+
+
+def test_processes_read_their_own_layers_and_change_nothing_at_rate_zero(hub: Path, data: Path, tmp_path: Path) -> None:
+    """Two real stages: the last exit has the loss of the model in the folder, and the export its weights."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    words = ["--init-from", hub, "--data", data, "--sequence-length", str(SEQUENCE), "--eval-micro-batches", "4"]
+    out = tmp_path / "run"
+    done = run(
+        *torchrun, "scripts/train_lm.py", "--deepspeed_config", config(tmp_path, 0.0), *words, "--steps", "1",
+        "--output", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"begins with the weights of {hub}, heads as its final norm and readout" in done.stdout
+    assert "the readout is not tied to the embedding" in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(hub).eval()
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    held_out = next(row["held_out"] for row in rows if "held_out" in row)
+    assert held_out[-1] == pytest.approx(held_out_loss(model, data, 4), rel=1e-5)
+    done = script("convert_hf.py", "export", "--checkpoint", out / "checkpoint", "--out", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    want = model.state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in back.state_dict().items())
+    assert (tmp_path / "hf" / "generation_config.json").exists()
+    done = script("convert_hf.py", "export", "--checkpoint", out / "checkpoint", "--exit", "1", "--out", tmp_path / "e")
+    assert done.returncode == 0 and "exit 1 of 2" in done.stdout, done.stderr
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "e").eval()
+    assert held_out_loss(first, data, 4) == pytest.approx(held_out[0], rel=1e-5)
+
+
+def test_wrong_starts_are_one_sentence(hub: Path, data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert script("prepare_data.py", "--out", other, "--vocab-size", "400", "--max-bytes", "100000").returncode == 0
+    words: list[str | Path] = [
+        "--one-process",
+        "--stages",
+        "2",
+        "--deepspeed_config",
+        config(tmp_path, 1e-3),
+        "--sequence-length",
+        "32",
+    ]
+
+    def refused(sentence: str, *more: str | Path) -> None:
+        assert_one_sentence(script("train_lm.py", *words, "--output", tmp_path / "out", *more), sentence)
+
+    refused("were made with another tokenizer than the model's", "--init-from", hub, "--data", other)
+    refused("is no folder, and can't be had from the hub", "--init-from", tmp_path / "nowhere", "--data", data)
+    refused(
+        "weight transformer.wte.weight of (512, 128), the model's is (512, 64)",
+        "--init-from",
+        hub,
+        "--data",
+        data,
+        "--set",
+        "n_embd=64",
+    )
+    assert not (tmp_path / "out" / "checkpoint").exists()

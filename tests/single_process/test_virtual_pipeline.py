@@ -1,0 +1,105 @@
+"""Virtual stages train as the engine's real ones, and read each other's checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from torch import nn
+
+from ibp_deepspeed.config.interlocking import ConfigError
+from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
+from tests.launch import launch
+from tests.toys import loss_fn, make_reference, micro_batches
+
+SHARED = {"readout": "shared", "refresh_interval": 2, "refresh_delay": 4}
+CASES: list[dict[str, Any]] = [
+    {"interlocking": {"strategy": "pairwise", "mode": "window"}, "exchange": True},
+    {
+        "interlocking": {"strategy": "local", "mixed": {"width": 3, "fraction": 0.5}, "aux_head": SHARED},
+        "follow": True,
+        "exchange": True,
+    },
+    {
+        "interlocking": {"strategy": "local", "mode": "window", "aux_head": {**SHARED, "borrow": 1}},
+        "follow": True,
+        "exchange": True,
+        "settings": {"gradient_clipping": 0.02},
+    },
+    {
+        "interlocking": {"strategy": "pairwise", "clip_scope": "global", "global_interval": 2},
+        "settings": {"gradient_clipping": 0.02, "optimizer": {"type": "SGD", "params": {"lr": 0.2, "momentum": 0.9}}},
+    },
+]
+
+
+def test_virtual_stages_equal_the_engine_and_exchange_checkpoints(tmp_path: Path) -> None:
+    cases = [case | {"folder": str(tmp_path / str(i))} for i, case in enumerate(CASES)]
+    for rows in launch("virtual", 3, cases).check().reports:
+        for case, row in zip(cases, rows, strict=True):
+            assert all(error <= 1e-5 for error in row.values()), (case, row)
+
+
+def test_bf16_keeps_full_precision_masters(tmp_path: Path) -> None:
+    """Against BF16_Optimizer: weights are rounded alike, so errors are of the size of bf16's last digit."""
+    case = {"interlocking": {"strategy": "pairwise", "mode": "window"}, "bf16": True, "zero": 1}
+    for rows in launch("virtual", 3, [case | {"folder": str(tmp_path)}]).check().reports:
+        assert all(error <= 3e-2 for error in rows[0].values()), rows
+
+
+def make(follow: bool = False, **changes: Any) -> VirtualPipeline:
+    parts = make_reference(2, {"strategy": "local"}, follow=follow)
+    config = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
+    stages = cast(list[nn.Sequential], parts.stages)
+    return VirtualPipeline(stages, parts.aux_heads, loss_fn, config | changes)
+
+
+def test_resumed_bf16_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    runs = [make(bf16={"enabled": True}) for _ in range(2)]
+    for step in range(3):
+        runs[0].train_batch(iter(micro_batches(step, 1)))
+    runs[0].save_checkpoint(tmp_path)
+    runs[1].load_checkpoint(tmp_path)
+    losses = [[run.train_batch(iter(micro_batches(step, 1))).tolist() for step in (3, 4, 5)] for run in runs]
+    assert losses[0] == losses[1]
+
+
+def test_frozen_readouts_need_no_file_of_copies(tmp_path: Path) -> None:
+    """The engine writes none for them, so that none may be asked for."""
+    interlocking = {"strategy": "local", "aux_head": {"readout": "frozen"}}
+    runs = [make(follow=True, interlocking=interlocking) for _ in range(2)]
+    runs[0].train_batch(iter(micro_batches(0, 1)))
+    runs[0].save_checkpoint(tmp_path)
+    assert not list(tmp_path.rglob("shared_readout*"))
+    runs[1].load_checkpoint(tmp_path)
+    losses = [run.train_batch(iter(micro_batches(1, 1))).tolist() for run in runs]
+    assert losses[0] == losses[1]
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="\"optimizer.type\" is 'Lamb'"):
+        make(optimizer={"type": "Lamb"})
+    with pytest.raises(ConfigError, match="\"scheduler.type\" is 'Cosine'"):
+        make(scheduler={"type": "Cosine"})
+    with pytest.raises(ConfigError, match="train_batch_size 7"):
+        make(train_batch_size=7)
+    with pytest.raises(ValueError, match="ended after 0 of 1"):
+        make().train_batch(iter([]))
+
+
+def test_many_stages_train_on_one_device(tmp_path: Path) -> None:
+    parts = make_reference(32, {"strategy": "local"})
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "interlocking": {"strategy": "nwise", "width": 4, "mode": "window"},
+    }
+    run = VirtualPipeline(cast(list[nn.Sequential], parts.stages), parts.aux_heads, loss_fn, config)
+    batch = micro_batches(0, 1)
+    first = run.train_batch(iter(batch))
+    for _ in range(10):
+        last = run.train_batch(iter(batch))
+    assert first.shape == (32,) and last.mean() < first.mean()
+    run.save_checkpoint(tmp_path)
+    assert len(list((tmp_path / "global_step11").glob("mp_rank_*"))) == 32
