@@ -25,12 +25,12 @@ from benchmarks.speed.emulated import model, time_batches
 from benchmarks.speed.harness import spawn
 
 STAGES, MICRO_BATCHES, UNIT = 4, 4, 0.1
-COLOURS = {"ForwardPass": "#4c78a8", "AuxLoss": "#e45756", "InputProduct": "#f2b447", "InterlockedBackward": "#54a24b"}
+COLOURS = {"ForwardPass": "#4c78a8", "AuxLoss": "#e45756", "BackwardInput": "#f2b447", "BackwardPass": "#54a24b"}
 LABELS = {
     "ForwardPass": "forward",
     "AuxLoss": "own head: forward and backward",
-    "InputProduct": "product to the input, for the stage before",
-    "InterlockedBackward": "update: products to input and weights",
+    "BackwardInput": "product to the input, for the stage before",
+    "BackwardPass": "update: products to input and weights",
 }
 Stamp = tuple[str, int, int, float, float]  # instruction, batch, micro-batch, start, end
 

@@ -20,14 +20,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AuxHeadConfig": "config.interlocking",
-    "ConfigError": "config.interlocking",
+    "ConfigError": "errors",
     "InterlockedPipelineEngine": "engine.engine",
     "InterlockedPipelineModule": "stage.module",
     "InterlockedReference": "single_process.reference",
     "InterlockedTrainSchedule": "schedule.generator",
     "InterlockingConfig": "config.interlocking",
     "InterlockingError": "errors",
-    "ModuleError": "stage.module",
+    "ModuleError": "errors",
     "Strategy": "strategy.strategy",
     "VirtualPipeline": "single_process.virtual_pipeline",
     "init_distributed": "comm.distributed",

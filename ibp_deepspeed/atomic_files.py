@@ -1,10 +1,15 @@
-"""Folders and files that are whole or not there, whatever stops their writing."""
+"""Folders and files that are complete or not there, whatever stops their writing."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ibp_deepspeed.errors import OutputError
 
 
 def sync(path: Path) -> None:
@@ -30,10 +35,38 @@ def replace_folder(complete: Path, target: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a text file under another name first."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(text, encoding="utf-8")
     sync(new)
     os.replace(new, path)
     sync(path.parent)
+
+
+@contextmanager
+def new_folder(out: Path, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+    """A folder beside ``out`` to write into, which gets that name at the end, or goes when something fails.
+
+    Args:
+        out: its final name.
+        failures: what else than an OSError says, while it is written, that it can't be.
+
+    Raises:
+        OutputError: ``out`` exists, or can't be written.
+    """
+    if out.exists():
+        raise OutputError(f"{out} exists already: give another --out or remove it.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            replace_folder(temporary, out, temporary.with_name(f"{temporary.name}.old"))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except Exception as error:
+        if not isinstance(error, (OSError, *failures)):
+            raise
+        raise OutputError(f"can't write {out}: {getattr(error, 'strerror', None) or error}") from error

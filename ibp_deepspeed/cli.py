@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -9,11 +10,15 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from ibp_deepspeed.errors import InterlockingError, PeerLostError
+from ibp_deepspeed.errors import InterlockingError, PeerLostError, first_line
 
 _SKEW_SECONDS = 20.0  # processes may start this far apart
 _TURN_SECONDS = 2.0  # a launcher notices the end of a process within a second
 _PEER_SECONDS = 4.0
+_UNASKED = (
+    "Setting accelerator to CPU",
+    "Attempting to get learning rate from scheduler before it has started",
+)
 
 
 class SameOnAllRanks:
@@ -47,10 +52,24 @@ def run(main: Callable[[SameOnAllRanks], None]) -> NoReturn:
         _end("error: interrupted." if rank == 0 else "")
     except Exception as error:
         if lost_connection(error):
-            _end(f"error: rank {rank} lost another process: {str(error).strip().splitlines()[0]}", _PEER_SECONDS)
+            _end(f"error: rank {rank} lost another process: {first_line(error)}", _PEER_SECONDS)
         _end(f"error: rank {rank} failed:\n{traceback.format_exc()}")
     sys.stdout.flush()
     sys.exit(0)
+
+
+def quiet() -> None:
+    """Keep from the user what nobody asked for; call it before deepspeed and transformers are imported.
+
+    DeepSpeed says in each process that it found no GPU, and complains of its own learning-rate schedules; Hugging Face
+    shows bars while it reads files that take no time.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("DeepSpeed").addFilter(_is_asked_for)
+
+
+def _is_asked_for(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in _UNASKED)
 
 
 def lost_connection(error: Exception) -> bool:

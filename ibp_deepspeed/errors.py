@@ -1,9 +1,48 @@
-"""The one base class of errors that a user can mend."""
+"""All exceptions of the package. The message of each is one sentence for the user."""
+
+from __future__ import annotations
 
 
 class InterlockingError(Exception):
-    """An error whose message is one sentence for the user: what was seen, where, and the way out."""
+    """An error that a user can mend: its message says what was seen, where, and the way out."""
+
+
+class ConfigError(InterlockingError, ValueError):
+    """A configuration that can't be trained with."""
+
+
+class DataError(InterlockingError, ValueError):
+    """Data that cannot be used as they are: names the path, what was seen, what is expected, the way out."""
+
+
+class ModuleError(InterlockingError, ValueError):
+    """A pipeline module that can't be cut or trained as asked."""
+
+
+class CheckpointError(InterlockingError):
+    """A checkpoint that can't be written or read."""
+
+
+class OutputError(InterlockingError):
+    """A file or folder that can't be written, or is there already."""
+
+
+class BatchError(InterlockingError, ValueError):
+    """A stage has no data, or other data than its neighbour."""
+
+
+class BoundaryError(InterlockingError):
+    """What crosses a boundary is not one floating tensor of a constant shape."""
 
 
 class PeerLostError(InterlockingError):
     """A neighbouring stage ended or its connection broke."""
+
+
+class ScheduleError(AssertionError):
+    """A schedule that does not fit together: a bug, not a user's mistake. Ends with the grid of stages × time."""
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text that says anything, or the name of its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

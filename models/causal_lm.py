@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.strategy.head_placement import HeadPlacement
 from models.errors import ModelError
 from models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
@@ -158,8 +159,9 @@ class CausalLM:
         embedding, *costs, head = self.parameter_counts()
         costs[0] += embedding
         costs[-1] += head
-        extra = [self.aux_head_parameters(aux_heads) if aux_heads else 0] * (num_stages - 1)
-        heads = [0, *extra] if aux_heads and aux_heads.borrow else [*extra, 0]
+        size = self.aux_head_parameters(aux_heads) if aux_heads else 0
+        placement = HeadPlacement(num_stages, aux_heads.borrow if aux_heads else 0, aux_heads is not None)
+        heads = [0 if placement.head_at(stage) is None else size for stage in range(num_stages)]
         return sizes_to_bounds(balanced_sizes(costs, heads))
 
     def _meta_layer(self, index: int) -> nn.Module:

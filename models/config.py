@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from ibp_deepspeed.errors import first_line
 from models.errors import ModelError
 
 # Lists with one entry per decoder layer, which have to follow a changed number of layers.
@@ -31,7 +32,7 @@ def load_config(path_or_name: str | Path, **overrides: Any) -> PretrainedConfig:
         base = AutoConfig.from_pretrained(str(path_or_name))
         values, _ = PretrainedConfig.get_config_dict(str(path_or_name))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no model config in '{path_or_name}': {_first_line(error)}") from error
+        raise ModelError(f"no model config in '{path_or_name}': {first_line(error)}") from error
     return _changed(base, values, overrides, f"the config in '{path_or_name}'")
 
 
@@ -57,7 +58,7 @@ def _changed(
     except ModelError:
         raise
     except Exception as error:  # a config class may refuse its values with any kind of error
-        raise ModelError(f"{dict(overrides)} do not fit {what}: {_first_line(error)}") from error
+        raise ModelError(f"{dict(overrides)} do not fit {what}: {first_line(error)}") from error
 
 
 def with_layers(config: PretrainedConfig, kinds: Sequence[int]) -> PretrainedConfig:
@@ -85,7 +86,3 @@ def _cut_lists(values: dict[str, Any], base: PretrainedConfig, overrides: Mappin
                 )
             values[name] = values[name][:layers]
     return values
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

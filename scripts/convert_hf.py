@@ -61,6 +61,8 @@ def export(args: argparse.Namespace) -> None:
 
 def export_all(args: argparse.Namespace) -> None:
     """Every exit in a folder of its own, and what each costs and is worth."""
+    from ibp_deepspeed.data import HeldOut, open_tokens
+    from ibp_deepspeed.errors import OutputError
     from models import ModelError
     from models.exits.exits import Exits
     from models.exits.table import measure, table
@@ -71,9 +73,13 @@ def export_all(args: argparse.Namespace) -> None:
     if data is None:
         raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")
     if args.out.exists():
-        raise ModelError(f"{args.out} exists already: give another --out or remove it.")
+        raise OutputError(f"{args.out} exists already: give another --out or remove it.")
     rows: list[dict[str, Any]] = []
-    for row in measure(exits, data, args.batch_size, args.max_batches):
+    tokens = open_tokens(data, "heldout")
+    tokens.check_vocabulary(exits.model.vocab_size)
+    samples = None if args.max_batches is None else args.max_batches * args.batch_size
+    held_out = HeldOut(tokens, exits.description.sequence_length, args.batch_size, samples=samples)
+    for row in measure(exits, held_out):
         out = args.out / f"exit-{row['exit']}"
         results = {"held-out perplexity": f"{row['perplexity']:.3f}"}
         row["parameters"] = write(exits, out, row["exit"], shard_size=args.shard_size, results=results)
@@ -98,6 +104,7 @@ def report(exits: Any, exit_: int, parameters: int, out: Path) -> None:
 def main(phase: cli.SameOnAllRanks) -> None:
     """Run a command."""
     args = parse_arguments()
+    cli.quiet()
     if args.command == "import":
         from models.hf.importing import import_model
 

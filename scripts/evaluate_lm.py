@@ -10,12 +10,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the metric is a file beside this script
 
 from ibp_deepspeed import cli
+
+if TYPE_CHECKING:
+    from models.exits.evaluation import Evaluation
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,19 +29,22 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="prepared data (default: the data it was trained on)")
     add("--split", choices=["heldout", "train"], default="heldout", help="default: %(default)s")
     add("--batch-size", type=int, default=8, metavar="B", help="samples at once (default: %(default)s)")
-    add("--max-batches", type=int, metavar="N", help="stop after N batches (default: all of the split)")
+    add(
+        "--max-batches",
+        type=int,
+        metavar="N",
+        help="that many batches, spread over the split (default: all)",
+    )
     add("--device", default="cpu", help="torch device (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write the table to this file")
     return parser.parse_args()
 
 
-def evaluate_exits(args: argparse.Namespace) -> tuple[list[dict[str, Any]], float]:
-    """A row an exit with loss, perplexity and tokens; and the data's unigram entropy."""
-    import evaluate
-    from tqdm import tqdm
-
-    from ibp_deepspeed.data import MicroBatchLoader, open_tokens
+def evaluate_exits(args: argparse.Namespace) -> tuple[Evaluation, float]:
+    """What the exits reach, and the data's unigram entropy."""
+    from ibp_deepspeed.data import HeldOut, open_tokens
     from models import ModelError
+    from models.exits.evaluation import evaluate
     from models.exits.exits import Exits
 
     exits = Exits(args.checkpoint, args.device)
@@ -47,28 +53,35 @@ def evaluate_exits(args: argparse.Namespace) -> tuple[list[dict[str, Any]], floa
         raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")
     tokens = open_tokens(data, args.split)
     tokens.check_vocabulary(exits.model.vocab_size)
-    loader = MicroBatchLoader(tokens, exits.description.sequence_length, args.batch_size, shuffle=False)
-    count = min(args.max_batches or loader.micro_batches_per_epoch, loader.micro_batches_per_epoch)
+    samples = None if args.max_batches is None else args.max_batches * args.batch_size
+    held_out = HeldOut(tokens, exits.description.sequence_length, args.batch_size, samples=samples)
+    return evaluate(exits, held_out, show=True), tokens.manifest.unigram_entropy_nats
+
+
+def perplexities(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """A row an exit by the metric beside this script: exit, loss, perplexity, tokens."""
+    import evaluate
+
     folder = str(Path(__file__).resolve().parent / "metrics" / "exit_perplexity")
-    metrics = [evaluate.load(folder, experiment_id=f"{os.getpid()}-{k}") for k in range(len(exits))]
-    for row, size in exits.losses(tqdm(loader.held_out(count), total=count, desc="evaluating", disable=None)):
-        for metric, loss in zip(metrics, row.tolist(), strict=True):
-            metric.add(predictions=loss, references=size)
-    rows = [{"exit": k, **metric.compute()} for k, metric in enumerate(metrics, 1)]
-    return rows, tokens.manifest.unigram_entropy_nats
+    rows = []
+    for exit_, loss in enumerate(evaluation.losses, 1):
+        metric = evaluate.load(folder, experiment_id=f"{os.getpid()}-{exit_}")
+        metric.add(predictions=loss, references=evaluation.tokens)
+        rows.append({"exit": exit_, **metric.compute()})
+    return rows
 
 
 def main(phase: cli.SameOnAllRanks) -> None:
     """Evaluate, print, write."""
     args = parse_arguments()
-    rows, entropy = evaluate_exits(args)
-    print(f"{'exit':>12} {'loss':>8} {'perplexity':>11}   held-out nats per token over {rows[-1]['tokens']:,} tokens")
-    for row in rows:
-        name = "model" if row["exit"] == len(rows) else f"exit {row['exit']}"
-        print(f"{name:>12} {row['loss']:>8.4f} {row['perplexity']:>11.2f}")
-    print(f"{'unigrams':>12} {entropy:>8.4f}   entropy of the token frequencies: below it something was learned")
+    cli.quiet()
+    evaluation, entropy = evaluate_exits(args)
+    from models.exits.table import text_table
+
+    print(text_table(evaluation, entropy))
     if args.json:
-        args.json.write_text(json.dumps({"exits": rows, "unigram_entropy_nats": entropy}, indent=1) + "\n")
+        found = {"exits": perplexities(evaluation), "unigram_entropy_nats": entropy, "sample": evaluation.sample}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

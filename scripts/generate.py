@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import cli
-from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.errors import InterlockingError, first_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,7 +62,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         try:
             model = AutoModelForCausalLM.from_pretrained(args.model)
         except OSError as error:
-            raise InterlockingError(f"no model in {args.model}: {str(error).splitlines()[0]}") from error
+            raise InterlockingError(f"no model in {args.model}: {first_line(error)}") from error
     return model.eval().to(args.device), AutoTokenizer.from_pretrained(str(tokenizer))
 
 
@@ -80,6 +80,7 @@ def encode(tokenizer: Any, args: argparse.Namespace) -> Any:
 def main(phase: cli.SameOnAllRanks) -> None:
     """Load, sample, print."""
     args = parse_arguments()
+    cli.quiet()
     import torch
 
     torch.manual_seed(args.seed)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ibp_deepspeed.single_process.reference import InterlockedReference
-from ibp_deepspeed.strategy.timeline import Course
+from ibp_deepspeed.strategy.timeline import Timeline
 
 
 def cosines(reference: InterlockedReference, inputs: Tensor, labels: Tensor) -> list[float]:
@@ -17,7 +17,7 @@ def cosines(reference: InterlockedReference, inputs: Tensor, labels: Tensor) -> 
         inputs, labels: a batch.
     """
     count = len(reference.stages)
-    strategy = Course(reference.config, count, 1, bool(reference.aux_heads)).at(reference.batch)[0]
+    strategy = Timeline(reference.interlocking, count, 1, bool(reference.aux_heads)).at(reference.batch)[0]
     losses = reference.losses(inputs, labels)
     values = []
     for k, stage in enumerate(reference.stages):

@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.schedule.predict import Prediction, simulate_course
+from ibp_deepspeed.schedule.predict import Prediction, predict_timeline
 from ibp_deepspeed.schedule.simulator import Costs
-from ibp_deepspeed.strategy.timeline import Course
+from ibp_deepspeed.strategy.timeline import Timeline
 
 HEAD = 0.1  # forward and both products of a private readout, where a stage's forward is 1
 MICRO_BATCHES = 4
@@ -61,15 +61,15 @@ def _price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float
         borrowed = options.borrow / layers_per_stage
     if config.width_for(stages) == stages and config.mode == "furthest":
         head = 0.0  # its heads only watch
-    own = _predict(config, stages, Costs(head=head, borrowed_product=borrowed))
+    own = _predict(config, stages, Costs(head=head, borrowed_gradient=borrowed))
     baseline = _predict(InterlockingConfig(strategy="global", aux_head=None), stages, Costs(head=0.0))
     return Price(work=_work(own) / _work(baseline), time=own.batch_time / baseline.batch_time)
 
 
 @cache
 def _predict(config: InterlockingConfig, stages: int, costs: Costs) -> Prediction:
-    course = Course(config, stages, MICRO_BATCHES, aux_heads=config.aux_head is not None)
-    return simulate_course(course, costs)
+    timeline = Timeline(config, stages, MICRO_BATCHES, aux_heads=config.aux_head is not None)
+    return predict_timeline(timeline, costs)
 
 
 def _work(prediction: Prediction) -> float:

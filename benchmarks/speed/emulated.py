@@ -139,7 +139,7 @@ def measure(
 
 def prediction(name: str, stages: int, micro_batches: int, latency: float) -> dict[str, float]:
     """What the schedule's simulation says; nothing for schedules that are not ours."""
-    from ibp_deepspeed.schedule.predict import simulate
+    from ibp_deepspeed.schedule.predict import predict
     from ibp_deepspeed.schedule.simulator import Costs
     from ibp_deepspeed.strategy.strategy import Strategy
 
@@ -149,7 +149,7 @@ def prediction(name: str, stages: int, micro_batches: int, latency: float) -> di
         strategy = Strategy(stages, stages, aux_heads=False)
     else:
         strategy = Strategy(stages, int(name.split()[0][2:]), hop_slack=hop_slack(name))
-    said = simulate(strategy, micro_batches, Costs(latency=latency))
+    said = predict(strategy, micro_batches, Costs(latency=latency))
     return {"limit": round(said.limit, 3), "predicted": round(said.micro_batch_time, 3)}
 
 

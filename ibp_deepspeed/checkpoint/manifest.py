@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: its files' sizes, and the shape of the pipeline that wrote it."""
+"""The manifest of a checkpoint: its files' sizes, and the shape of the pipeline that wrote it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.errors import InterlockingError
-
-CONTENTS_FILE = "contents.json"
+from ibp_deepspeed.errors import CheckpointError
 
 
-class CheckpointError(InterlockingError):
-    """A checkpoint that can't be written or read."""
-
-
-class Shape(BaseModel):
+class PipelineShape(BaseModel):
     """How a model, its heads and the optimizer's state are spread over processes: what their files hold."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,36 +36,36 @@ class Shape(BaseModel):
         return len(self.bounds) - 1
 
 
-def structure(options: AuxHeadConfig | None) -> dict[str, Any] | None:
+def head_structure(options: AuxHeadConfig | None) -> dict[str, Any] | None:
     """The options that decide what parameters a head has, and where it stands."""
     return None if options is None else options.model_dump(mode="json", include={"readout", "blocks", "rank", "borrow"})
 
 
-class Contents(BaseModel):
+class CheckpointManifest(BaseModel):
     """What is in a checkpoint's folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shape: Shape
+    shape: PipelineShape
     files: dict[str, int]
     """Path in the folder → bytes."""
 
     @classmethod
-    def write(cls, folder: Path, shape: Shape) -> None:
+    def write(cls, folder: Path, shape: PipelineShape) -> None:
         """List a complete folder in itself."""
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CONTENTS_FILE]
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != layout.MANIFEST]
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
         text = json.dumps(cls(shape=shape, files=files).model_dump(mode="json"), indent=1)
-        (folder / CONTENTS_FILE).write_text(text + "\n", encoding="utf-8")
+        (folder / layout.MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Contents | None:
+    def read(cls, folder: Path) -> CheckpointManifest | None:
         """The list, or None in a folder of an earlier version.
 
         Raises:
             CheckpointError: it is damaged.
         """
-        path = folder / CONTENTS_FILE
+        path = folder / layout.MANIFEST
         if not path.exists():
             return None
         try:

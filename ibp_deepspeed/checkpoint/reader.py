@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibp_deepspeed.checkpoint.manifest import CheckpointError, Shape
+from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.checkpoint.manifest import PipelineShape
+from ibp_deepspeed.errors import CheckpointError, first_line
 
 NAMES_KEY = "parameter_names"
 """In the file of a stage: its trained parameters' names, in the order of the optimizer."""
@@ -33,7 +35,7 @@ def names_of(module: nn.Module, boundary: int | None) -> dict[str, str]:
     return {name: _in_the_model(name, boundary) for name, _ in module.named_parameters()}
 
 
-class SavedStates:
+class CheckpointReader:
     """Reads the files of the stages that wrote a checkpoint when they are needed.
 
     Args:
@@ -41,7 +43,7 @@ class SavedStates:
         shape: of the pipeline that wrote it.
     """
 
-    def __init__(self, folder: Path, shape: Shape) -> None:
+    def __init__(self, folder: Path, shape: PipelineShape) -> None:
         self.folder, self.shape = folder, shape
         self._weights: dict[str, Mapping[str, Tensor]] = {}
         self._states: dict[int, dict[str, dict[str, Any]]] = {}
@@ -50,12 +52,9 @@ class SavedStates:
     def weight(self, name: str) -> Tensor | None:
         """A weight or buffer, None if there is no such."""
         place, _, rest = name.partition(".")
-        pattern = f"layer_{place.zfill(2)}-*model_states.pt"
-        if place.startswith(_HEAD):
-            pattern = f"aux_head_{place.removeprefix(_HEAD).zfill(2)}-model_states.pt"
         if place not in self._weights:
-            found = sorted(self.folder.glob(pattern))
-            self._weights[place] = read(found[0]) if found else {}
+            path = self._file_of(place)
+            self._weights[place] = read(path) if path is not None else {}
         return self._weights[place].get(rest)
 
     def state(self, name: str) -> dict[str, Any]:
@@ -71,13 +70,20 @@ class SavedStates:
     def stage_file(self, stage: int = 0) -> dict[str, Any]:
         """What a stage's main file holds: counters, the rate's schedule, perhaps the optimizer."""
         if stage not in self._files:
-            self._files[stage] = read(self.folder / f"mp_rank_{stage:02d}_model_states.pt")
+            self._files[stage] = read(self.folder / layout.stage(stage))
         return self._files[stage]
 
     def group_settings(self) -> list[dict[str, Any]]:
         """Rates and the like of the parameter groups, those of the first stage."""
         groups = self._optimizer(0)[0].get("param_groups", [])
         return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+    def _file_of(self, place: str) -> Path | None:
+        """The file of a layer ("3") or of a head ("head 4")."""
+        if place.startswith(_HEAD):
+            path = self.folder / layout.aux_head(int(place.removeprefix(_HEAD)))
+            return path if path.exists() else None
+        return layout.find_layer(self.folder, int(place)) if place.isdigit() else None
 
     def _stages(self, name: str) -> list[int]:
         """Where a parameter may be."""
@@ -99,10 +105,10 @@ class SavedStates:
         return partitions[0]["base_optimizer_state"], partitions
 
     def _partition_file(self, stage: int, replica: int) -> Path:
-        found = sorted(self.folder.glob(f"*zero_pp_rank_{replica}_mp_rank_{stage:02d}_optim_states.pt"))
-        if not found:
+        found = layout.find_optimizer(self.folder, replica, stage)
+        if found is None:
             raise CheckpointError(f"{self.folder} has no optimizer state of replica {replica}, stage {stage}.")
-        return found[0]
+        return found
 
     def _read_states(self, stage: int) -> dict[str, dict[str, Any]]:
         whole, partitions = self._optimizer(stage)
@@ -151,8 +157,7 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} can't be read: {reason}") from error
+        raise CheckpointError(f"{path} can't be read: {first_line(error)}") from error
     return state
 
 

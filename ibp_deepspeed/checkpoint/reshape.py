@@ -15,7 +15,7 @@ import torch
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
-from ibp_deepspeed.checkpoint.reader import MASTER, SavedStates, head_name
+from ibp_deepspeed.checkpoint.reader import MASTER, CheckpointReader, head_name
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,14 @@ class HeadOrigin:
     names: Mapping[str, str]
 
 
-def head_origin(head: nn.Module, boundary: int, saved: SavedStates) -> HeadOrigin:
+def head_origin(head: nn.Module, sources: Mapping[str, str], boundary: int, saved: CheckpointReader) -> HeadOrigin:
     """What of a checkpoint the head before layer ``boundary`` starts from.
 
-    A head may have a method ``sources()``: its parameters' names → those of trunk parameters ("layer.name") that they
-    can start from.
+    Args:
+        head: its module.
+        sources: its parameters' names → those of trunk parameters ("layer.name") that they can start from.
+        boundary: the layer before which it stands.
+        saved: the checkpoint.
     """
     shapes = {name: tensor.shape for name, tensor in head.state_dict().items()}
 
@@ -49,15 +52,14 @@ def head_origin(head: nn.Module, boundary: int, saved: SavedStates) -> HeadOrigi
         if len(fitting(names)) == len(shapes):
             where = "the checkpoint" if other == boundary else f"the head before layer {other}"
             return HeadOrigin(f"head before layer {boundary}: from {where}", names)
-    sources = getattr(head, "sources", None)
-    names = fitting(sources()) if sources is not None else {}
+    names = fitting(sources)
     drawn = sorted(shapes.keys() - names.keys())
     begun = f"head before layer {boundary}: from the model's readout" if names else f"head before layer {boundary}: new"
     return HeadOrigin(begun + (f", {', '.join(drawn)} as in a new head" if names and drawn else ""), names)
 
 
 @torch.no_grad()
-def fill_head(head: nn.Module, origin: HeadOrigin, saved: SavedStates) -> None:
+def fill_head(head: nn.Module, origin: HeadOrigin, saved: CheckpointReader) -> None:
     """Give a head the weights that it starts from."""
     state = head.state_dict()
     for name, source in origin.names.items():
@@ -81,7 +83,9 @@ def source_of(place: str, heads: Mapping[int, HeadOrigin]) -> str | None:
 
 
 @torch.no_grad()
-def restore_plain(optimizer: torch.optim.Optimizer, sources: Mapping[nn.Parameter, str], saved: SavedStates) -> None:
+def restore_plain(
+    optimizer: torch.optim.Optimizer, sources: Mapping[nn.Parameter, str], saved: CheckpointReader
+) -> None:
     """Give torch's optimizer the states of its parameters.
 
     Args:
@@ -103,7 +107,7 @@ def restore_plain(optimizer: torch.optim.Optimizer, sources: Mapping[nn.Paramete
 
 
 @torch.no_grad()
-def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], saved: SavedStates) -> None:
+def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], saved: CheckpointReader) -> None:
     """Give DeepSpeed's ZeRO or bf16 optimizer the states of its parameters, through its API for single parameters.
 
     Args:
@@ -141,7 +145,7 @@ def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, 
     safe_set_full_optimizer_state(parameter, value.flatten().to(parameter.device), key)
 
 
-def _with_settings(groups: list[dict[str, Any]], saved: SavedStates) -> list[dict[str, Any]]:
+def _with_settings(groups: list[dict[str, Any]], saved: CheckpointReader) -> list[dict[str, Any]]:
     """Parameter groups with the rates that the checkpoint was written with: schedules set new ones after a batch."""
     settings = saved.group_settings()
     if len(settings) != len(groups):

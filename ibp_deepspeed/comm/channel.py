@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibp_deepspeed.comm.message import META_LENGTH, BoundaryError, Frame, Header, Memory, TensorSpec
-from ibp_deepspeed.errors import PeerLostError
+from ibp_deepspeed.comm.message import META_LENGTH, Frame, Header, Memory, TensorSpec
+from ibp_deepspeed.errors import BoundaryError, PeerLostError, first_line
 
 _SPARE_FRAMES = 2  # that a channel keeps for its next messages
 
@@ -129,7 +129,7 @@ class SendChannel:
             raise self._lost(self._error) from self._error
 
     def _lost(self, error: Exception) -> PeerLostError:
-        return PeerLostError(f"lost the connection for {self.name}: {_first_line(error)}")
+        return PeerLostError(f"lost the connection for {self.name}: {first_line(error)}")
 
 
 class ReceiveChannel:
@@ -210,7 +210,7 @@ class ReceiveChannel:
             raise self._lost(error) from error
 
     def _lost(self, error: Exception) -> PeerLostError:
-        return PeerLostError(f"lost the connection for {self.name}: {_first_line(error)}")
+        return PeerLostError(f"lost the connection for {self.name}: {first_line(error)}")
 
 
 def _wait_on_host(work: dist.Work) -> None:
@@ -223,7 +223,3 @@ def _wait_on_host(work: dist.Work) -> None:
         return
     while not work.is_completed():
         time.sleep(1e-4)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

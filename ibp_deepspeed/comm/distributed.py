@@ -13,7 +13,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ibp_deepspeed.config.interlocking import ConfigError
+from ibp_deepspeed.errors import ConfigError
 
 _COMPILED_ON_CPU = ("adam", "adamw", "adagrad", "lion", "lamb")
 

@@ -11,16 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.errors import BoundaryError
 
 Header = tuple[int, int, int]
 _HEADER_BYTES = 24
 META_LENGTH = 16
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class BoundaryError(InterlockingError):
-    """What crosses a boundary is not one floating tensor of a constant shape."""
 
 
 class Frame(NamedTuple):

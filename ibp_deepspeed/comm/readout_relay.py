@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from ibp_deepspeed.errors import InterlockingError, PeerLostError
+from ibp_deepspeed.errors import InterlockingError, PeerLostError, first_line
 
 Copy = tuple[int, list[Tensor]]
 _END = -1  # in the place of a batch: no copy follows
@@ -59,9 +59,9 @@ class ReadoutRelay:
         except queue.Empty:
             arrived = TimeoutError(f"nothing came in {_PATIENCE / 60:.0f} minutes")
         if isinstance(arrived, Exception):
-            reason = str(arrived).partition("\n")[0]
             raise PeerLostError(
-                f"lost the connection for readouts from stage {self.stage + 1} to stage {self.stage}: {reason}"
+                f"lost the connection for readouts from stage {self.stage + 1} to stage {self.stage}: "
+                f"{first_line(arrived)}"
             ) from arrived
         taken, copy = arrived
         if taken != batch:

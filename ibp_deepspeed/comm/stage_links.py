@@ -28,7 +28,7 @@ def new_pipeline_group(grid: Any, backend: str | None = None) -> dist.ProcessGro
     return mine
 
 
-class Boundaries:
+class StageLinks:
     """Made at the same time on all ranks: process groups are collective.
 
     Args:

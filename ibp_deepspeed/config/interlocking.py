@@ -9,13 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.errors import ConfigError
 
 Mode = Literal["furthest", "window"]
-
-
-class ConfigError(InterlockingError, ValueError):
-    """A configuration that can't be trained with."""
 
 
 class AuxHeadConfig(BaseModel):

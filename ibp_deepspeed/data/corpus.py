@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ibp_deepspeed.data.records import RECORD_SUFFIXES, file_records, find_files, hub_records, lines, sorted_files
-from ibp_deepspeed.data.token_file import DataError, SplitName
+from ibp_deepspeed.data.token_file import SplitName
+from ibp_deepspeed.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")

@@ -5,8 +5,9 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from ibp_deepspeed.data.dialogues import ASSISTANT, Dialogue
-from ibp_deepspeed.data.token_file import DataError, Row
+from ibp_deepspeed.data.token_file import Row
 from ibp_deepspeed.data.tokenizer import TextTokenizer
+from ibp_deepspeed.errors import DataError, first_line
 
 
 class DialogueTokenizer:
@@ -72,7 +73,7 @@ class DialogueTokenizer:
         try:
             return self._tokenizer.encode_messages(dialogue.messages[:count], add_generation_prompt=prompt)
         except (TemplateError, ValueError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error).rstrip(".")
             raise DataError(
                 f"{dialogue.where} cannot be written by the tokenizer's chat template ({reason}): mend the row"
             ) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from ibp_deepspeed.data.corpus import Corpus
 from ibp_deepspeed.data.records import RECORD_SUFFIXES, file_records, find_files, hub_records
-from ibp_deepspeed.data.token_file import DataError
+from ibp_deepspeed.errors import DataError
 
 ASSISTANT = "assistant"
 

@@ -7,7 +7,8 @@ import numpy.typing as npt
 import torch
 
 from ibp_deepspeed.data.samples import Samples, samples_of
-from ibp_deepspeed.data.token_file import DataError, TokenFile
+from ibp_deepspeed.data.token_file import TokenFile
+from ibp_deepspeed.errors import DataError
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from ibp_deepspeed.data.token_file import DataError
+from ibp_deepspeed.errors import DataError, first_line
 
 RECORD_SUFFIXES = (".jsonl", ".parquet")
 
@@ -63,7 +63,7 @@ def hub_records(name: str, config: str | None) -> Any:
         return datasets.load_dataset(name, config, split="train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"the data set {name} (config {config}) could not be loaded ({_first_line(error)}): "
+            f"the data set {name} (config {config}) could not be loaded ({first_line(error)}): "
             "check its name, --dataset-config and the network, or give local data with --input"
         ) from error
 
@@ -92,8 +92,4 @@ def _parquet_records(path: Path, field: str | None) -> Iterator[Record]:
                     number += 1
                     yield f"{path} row {number}", record
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} cannot be read as Parquet ({_first_line(error)}): give a whole file") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"{path} cannot be read as Parquet ({first_line(error)}): give a whole file") from error

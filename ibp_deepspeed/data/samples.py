@@ -5,7 +5,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ibp_deepspeed.data.token_file import COUNTS, FIRST, DataError, TokenFile
+from ibp_deepspeed.data.token_file import COUNTS, FIRST, TokenFile
+from ibp_deepspeed.errors import DataError
 
 IGNORED = -100  # a label that does not count in the loss
 

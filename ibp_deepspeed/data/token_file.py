@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from ibp_deepspeed.atomic_files import replace_folder
-from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.errors import DataError
 
 SplitName = Literal["train", "heldout"]
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
@@ -31,10 +31,6 @@ _AGAIN = "run scripts/prepare_data.py again with --overwrite"
 # A batch that the tokenizer encodes at once ends at either limit, so that memory stays small.
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 22
-
-
-class DataError(InterlockingError, ValueError):
-    """Data that cannot be used as they are: names the path, what was seen, what is expected, the way out."""
 
 
 class Row(NamedTuple):

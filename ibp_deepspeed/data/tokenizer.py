@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ibp_deepspeed.data.corpus import END_OF_TEXT
-from ibp_deepspeed.data.token_file import DataError, Row
+from ibp_deepspeed.data.token_file import Row
+from ibp_deepspeed.errors import DataError, first_line
 
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text
 _KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>")
@@ -122,7 +123,7 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     except DataError:
         raise
     except Exception as error:  # the tokenizers library raises the bare class
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise DataError(
             f"{path} cannot be read as a tokenizer ({reason}): give a tokenizer.json or a Hugging Face tokenizer folder"
         ) from error

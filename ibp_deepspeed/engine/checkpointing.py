@@ -2,105 +2,130 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ibp_deepspeed.checkpoint import reshape
-from ibp_deepspeed.checkpoint.manifest import Shape, structure
-from ibp_deepspeed.checkpoint.reader import NAMES_KEY, SavedStates, names_of
-from ibp_deepspeed.checkpoint.store import WholeCheckpoints
-from ibp_deepspeed.comm.stage_links import Boundaries
-from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.stage.module import InterlockedPipelineModule
-from ibp_deepspeed.stage.readout_copies import StageReadout
+import torch.distributed as dist
+
+from ibp_deepspeed.checkpoint import layout, reshape
+from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
+from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, names_of
+from ibp_deepspeed.checkpoint.store import CheckpointStore
+from ibp_deepspeed.stage.readout_copies import ReadoutCopies
+
+if TYPE_CHECKING:
+    from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
 
 _NOT_THE_CLIENTS = ("module", "optimizer", "lr_scheduler", NAMES_KEY)  # DeepSpeed returns the rest as client's state
 
+Loaded = tuple[str | None, Any]
+"""What DeepSpeed's ``load_checkpoint`` returns: a path and the client's state."""
 
-class EngineCheckpoints(WholeCheckpoints):
-    """Before PipelineEngine among the engine's base classes."""
 
-    module: InterlockedPipelineModule
-    interlocking: InterlockingConfig
-    boundaries: Boundaries
-    micro_batches: int
-    optimizer: Any
-    lr_scheduler: Any
-    grid: Any
-    checkpoint_engine: Any
-    _readout: StageReadout | None
-    _curr_ckpt_path: str
+class EngineCheckpoints:
+    """The checkpoints of an engine. Beside DeepSpeed's files they have random states and a manifest.
 
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> None:
-        """Overrides PipelineEngine's to flush first, as a checkpoint is a synchronisation anyway; readouts that were
-        taken and not yet used are saved too."""
-        self.boundaries.flush(None)
-        super().module_state_dict(exclude_frozen_parameters)  # type: ignore[misc]
-        if self._readout is not None:
-            self._readout.save(self._curr_ckpt_path, self.global_steps, self.checkpoint_engine)
+    Args:
+        engine: whose they are.
+        readouts: the stage's copies of the last readout, some of which may be on their way; None without any.
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Overrides DeepSpeedEngine's: readouts that were taken and not yet used come back too."""
-        if self._readout is not None:
-            self._readout.settle(self.global_steps)
-        path, client_state = super().load_checkpoint(*args, **kwargs)
-        if self._readout is not None and path is not None:
-            folder = str(Path(path).parent)
-            same = self.loaded_shape in (None, self.checkpoint_shape())
-            self._readout.load(folder, self.global_steps, self.checkpoint_engine, strict=same)
-        return path, client_state
+    Attributes:
+        load_report: what the last :meth:`load` had to change, for the user; empty if nothing.
+    """
 
-    def checkpoint_shape(self) -> Shape:
-        """See the base class."""
-        module = self.module
-        inner = getattr(self.optimizer, "optimizer", None) if self._is_partitioned() else None
-        classes = [type(part).__name__ for part in (self.optimizer, inner) if part is not None]
-        return Shape(
+    def __init__(self, engine: InterlockedPipelineEngine, readouts: ReadoutCopies | None) -> None:
+        self._engine, self._readouts = engine, readouts
+        self._store = CheckpointStore(dist.get_rank(), dist.get_world_size(), dist.barrier)
+        self.load_report: list[str] = []
+
+    def save(
+        self,
+        write: Callable[[Path, Mapping[str, Any]], None],
+        folder: Path,
+        tag: str | None,
+        client_state: Mapping[str, Any],
+        *,
+        files: Mapping[str, str],
+        latest: bool,
+    ) -> None:
+        """See :meth:`InterlockedPipelineEngine.save_checkpoint`; ``write`` is DeepSpeed's part of it."""
+        state = {**client_state, NAMES_KEY: list(self._parameter_names().values())}
+        name = tag or layout.tag_of(self._engine.global_steps)
+        self._store.save(folder, name, self.shape(), lambda made: write(made, state), files=files, latest=latest)
+
+    def load(self, read: Callable[[Path], Loaded], folder: Path, tag: str | None) -> Loaded:
+        """See :meth:`InterlockedPipelineEngine.load_checkpoint`; ``read`` is DeepSpeed's part of it."""
+        if self._readouts is not None:
+            self._readouts.settle(self._engine.global_steps)
+        path, manifest = self._store.open(folder, tag)
+        same = manifest is None or manifest.shape == self.shape()
+        if manifest is None or (same and not self._loads_by_name_only()):
+            self.load_report = []
+            found, client_state = read(path)
+        else:
+            lines, client_state = self._load_by_name(path, manifest.shape)
+            self.load_report, found = [] if same else lines, str(path / "reshaped")
+        if found is not None:
+            self._store.resume_random_state(path)
+            if self._readouts is not None:
+                steps, checkpoint_engine = self._engine.global_steps, self._engine.checkpoint_engine
+                self._readouts.load(str(path), steps, checkpoint_engine, strict=same)
+        return found, client_state
+
+    def shape(self) -> PipelineShape:
+        """What decides what the files of a checkpoint hold."""
+        engine, module = self._engine, self._engine.module
+        inner = getattr(engine.optimizer, "optimizer", None) if self._is_partitioned() else None
+        classes = [type(part).__name__ for part in (engine.optimizer, inner) if part is not None]
+        return PipelineShape(
             bounds=list(module.parts),
-            replicas=self.grid.data_parallel_size,
-            micro_batches=self.micro_batches,
-            heads=module.head_places(),
-            head_options=structure(self.interlocking.aux_head) if module.has_aux_heads else None,
+            replicas=engine.grid.data_parallel_size,
+            micro_batches=engine.micro_batches,
+            heads=module.placement.boundaries(module.parts),
+            head_options=head_structure(engine.interlocking.aux_head) if module.has_aux_heads else None,
             optimizer="/".join(classes),
         )
 
-    def stage_names(self) -> dict[str, str]:
-        """See the base class."""
-        places = names_of(self.module, self.module.head_boundary)
-        if self.optimizer is None or self._is_partitioned():
-            return {name: places[name] for name, p in self.module.named_parameters() if p.requires_grad}
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        ordered = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+    def _parameter_names(self) -> dict[str, str]:
+        """Of this rank's trained parameters: name in its module → name in the model, in the optimizer's order."""
+        engine, module = self._engine, self._engine.module
+        places = names_of(module, module.head_boundary)
+        if engine.optimizer is None or self._is_partitioned():
+            return {name: places[name] for name, p in module.named_parameters() if p.requires_grad}
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        ordered = [names[id(p)] for group in engine.optimizer.param_groups for p in group["params"]]
         return {name: places[name] for name in ordered}
 
-    def loads_by_name(self) -> bool:
+    def _loads_by_name_only(self) -> bool:
         """bf16 without ZeRO: BF16_Optimizer wants the states of all replicas, DeepSpeed 0.19.8 hands it one."""
-        return self._is_partitioned() and not self.zero_optimization()  # type: ignore[attr-defined]
+        return self._is_partitioned() and not self._engine.zero_optimization()
 
-    def load_reshaped(self, folder: Path, shape: Shape) -> tuple[list[str], dict[str, Any]]:
-        """See the base class."""
-        saved, module = SavedStates(folder, shape), self.module
-        module.load_trunk(str(folder), self.checkpoint_engine)
-        boundary, heads = module.head_boundary, {}
-        if module.aux_head is not None:
-            heads[boundary] = reshape.head_origin(module.aux_head, boundary, saved)
-            reshape.fill_head(module.aux_head, heads[boundary], saved)
+    def _load_by_name(self, path: Path, shape: PipelineShape) -> tuple[list[str], dict[str, Any]]:
+        """A checkpoint of another shape; returns lines for the user, and the client's state."""
+        engine, module = self._engine, self._engine.module
+        saved = CheckpointReader(path, shape)
+        module.load_trunk(str(path), engine.checkpoint_engine)
+        boundary, origins = module.head_boundary, {}
+        if boundary is not None:
+            objective = module.objectives[module.losses[0]]
+            origins[boundary] = reshape.head_origin(objective.module, objective.sources(), boundary, saved)
+            reshape.fill_head(objective.module, origins[boundary], saved)
         places = names_of(module, boundary)
-        trained = {p: reshape.source_of(places[n], heads) for n, p in module.named_parameters() if p.requires_grad}
+        trained = {p: reshape.source_of(places[n], origins) for n, p in module.named_parameters() if p.requires_grad}
         sources = {parameter: name for parameter, name in trained.items() if name is not None}
-        if self.optimizer is not None:
+        if engine.optimizer is not None:
             restore = reshape.restore_partitioned if self._is_partitioned() else reshape.restore_plain
-            restore(self.optimizer, sources, saved)
+            restore(engine.optimizer, sources, saved)
         counters = saved.stage_file()
-        if self.lr_scheduler is not None and counters.get("lr_scheduler") is not None:
-            self.lr_scheduler.load_state_dict(counters["lr_scheduler"])
-        self.global_steps = counters["global_steps"]
-        self.global_samples = counters["global_samples"]
-        self.skipped_steps = counters["skipped_steps"]
-        first = self.grid.get_data_parallel_rank() == 0
+        if engine.lr_scheduler is not None and counters.get("lr_scheduler") is not None:
+            engine.lr_scheduler.load_state_dict(counters["lr_scheduler"])
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(engine, name, counters[name])
+        first = engine.grid.get_data_parallel_rank() == 0
         client_state = {key: value for key, value in counters.items() if key not in _NOT_THE_CLIENTS}
-        return [origin.words for origin in heads.values()] if first else [], client_state
+        return [origin.words for origin in origins.values()] if first else [], client_state
 
     def _is_partitioned(self) -> bool:
         """Whether DeepSpeed keeps flat copies of parameters, as ZeRO and its bf16 optimizer do."""
-        return any(hasattr(parameter, "_hp_mapping") for parameter in self.module.parameters())
+        return any(hasattr(parameter, "_hp_mapping") for parameter in self._engine.module.parameters())

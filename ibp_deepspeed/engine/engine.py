@@ -1,11 +1,12 @@
-"""The engine: follows the checked schedule, and owns scale, channels and losses."""
+"""The engine: follows the validated schedule, and owns scale, channels and losses."""
 
 from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,24 +17,24 @@ from torch import Tensor
 
 from ibp_deepspeed.comm.loss_board import LossBoard
 from ibp_deepspeed.comm.message import TensorSpec
-from ibp_deepspeed.comm.stage_links import Boundaries
+from ibp_deepspeed.comm.stage_links import StageLinks
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.engine.checkpointing import EngineCheckpoints
-from ibp_deepspeed.errors import InterlockingError
-from ibp_deepspeed.objectives.token_sampling import TokenSample
-from ibp_deepspeed.schedule import generator
-from ibp_deepspeed.schedule.validate import checked_course
+from ibp_deepspeed.engine.checkpointing import EngineCheckpoints, Loaded
+from ibp_deepspeed.errors import BatchError, InterlockingError
+from ibp_deepspeed.schedule import instructions
+from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
+from ibp_deepspeed.schedule.validate import validated_timeline
 from ibp_deepspeed.stage.losses import StageLosses
-from ibp_deepspeed.stage.micro_batch import LiveMicroBatch
+from ibp_deepspeed.stage.micro_batch import MicroBatchInFlight
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
-from ibp_deepspeed.stage.readout_copies import StageReadout
-from ibp_deepspeed.stage.sample_ledger import BatchError, SampleLedger, to_device, unpack
-from ibp_deepspeed.strategy.timeline import Course
+from ibp_deepspeed.stage.readout_copies import ReadoutCopies
+from ibp_deepspeed.stage.sample_ledger import SampleLedger, to_device, unpack
+from ibp_deepspeed.strategy.timeline import Timeline
 
 _FLUSH_SECONDS = 30.0
 
 
-class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
+class InterlockedPipelineEngine(PipelineEngine):
     """Trains an :class:`InterlockedPipelineModule`. Made by :func:`ibp_deepspeed.initialize`.
 
     Streams across batches: a stage starts its next batch as soon as its own optimizer step is done, and waits for
@@ -42,7 +43,7 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
 
     Attributes:
         interlocking: the configuration.
-        course: the strategies of all batches.
+        timeline: the strategies of all batches.
         recomputations: how often the trunk was run again for activation checkpointing.
     """
 
@@ -51,18 +52,18 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
     def __init__(self, *args: Any, interlocking: InterlockingConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.interlocking = interlocking
-        self.pipe_buffers: dict[str, list[Any]] = {"live": []}
+        self.pipe_buffers: dict[str, list[Any]] = {"in_flight": []}
         self.recomputations = 0
         # The stage is checkpointed by hand (micro_batch.py): DeepSpeed's functions recompute at every product.
         self._recompute = self.module.activation_checkpoint_interval > 0
         self.module.activation_checkpoint_interval = 0
         self._trunk_parameters = self.module.trunk_parameters()
-        self._borrows = self.module.borrow > 0 and self.stage_id > 0  # a head stands behind layers of this stage
+        self._borrowed = self.module.placement.borrowed_from(self.stage_id)  # layers of this stage before a head
         self._set_schedule()
-        self.boundaries = Boundaries(self.grid, self.device, self._channel_depth)
-        self._readout = StageReadout.from_config(interlocking, self.module, self.grid, self.micro_batches)
-        self._sample = TokenSample.from_config(interlocking)
-        self._losses = StageLosses(self.module, self.grid, self.device)
+        self.links = StageLinks(self.grid, self.device, self._channel_depth)
+        self._readouts = ReadoutCopies.from_config(interlocking, self.module, self.grid, self.micro_batches)
+        self._checkpoints = EngineCheckpoints(self, self._readouts)
+        self._losses = StageLosses(self.grid, self.device)
         self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
         self._ledger = SampleLedger(self.stage_id)
         self._failed = False
@@ -72,16 +73,16 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
     # What DeepSpeed's hooks ask for
 
     def _set_schedule(self) -> None:
-        self.course = Course(self.interlocking, self.num_stages, self.micro_batches, self.module.has_aux_heads)
-        self._channel_depth = self.course.channel_depth()
-        self._schedules = {batch: stages[self.stage_id] for batch, stages in checked_course(self.course).items()}
+        self.timeline = Timeline(self.interlocking, self.num_stages, self.micro_batches, self.module.has_aux_heads)
+        self._channel_depth = self.timeline.channel_depth()
+        self._schedules = {batch: stages[self.stage_id] for batch, stages in validated_timeline(self.timeline).items()}
         self._schedule = self._train_schedule()
 
-    def _train_schedule(self) -> generator.InterlockedTrainSchedule:
-        """Overrides PipelineEngine's: the object that was checked, for the batch at hand."""
-        return self._schedules[self.course.at(self.global_steps)]
+    def _train_schedule(self) -> InterlockedTrainSchedule:
+        """Overrides PipelineEngine's: the object that was validated, for the batch at hand."""
+        return self._schedules[self.timeline.at(self.global_steps)]
 
-    def _exec_schedule(self, pipe_schedule: generator.InterlockedTrainSchedule) -> None:
+    def _exec_schedule(self, pipe_schedule: InterlockedTrainSchedule) -> None:
         """Overrides PipelineEngine's, which makes the instructions anew and registers each with the module."""
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         for command in pipe_schedule.program:
@@ -91,7 +92,7 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
         """Overrides PipelineEngine's: another number of micro-batches needs another schedule."""
         super().set_train_batch_size(train_batch_size)
         self._set_schedule()
-        self.boundaries.depth = self._channel_depth
+        self.links.depth = self._channel_depth
 
     def set_dataloader(self, loader: Any) -> None:
         """Overrides PipelineEngine's: every stage reads data, for its labels."""
@@ -138,10 +139,10 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
         self._losses.clear()
         self._schedule = self._train_schedule()
         try:
-            if self._readout is not None:
-                self._readout.begin_batch(self.global_steps)
+            if self._readouts is not None:
+                self._readouts.begin_batch(self.global_steps)
             self._exec_schedule(self._schedule)
-            losses = self._losses.means(self.micro_batches)
+            losses = self._losses.means(self.module.losses)
             if not self.interlocking.streaming:
                 dist.barrier()
         except BaseException:
@@ -155,9 +156,15 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
     @property
     def refresh_bytes(self) -> int:
         """Bytes of one copy of the last stage's readout that travels to the heads; 0 if none does."""
-        if self._readout is None or self._readout.rule is None:
+        if self._readouts is None or self._readouts.rule is None:
             return 0
-        return self._readout.refresh_bytes
+        return self._readouts.refresh_bytes
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Whose part of the data this process reads."""
+        rank: int = self.grid.get_data_parallel_rank()
+        return rank
 
     def latest_losses(self) -> tuple[Tensor, int] | None:
         """On rank 0: the newest complete set of all K losses [K] and its batch's number (from 1); else None."""
@@ -172,21 +179,21 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
             num_micro_batches: how many to take (default M).
 
         Returns:
-            the K losses, means over micro-batches and data-parallel ranks, on every rank (NaN: no head). Shape [K],
-            float64.
+            the K losses, means over micro-batches (weighted by what counts in them, if the loss function says so) and
+            data-parallel ranks, on every rank (NaN: no head). Shape [K], float64.
         """
         training_iterator, training_loader = self.data_iterator, self.training_dataloader
         self.data_iterator = data_iter
         was_training = self.module.training
         self.module.eval()
         count = num_micro_batches or self.micro_batches
-        link = self.boundaries.evaluation_link()
+        link = self.links.evaluation_link()
         self._losses.clear()
         try:
             for m in range(count):
                 self._eval_micro_batch(m, link)
             losses = torch.zeros(self.num_stages, dtype=torch.float64, device=self.device)
-            for index, loss in self._losses.means(count).items():
+            for index, loss in self._losses.means(self.module.losses).items():
                 losses[index] = loss
             dist.all_reduce(losses, group=self.grid.get_pipe_parallel_group())
             self._ledger.check()
@@ -199,14 +206,72 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
             self.module.train(was_training)
         return losses.cpu()
 
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Overrides DeepSpeedEngine's, on all ranks together: a kill at any moment leaves the one before complete.
+
+        Args:
+            save_dir: folder of all checkpoints.
+            tag: name of this one (default ``global_step<batches>``); one of that name is replaced.
+            client_state, save_latest, exclude_frozen_parameters: as in DeepSpeed.
+            files: texts to write into it, by file name, which may have a folder before it.
+
+        Raises:
+            CheckpointError: it can't be written; ``latest`` still names the one before.
+        """
+        save = super().save_checkpoint
+
+        def write(made: Path, state: Mapping[str, Any]) -> None:
+            save(str(made.parent), made.name, state, False, exclude_frozen_parameters)
+
+        name = None if tag is None else str(tag)
+        state = client_state or {}
+        self._checkpoints.save(write, Path(save_dir), name, state, files=files or {}, latest=save_latest)
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None, *args: Any, **kwargs: Any) -> Loaded:
+        """Overrides DeepSpeedEngine's: checks the files, and loads a checkpoint of another shape too.
+
+        Random states come back if there are as many ranks as when it was saved.
+
+        Raises:
+            CheckpointError: there is none, a file is missing, damaged or doesn't fit.
+        """
+        load = super().load_checkpoint
+
+        def read(path: Path) -> Loaded:
+            loaded: Loaded = load(str(path.parent), path.name, *args, **kwargs)
+            return loaded
+
+        return self._checkpoints.load(read, Path(load_dir), None if tag is None else str(tag))
+
+    @property
+    def load_report(self) -> list[str]:
+        """What this rank's last :meth:`load_checkpoint` had to change, for the user; empty if nothing."""
+        return self._checkpoints.load_report
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> None:
+        """Overrides PipelineEngine's to flush first, as a checkpoint is a synchronisation anyway; readouts that were
+        taken and not yet used are saved too."""
+        self.links.flush(None)
+        super().module_state_dict(exclude_frozen_parameters)
+        if self._readouts is not None:
+            self._readouts.save(self._curr_ckpt_path, self.global_steps, self.checkpoint_engine)
+
     def close(self) -> None:
         """Wait until the neighbours have all messages, then end; happens by itself at the end of the process."""
         atexit.unregister(self._flush_at_exit)
         if not self._failed:
-            self.boundaries.flush(_FLUSH_SECONDS)
-        self.boundaries.close()
-        if self._readout is not None:
-            self._readout.close(wait=not self._failed)
+            self.links.flush(_FLUSH_SECONDS)
+        self.links.close()
+        if self._readouts is not None:
+            self._readouts.close(wait=not self._failed)
         self._board.close()
 
     def _flush_at_exit(self) -> None:
@@ -217,85 +282,87 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
 
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
         recompute = self._recompute and self._schedule.tables[micro_batch].waits
-        if self._borrows:
+        if self._borrowed:
             layers, borrowed = self.module.remaining_layers, self.module.borrowed_layers
-            live = LiveMicroBatch(layers, borrowed=borrowed, recompute=recompute)
+            micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute)
         else:
-            live = LiveMicroBatch(self.module.trunk, recompute=recompute)
-        live.inputs, live.labels, live.sample_checksum = self._load()
-        self.pipe_buffers["live"][buffer_id] = live
+            micro = MicroBatchInFlight(self.module.trunk, recompute=recompute)
+        micro.inputs, micro.labels, micro.sample_checksum = self._load()
+        self.pipe_buffers["in_flight"][buffer_id] = micro
 
     def _exec_recv_activations(self, buffer_id: int, micro_batch: int) -> None:
-        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        hidden, header = self.boundaries.receive_activation()
-        self._ledger.add(header, self.global_steps, micro_batch, live.sample_checksum)
-        live.inputs = hidden.requires_grad_(self._schedule.tables[micro_batch].sends_gradients)
+        micro = self._in_flight(buffer_id)
+        hidden, header = self.links.receive_activation()
+        self._ledger.add(header, self.global_steps, micro_batch, micro.sample_checksum)
+        micro.inputs = hidden.requires_grad_(self._schedule.tables[micro_batch].sends_gradients)
 
     def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
-        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        self.boundaries.wait_for_credit()
-        live.forward(product_follows=self._schedule.tables[micro_batch].product_follows)
+        micro = self._in_flight(buffer_id)
+        self.links.wait_for_credit()
+        micro.forward(input_gradient_follows=self._schedule.tables[micro_batch].input_gradient_follows)
         if self.is_last_stage():
-            live.outputs = self._losses.take(self.stage_id, live.outputs, live.labels)
-            live.cotangents[self.stage_id] = torch.full_like(live.outputs, 1 / self.micro_batches)
+            micro.outputs = self.module.objectives[self.stage_id].loss(micro.outputs, micro.labels)
+            self._losses.add(self.stage_id, micro.outputs)
+            micro.output_gradients[self.stage_id] = torch.full_like(micro.outputs, 1 / self.micro_batches)
 
     def _exec_send_activations(self, buffer_id: int, micro_batch: int) -> None:
-        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        spec = TensorSpec.of(live.outputs, self.stage_id)
-        header = (self.global_steps, micro_batch, live.sample_checksum)
-        self.boundaries.send_activation(spec, live.outputs.detach(), header)
+        micro = self._in_flight(buffer_id)
+        spec = TensorSpec.of(micro.outputs, self.stage_id)
+        header = (self.global_steps, micro_batch, micro.sample_checksum)
+        self.links.send_activation(spec, micro.outputs.detach(), header)
         if not self._schedule.tables[micro_batch].computes_losses:
-            live.drop_graph()
+            micro.drop_graph()
 
     def _exec_aux_loss(self, buffer_id: int, micro_batch: int, loss: int) -> None:
-        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        table = self._schedule.tables[micro_batch]
-        read, cotangents = (live.cut, live.borrowed_cotangents) if self._borrows else (live.outputs, live.cotangents)
-        assert self.module.aux_head is not None and read is not None
+        micro = self._in_flight(buffer_id)
+        table, objective = self._schedule.tables[micro_batch], self.module.objectives[loss]
+        read, gradients = (
+            (micro.cut, micro.borrowed_gradients) if self._borrowed else (micro.outputs, micro.output_gradients)
+        )
+        assert read is not None
         hidden = read.detach().requires_grad_(loss in table.used)
-        outputs, labels = self.module.aux_head(hidden), live.labels
-        if self._sample is not None:
-            outputs, labels = self._sample.select(outputs, labels, self.global_steps, loss)
-        value = self._losses.take(loss, outputs, labels)
+        outputs = objective.outputs(hidden)
+        value = objective.training_loss(outputs, micro.labels, batch=self.global_steps, index=loss)
+        self._losses.add(loss, value)
         with self._accumulating():
             (value / self.micro_batches).backward()
         if hidden.grad is not None:
-            cotangents[loss] = hidden.grad
+            gradients[loss] = hidden.grad
         if loss not in table.crosses:
-            live.drop_graph()
+            micro.drop_graph()
 
-    def _exec_relay_grad(self, buffer_id: int, micro_batch: int, loss: int) -> None:
-        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        gradient, header = self.boundaries.receive_gradient()
+    def _exec_recv_grads(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        micro = self._in_flight(buffer_id)
+        gradient, header = self.links.receive_gradient()
         self._ledger.add(header, self.global_steps, micro_batch, loss)
-        live.cotangents[loss] = gradient
+        micro.output_gradients[loss] = gradient
 
-    def _exec_borrowed_product(self, buffer_id: int, micro_batch: int, loss: int) -> None:
-        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        live.borrowed_product(loss)
-        live.drop_graph()
+    def _exec_backward_borrowed(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        micro = self._in_flight(buffer_id)
+        micro.backward_borrowed(loss)
+        micro.drop_graph()
 
-    def _exec_input_product(self, buffer_id: int, micro_batch: int, loss: int) -> None:
-        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        live.input_product(loss)
+    def _exec_backward_input(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        micro = self._in_flight(buffer_id)
+        micro.backward_input(loss)
         if loss == self.stage_id:
-            live.drop_graph()
+            micro.drop_graph()
 
-    def _exec_send_grad(self, buffer_id: int, micro_batch: int, loss: int) -> None:
-        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
-        gradient = live.input_gradients.pop(loss)
-        self.boundaries.send_gradient(gradient, (self.global_steps, micro_batch, loss))
+    def _exec_send_grads(self, buffer_id: int, micro_batch: int, loss: int) -> None:
+        micro = self._in_flight(buffer_id)
+        gradient = micro.input_gradients.pop(loss)
+        self.links.send_gradient(gradient, (self.global_steps, micro_batch, loss))
 
-    def _exec_interlocked_backward(self, buffer_id: int, micro_batch: int) -> None:
-        live: LiveMicroBatch = self.pipe_buffers["live"][buffer_id]
+    def _exec_backward_pass(self, buffer_id: int, micro_batch: int) -> None:
+        micro = self._in_flight(buffer_id)
         table = self._schedule.tables[micro_batch]
         both = table.update_gives_input_gradient
         with self._accumulating():
-            live.update(table.weights, None if both else self._trunk_parameters or None, table.borrowed_share)
+            micro.update(table.weights, None if both else self._trunk_parameters or None, table.borrowed_share)
         if both:
-            live.input_gradients[table.reach] = live.input_gradient(table.weights[table.reach])
-        self.recomputations += live.recomputations
-        live.free()
+            micro.input_gradients[table.reach] = micro.input_gradient(table.weights[table.reach])
+        self.recomputations += micro.recomputations
+        micro.free()
 
     def _exec_reduce_grads(self) -> None:
         """Overrides PipelineEngine's: alone in its group and without a partitioned optimizer nothing is to do."""
@@ -306,22 +373,25 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
             super()._exec_reduce_grads()
 
     _INSTRUCTION_MAP = {
-        generator.LoadMicroBatch: _exec_load_micro_batch,
-        generator.RecvActivation: _exec_recv_activations,
-        generator.ForwardPass: _exec_forward_pass,
-        generator.SendActivation: _exec_send_activations,
-        generator.AuxLoss: _exec_aux_loss,
-        generator.RelayGrad: _exec_relay_grad,
-        generator.RecvGrad: _exec_relay_grad,
-        generator.BorrowedProduct: _exec_borrowed_product,
-        generator.InputProduct: _exec_input_product,
-        generator.SendGrad: _exec_send_grad,
-        generator.InterlockedBackward: _exec_interlocked_backward,
-        generator.ReduceGrads: _exec_reduce_grads,
-        generator.OptimizerStep: PipelineEngine._exec_optimizer_step,
+        instructions.LoadMicroBatch: _exec_load_micro_batch,
+        instructions.RecvActivation: _exec_recv_activations,
+        instructions.ForwardPass: _exec_forward_pass,
+        instructions.SendActivation: _exec_send_activations,
+        instructions.AuxLoss: _exec_aux_loss,
+        instructions.RecvGrad: _exec_recv_grads,
+        instructions.BackwardBorrowed: _exec_backward_borrowed,
+        instructions.BackwardInput: _exec_backward_input,
+        instructions.SendGrad: _exec_send_grads,
+        instructions.BackwardPass: _exec_backward_pass,
+        instructions.ReduceGrads: _exec_reduce_grads,
+        instructions.OptimizerStep: PipelineEngine._exec_optimizer_step,
     }
 
     # Pieces
+
+    def _in_flight(self, buffer_id: int) -> MicroBatchInFlight:
+        micro: MicroBatchInFlight = self.pipe_buffers["in_flight"][buffer_id]
+        return micro
 
     def _load(self) -> tuple[Any, Any, int]:
         """The next micro-batch: inputs (first stage only), labels (stages with a loss only), sample checksum."""
@@ -334,7 +404,7 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
                 f"the data of stage {self.stage_id} ended in batch {self.global_steps + 1}: give a repeating iterator."
             ) from None
         inputs, labels, key = unpack(batch)
-        has_loss = self.is_last_stage() or self.module.aux_head is not None
+        has_loss = bool(self.module.objectives)
         return (
             to_device(inputs, self.device) if self.is_first_stage() else None,
             to_device(labels, self.device) if has_loss else None,
@@ -356,17 +426,13 @@ class InterlockedPipelineEngine(EngineCheckpoints, PipelineEngine):
         if not self.is_first_stage():
             inputs, header = link.receive()
             self._ledger.add(header, -1, micro_batch, key)
-        if self._borrows:
-            read = self.module.borrowed_layers(inputs)
-            outputs = self.module.remaining_layers(read)
-        else:
-            read = outputs = self.module.trunk(inputs)
-        if self.is_last_stage():
-            self._losses.take(self.stage_id, outputs, labels)
-        else:
+        read = self.module.borrowed_layers(inputs)
+        outputs = self.module.remaining_layers(read) if self._borrowed else self.module.trunk(inputs)
+        if not self.is_last_stage():
             link.send(TensorSpec.of(outputs, self.stage_id), outputs, (-1, micro_batch, key))
-        if self.module.aux_head is not None:
-            self._losses.take(self.module.losses[0], self.module.aux_head(read), labels)
+        for loss, objective in self.module.objectives.items():
+            made = objective.outputs(outputs if loss == self.stage_id else read)
+            self._losses.add(loss, objective.measure(made, labels), objective.weight(labels))
 
     # Optimizer, reports
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import log_dist
 
 from ibp_deepspeed.comm.distributed import check_compiler, check_connections
-from ibp_deepspeed.config.interlocking import AuxHeadConfig, ConfigError, InterlockingConfig, least_refresh_delay
+from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, load_ds_config, resolve_interlocking, zero_stage
+from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig, least_refresh_delay
 from ibp_deepspeed.config.known_keys import unknown_keys
 from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
-from ibp_deepspeed.stage.module import InterlockedPipelineModule, ModuleError
-from ibp_deepspeed.strategy.timeline import Course
+from ibp_deepspeed.errors import ModuleError
+from ibp_deepspeed.stage.module import InterlockedPipelineModule
+from ibp_deepspeed.strategy.timeline import Timeline
 
 
 def initialize(
@@ -54,25 +56,25 @@ def initialize(
     """
     if not isinstance(model, InterlockedPipelineModule):
         raise ModuleError(f"initialize needs an InterlockedPipelineModule, not a {type(model).__name__}.")
-    settings = load_config(config if config is not None else getattr(args, "deepspeed_config", None))
-    interlocking = resolve_interlocking(settings, model)
-    check_deepspeed_settings(settings)
-    check_compiler(settings)
+    ds_config = load_ds_config(config if config is not None else getattr(args, "deepspeed_config", None))
+    interlocking = resolve_interlocking(ds_config, model.interlocking)
+    check_ds_config(ds_config)
+    check_compiler(ds_config)
     check_connections(dist.get_backend())
-    unknown = unknown_keys(settings)
+    unknown = unknown_keys(ds_config)
     if unknown:
         log_dist(f"nobody reads {', '.join(unknown)} of the configuration", ranks=[0], level=logging.WARNING)
     grid = model.mpu()
     mpu = grid if interlocking.clip_scope == "global" else StageGrid(grid)
-    without_block = {key: value for key, value in settings.items() if key != "interlocking"}
-    if _enabled(settings, "bf16") and _zero_stage(settings) == 1:
+    without_block = {key: value for key, value in ds_config.items() if key != "interlocking"}
+    if is_enabled(ds_config, "bf16") and zero_stage(ds_config) == 1:
         # DeepSpeed would sum the micro-batches of a batch in bf16
         without_block.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     deepspeed_config = DeepSpeedConfig(without_block, mpu)
     micro_batches = deepspeed_config.gradient_accumulation_steps
-    options = interlocking.aux_head
-    _check_module(model, Course(interlocking, model.num_stages, micro_batches), options.borrow if options else 0)
-    _check_aux_head(options, model.num_stages, micro_batches)
+    _check_module(model, Timeline(interlocking, model.num_stages, micro_batches))
+    _configure(model, interlocking, optimizer, model_parameters)
+    _check_aux_head(interlocking.aux_head, model.num_stages, micro_batches)
     trained = [p for p in model.parameters() if p.requires_grad]  # DeepSpeed would take copied readouts too
     engine = InterlockedPipelineEngine(
         interlocking=interlocking,
@@ -106,98 +108,45 @@ class StageGrid(PipelineParallelGrid):
         return self.slice_proc_group
 
 
-def load_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Read a DeepSpeed configuration.
-
-    Raises:
-        ConfigError: there is none, or it is no JSON object.
-    """
-    if config is None:
-        raise ConfigError("no DeepSpeed configuration was given: use --deepspeed_config FILE or config=….")
-    if isinstance(config, Mapping):
-        return dict(config)
-    path = Path(config)
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"can't read the configuration {path}: {error.strerror}.") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is no JSON: {error.msg} in line {error.lineno}.") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(settings).__name__}.")
-    return settings
-
-
-def resolve_interlocking(
-    settings: Mapping[str, Any], model: InterlockedPipelineModule | None = None
-) -> InterlockingConfig:
-    """The block of the configuration or of the module; both, and different, is an error."""
-    block = settings.get("interlocking")
-    given = model.interlocking if model is not None else None
-    if block is None:
-        return given or InterlockingConfig()
-    parsed = InterlockingConfig.parse(block)
-    if given is not None and given != parsed:
-        raise ConfigError(
-            f"the module's interlocking {given.model_dump(exclude_unset=True)} differs from the configuration's "
-            f"{parsed.model_dump(exclude_unset=True)}: give one of them."
-        )
-    return parsed
-
-
-def check_deepspeed_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse what does not combine with interlocking.
-
-    Raises:
-        ConfigError: fp16, torch_autocast, ZeRO 2 or 3, offloading.
-    """
-    if _enabled(settings, "fp16"):
-        raise ConfigError(
-            'fp16 is not supported, because every stage would need a loss scale of its own: use "bf16": '
-            '{"enabled": true} or fp32.'
-        )
-    if _enabled(settings, "torch_autocast"):
-        raise ConfigError('torch_autocast is not supported: use "bf16": {"enabled": true} or fp32.')
-    zero, stage = settings.get("zero_optimization", {}), _zero_stage(settings)
-    if stage not in (0, 1):
-        raise ConfigError(f"ZeRO stage {stage} does not work with pipelines: use stage 0 or 1.")
-    for key in ("offload_optimizer", "offload_param"):
-        if isinstance(zero, Mapping) and zero.get(key):
-            raise ConfigError(f"zero_optimization.{key} is not supported with pipelines of losses: remove it.")
-
-
-def _zero_stage(settings: Mapping[str, Any]) -> Any:
-    zero = settings.get("zero_optimization", {})
-    return zero.get("stage", 0) if isinstance(zero, Mapping) else 0
-
-
-def _enabled(settings: Mapping[str, Any], key: str) -> bool:
-    block = settings.get(key, {})
-    return bool(block.get("enabled", False)) if isinstance(block, Mapping) else bool(block)
-
-
-def _check_module(model: InterlockedPipelineModule, course: Course, borrow: int = 0) -> None:
+def _check_module(model: InterlockedPipelineModule, timeline: Timeline) -> None:
     """Refuse a module that some batch of the training can't be trained with."""
     stages, tied = model.num_stages, model.tied_across_stages()
-    headed = [s for s in course.strategies() if not s.is_backpropagation]
+    headed = [s for s in timeline.strategies() if not s.is_backpropagation]
     if headed and not model.has_aux_heads:
         raise ModuleError(
             f"width {headed[0].width} of {stages} stages in mode {headed[0].mode} needs a head for every stage: give "
             f'aux_head, or use strategy "global" in mode "furthest" throughout.'
         )
-    narrow = [s.width for s in course.strategies() if s.width < stages]
+    narrow = [s.width for s in timeline.strategies() if s.width < stages]
     if narrow and tied:
         raise ModuleError(
             f"layer {tied[0]!r} is tied across stages, which width {narrow[0]} of {stages} stages can't train: untie "
             f'it, or use strategy "global" throughout.'
         )
-    if model.has_aux_heads and borrow != model.borrow:
-        raise ModuleError(
-            f'"interlocking.aux_head.borrow" is {borrow}, which decides where heads are built: give the block to '
-            "InterlockedPipelineModule too."
-        )
     if model.dynamic_shape:
         raise ModuleError("dynamic_shape is not supported, because receives are posted ahead: pad to one shape.")
+
+
+def _configure(
+    model: InterlockedPipelineModule, interlocking: InterlockingConfig, optimizer: Any, model_parameters: Any
+) -> None:
+    """Let the module know what the configuration says of its heads.
+
+    Raises:
+        ModuleError: that moves heads whose parameters somebody has taken already, or a head needs what nobody sends.
+    """
+    taken = model_parameters is not None or isinstance(optimizer, torch.optim.Optimizer)
+    if model.configure(interlocking) and taken:
+        raise ModuleError(
+            '"interlocking.aux_head.borrow" moves the heads, whose parameters were taken from the module before: give '
+            "the interlocking block to InterlockedPipelineModule."
+        )
+    for loss, objective in model.objectives.items():
+        if objective.needs.target is not None:
+            raise ModuleError(
+                f"the objective of stage {loss} needs exit {objective.needs.target} as a target, which no schedule "
+                "sends: train it in one process (VirtualPipeline)."
+            )
 
 
 def _check_aux_head(options: AuxHeadConfig | None, stages: int, micro_batches: int) -> None:

@@ -43,6 +43,10 @@ class LazyLogits:
         rows = self.readout(self.hidden.reshape(-1, self.hidden.shape[-1]))
         return rows.reshape(*self.hidden.shape[:-1], rows.shape[-1])
 
+    def detach(self) -> LazyLogits:
+        """The same logits, through which no gradient flows."""
+        return LazyLogits(self.hidden.detach(), lambda rows: self.readout(rows).detach(), ())
+
 
 def chunked_cross_entropy(logits: LazyLogits, labels: Tensor, *, chunk_tokens: int, ignore_index: int = -100) -> Tensor:
     """Mean cross entropy in nats; at most ``chunk_tokens`` rows of logits exist at a time, backward included.
@@ -99,6 +103,11 @@ class CausalLMLoss:
         total = F.cross_entropy(logits.to(_loss_dtype(logits.dtype)), labels.flatten(), reduction="sum")
         return total / _count(labels, -100)
 
+    @staticmethod
+    def weight(labels: Tensor) -> Tensor:
+        """Labels that count: the weight of a micro-batch's mean loss in the mean over several. A scalar."""
+        return (labels != -100).sum()
+
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Takes the gradients in forward, chunk by chunk, so that backward has only to scale them."""
@@ -123,8 +132,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             losses, counted = _token_losses(log_probabilities, labels[rows], ignore_index)
             total = total + losses.sum()
             if logits.requires_grad:
-                cotangent = _cotangent(log_probabilities, labels[rows], counted.to(total.dtype) / count)
-                gradients.add(logits, cotangent.to(logits.dtype), rows, chunk)
+                logit_gradient = _logit_gradient(log_probabilities, labels[rows], counted.to(total.dtype) / count)
+                gradients.add(logits, logit_gradient.to(logits.dtype), rows, chunk)
         ctx.gradients_needed = gradients.mask
         ctx.save_for_backward(*gradients.finish())
         return total / count
@@ -148,10 +157,10 @@ class _Gradients:
         # many small bf16 addends into one bf16 sum would be lost to rounding
         self.sums = [torch.zeros_like(p, dtype=_loss_dtype(p.dtype)) for p in self.parameters]
 
-    def add(self, logits: Tensor, cotangent: Tensor, rows: slice, chunk: Tensor) -> None:
+    def add(self, logits: Tensor, gradient: Tensor, rows: slice, chunk: Tensor) -> None:
         """Carry one chunk's dL/dlogits [t, V] back, which frees the graph."""
         inputs = self.parameters if self.hidden is None else [chunk, *self.parameters]
-        grads = list(torch.autograd.grad(logits, inputs, cotangent, allow_unused=True))
+        grads = list(torch.autograd.grad(logits, inputs, gradient, allow_unused=True))
         if self.hidden is not None:
             grad = grads.pop(0)
             if grad is not None:
@@ -181,7 +190,7 @@ def _token_losses(log_probabilities: Tensor, labels: Tensor, ignore_index: int) 
     return losses.masked_fill(~counted, 0.0), counted
 
 
-def _cotangent(log_probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def _logit_gradient(log_probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """weight · (probabilities - one-hot label) of each row, in the place of the log probabilities [t, V].
 
     Written out because autograd's way through log-softmax and the choice of the label's entry fills and reads two

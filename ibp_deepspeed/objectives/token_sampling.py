@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
 
@@ -29,12 +29,9 @@ class TokenSample:
         self._fraction, self._seed = fraction, seed
 
     @classmethod
-    def from_config(cls, config: InterlockingConfig) -> TokenSample | None:
+    def from_options(cls, options: AuxHeadConfig) -> TokenSample | None:
         """What a configuration asks for; None if heads use all positions."""
-        options: AuxHeadConfig | None = config.aux_head
-        if options is None or options.aux_tokens == 1.0:
-            return None
-        return cls(options.aux_tokens, options.aux_tokens_seed)
+        return None if options.aux_tokens == 1.0 else cls(options.aux_tokens, options.aux_tokens_seed)
 
     def positions(self, batch: int, loss: int, tokens: int) -> Tensor:
         """Positions 0 … tokens - 1 that count in batch ``batch`` for loss ``loss``, rising. int64"""

@@ -8,66 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
-from deepspeed.runtime.pipe.schedule import (
-    BufferOpInstruction,
+from deepspeed.runtime.pipe.schedule import PipeSchedule
+
+from ibp_deepspeed.config.interlocking import Mode
+from ibp_deepspeed.schedule.instructions import (
+    AuxLoss,
+    BackwardBorrowed,
+    BackwardInput,
+    BackwardPass,
     ForwardPass,
     LoadMicroBatch,
     OptimizerStep,
     PipeInstruction,
-    PipeSchedule,
     RecvActivation,
     RecvGrad,
     ReduceGrads,
     SendActivation,
     SendGrad,
 )
-
-from ibp_deepspeed.config.interlocking import Mode
-from ibp_deepspeed.strategy.stage_strategy import StageStrategy
-from ibp_deepspeed.strategy.strategy import Strategy
+from ibp_deepspeed.strategy.strategy import StageStrategy, Strategy
 from ibp_deepspeed.strategy.timeline import BatchStrategy
-
-__all__ = [
-    "AuxLoss",
-    "BorrowedProduct",
-    "ForwardPass",
-    "InputProduct",
-    "InterlockedBackward",
-    "InterlockedTrainSchedule",
-    "LoadMicroBatch",
-    "OptimizerStep",
-    "PipeInstruction",
-    "RecvActivation",
-    "ReduceGrads",
-    "RelayGrad",
-    "RecvGrad",
-    "SendActivation",
-    "SendGrad",
-]
-
-
-class AuxLoss(BufferOpInstruction):
-    """Forward and backward of a head: its gradient, and dL_loss at the states that it reads (buffer_id, micro_batch,
-    loss)."""
-
-
-class RelayGrad(BufferOpInstruction):
-    """Receive dL_loss/dh_k of a loss that does not end in an update here yet (buffer_id, micro_batch, loss)."""
-
-
-class InputProduct(BufferOpInstruction):
-    """Vector-Jacobian product of dL_loss/dh_k to the stage's input (buffer_id, micro_batch, loss)."""
-
-
-class BorrowedProduct(BufferOpInstruction):
-    """Vector-Jacobian product of the loss before this stage's, through the stage's first layers, to the stage's input
-    (buffer_id, micro_batch, loss)."""
-
-
-class InterlockedBackward(BufferOpInstruction):
-    """Accumulate the trunk's gradient and free the micro-batch's graph and buffers (buffer_id, micro_batch)."""
 
 
 class InterlockedTrainSchedule(PipeSchedule):
@@ -81,7 +43,7 @@ class InterlockedTrainSchedule(PipeSchedule):
         hop_slack: extra slots for a gradient's travel over each boundary.
         mode: ``furthest`` or ``window``.
         aux_heads: whether stages before the last have heads (only backpropagation works without).
-        borrow: whether these heads stand behind the first layers of the next stage.
+        borrow: how many first layers of the next stage these heads stand behind.
     """
 
     def __init__(
@@ -93,7 +55,7 @@ class InterlockedTrainSchedule(PipeSchedule):
         hop_slack: int = 0,
         mode: Mode = "furthest",
         aux_heads: bool = True,
-        borrow: bool = False,
+        borrow: int = 0,
     ) -> None:
         super().__init__(micro_batches, stages, stage_id)
         strategy = Strategy(stages, width, mode, hop_slack, aux_heads=aux_heads, borrow=borrow)
@@ -117,7 +79,7 @@ class InterlockedTrainSchedule(PipeSchedule):
         return schedule
 
     def num_pipe_buffers(self) -> int:
-        """Places for live micro-batches, which are told apart by their number modulo this."""
+        """Places for micro-batches in flight, which are told apart by their number modulo this."""
         return self.batch.buffers(self.stage_id)
 
     @cached_property
@@ -128,31 +90,31 @@ class InterlockedTrainSchedule(PipeSchedule):
     @cached_property
     def tables(self) -> list[StageStrategy]:
         """What the strategy of each micro-batch means on this stage."""
-        table = {strategy: StageStrategy.of(strategy, self.stage_id) for strategy in self.batch.micro_batches}
-        return [table[strategy] for strategy in self.batch.micro_batches]
+        table = {strategy: StageStrategy.of(strategy, self.stage_id) for strategy in self.batch.strategies}
+        return [table[strategy] for strategy in self.batch.strategies]
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Yield the instructions of slot 0, 1, … until every micro-batch is updated, then the optimizer step.
 
-        A stage and the next one order their messages alike, by (slot, hops), whatever the strategies: what one sends
-        at (s, i) the other expects at (s + hop, i + 1).
+        A stage and the next one order their messages alike, by (slot, distance), whatever the strategies: what one
+        sends at (s, i) the other expects at (s + hop_slots, i + 1).
         """
-        k, hop = self.stage_id, self.batch.hop
-        slots = max(m + strategy.distance(k) * hop for m, strategy in enumerate(self.batch.micro_batches)) + 1
+        k, hop_slots = self.stage_id, self.batch.hop_slots
+        slots = max(m + strategy.distance(k) * hop_slots for m, strategy in enumerate(self.batch.strategies)) + 1
         for slot in range(slots):
             commands: list[PipeInstruction] = []
             if slot < self.micro_batches:
                 commands += self._forward(slot)
-            for hops in range(1, self.batch.distance(k) + 1):
-                micro_batch = slot - hops * hop
+            for distance in range(1, self.batch.distance(k) + 1):
+                micro_batch = slot - distance * hop_slots
                 if self._valid_micro_batch(micro_batch):
-                    commands += self._backward(micro_batch, hops)
+                    commands += self._backward(micro_batch, distance)
             if slot == slots - 1:
                 commands += [ReduceGrads(), OptimizerStep()]
             yield commands
 
     def _forward(self, micro_batch: int) -> list[PipeInstruction]:
-        """Forward, the losses computed here, and their products upstream at once; without a reach, the update too."""
+        """Forward, the losses computed here, their input gradients upstream; without a reach, the update too."""
         k, strategy = self.stage_id, self.batch[micro_batch]
         at = self._at(micro_batch)
         commands: list[PipeInstruction] = [LoadMicroBatch(**at)]
@@ -161,23 +123,23 @@ class InterlockedTrainSchedule(PipeSchedule):
         commands.append(ForwardPass(**at))
         if not self.is_last_stage:
             commands.append(SendActivation(**at))
-        for loss in strategy.losses_at(k):
+        for loss in strategy.placement.losses_at(k):
             if loss < self.stages - 1:
                 commands.append(AuxLoss(**at, loss=loss))
             if loss < k:
-                product = [BorrowedProduct(**at, loss=loss), SendGrad(**at, loss=loss)]
-                commands += product if strategy.crosses(loss, k) else []
+                upstream = [BackwardBorrowed(**at, loss=loss), SendGrad(**at, loss=loss)]
+                commands += upstream if strategy.crosses(loss, k) else []
             elif strategy.distance(k) == 0:
                 commands += self._update(micro_batch)
             elif strategy.crosses(loss, k):
-                commands += [InputProduct(**at, loss=loss), SendGrad(**at, loss=loss)]
+                commands += [BackwardInput(**at, loss=loss), SendGrad(**at, loss=loss)]
         return commands
 
-    def _backward(self, micro_batch: int, hops: int) -> list[PipeInstruction]:
-        """What the gradients of the losses of stage k + hops ask for: nothing beyond the micro-batch's own reach."""
+    def _backward(self, micro_batch: int, distance: int) -> list[PipeInstruction]:
+        """What the losses computed ``distance`` stages further ask for: nothing beyond the micro-batch's own reach."""
         k, strategy = self.stage_id, self.batch[micro_batch]
         commands: list[PipeInstruction] = []
-        for loss in strategy.losses_at(k + hops):
+        for loss in strategy.placement.losses_at(k + distance):
             commands += self._update(micro_batch) if loss == strategy.reach(k) else self._relay(micro_batch, loss)
         return commands
 
@@ -186,9 +148,9 @@ class InterlockedTrainSchedule(PipeSchedule):
         at, strategy = self._at(micro_batch), self.batch[micro_batch]
         if not strategy.crosses(loss, self.stage_id + 1):
             return []
-        commands: list[PipeInstruction] = [RelayGrad(**at, loss=loss)]
+        commands: list[PipeInstruction] = [RecvGrad(**at, loss=loss)]
         if strategy.crosses(loss, self.stage_id):
-            commands += [InputProduct(**at, loss=loss), SendGrad(**at, loss=loss)]
+            commands += [BackwardInput(**at, loss=loss), SendGrad(**at, loss=loss)]
         return commands
 
     def _update(self, micro_batch: int) -> list[PipeInstruction]:
@@ -198,8 +160,8 @@ class InterlockedTrainSchedule(PipeSchedule):
         commands: list[PipeInstruction] = [] if strategy.distance(k) == 0 else [RecvGrad(**at, loss=reach)]
         send = [SendGrad(**at, loss=reach)] if strategy.crosses(reach, k) else []
         if send and not strategy.update_gives_input_gradient(k):
-            return [*commands, InputProduct(**at, loss=reach), *send, InterlockedBackward(**at)]
-        return [*commands, InterlockedBackward(**at), *send]
+            return [*commands, BackwardInput(**at, loss=reach), *send, BackwardPass(**at)]
+        return [*commands, BackwardPass(**at), *send]
 
-    def _at(self, micro_batch: int) -> dict[str, int]:
+    def _at(self, micro_batch: int) -> dict[str, Any]:
         return {"buffer_id": self._buffer_idx(micro_batch), "micro_batch": micro_batch}

@@ -6,33 +6,33 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ibp_deepspeed.schedule.generator import ForwardPass, InterlockedBackward
-from ibp_deepspeed.schedule.simulator import Costs, Event, Walk
-from ibp_deepspeed.schedule.validate import checked_course, checked_schedules
+from ibp_deepspeed.schedule.instructions import Instruction
+from ibp_deepspeed.schedule.simulator import Costs, Event, Simulator
+from ibp_deepspeed.schedule.validate import validated_schedules, validated_timeline
 from ibp_deepspeed.strategy.strategy import Strategy
-from ibp_deepspeed.strategy.timeline import BatchStrategy, Course
+from ibp_deepspeed.strategy.timeline import BatchStrategy, Timeline
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a batch costs in the steady state, or in the mean over a course.
+    """What a batch costs in the steady state, or in the mean over a timeline.
 
     Attributes:
         batch_time: time a batch, in the unit of the costs.
         micro_batch_time: the same divided by M.
         idle: idle share of each stage, 0 … 1.
-        live: the most micro-batches that each stage held at once.
+        in_flight: the most micro-batches that each stage held at once.
         limit: time a micro-batch of the busiest stage's work alone: no schedule of this work is faster.
     """
 
     batch_time: float
     micro_batch_time: float
     idle: list[float]
-    live: list[int]
+    in_flight: list[int]
     limit: float
 
 
-def simulate(
+def predict(
     strategy: Strategy,
     micro_batches: int,
     costs: Costs | None = None,
@@ -41,43 +41,43 @@ def simulate(
     streaming: bool = True,
     batches: int = 0,
 ) -> Prediction:
-    """Walk enough batches for a steady state (or ``batches`` of them) and measure the last half."""
+    """Simulate enough batches for a steady state (or ``batches`` of them) and measure the last half."""
     batch = BatchStrategy.uniform(strategy, micro_batches)
     depth = batch.channel_depth(channel_depth)
     batches = batches or 2 * _settling_batches(batch, depth)
-    walk = Walk(
-        [checked_schedules(batch, depth)] * batches,
+    simulator = Simulator(
+        [validated_schedules(batch, depth)] * batches,
         channel_depth=depth,
         costs=costs,
         streaming=streaming,
     )
-    return _measure(walk, batches // 2, micro_batches)
+    return _measure(simulator, batches // 2, micro_batches)
 
 
-def simulate_course(
-    course: Course, costs: Costs | None = None, *, batches: int = 0, streaming: bool = True
+def predict_timeline(
+    timeline: Timeline, costs: Costs | None = None, *, batches: int = 0, streaming: bool = True
 ) -> Prediction:
-    """The mean over batches 0, 1, … of a course, entered by a pipeline that is in motion already.
+    """The mean over batches 0, 1, … of a timeline, entered by a pipeline that is in motion already.
 
     Args:
-        course: with its own channel depth.
+        timeline: with its own channel depth.
         costs: times of the work.
         batches: how many, rounded up to whole periods of ``global_interval`` (0: enough for a steady state).
         streaming: as in the configuration.
     """
-    depth, period = course.channel_depth(), course.period
-    settling = _settling_batches(course.at(0), depth)
-    checked = checked_course(course)
+    depth, period = timeline.channel_depth(), timeline.period
+    settling = _settling_batches(timeline.at(0), depth)
+    valid = validated_timeline(timeline)
     warm_up = math.ceil(settling / period) * period
     measured = math.ceil((batches or settling) / period) * period
     numbers = [*(b % period for b in range(warm_up)), *range(measured)]
-    walk = Walk(
-        [checked[course.at(number)] for number in numbers],
+    simulator = Simulator(
+        [valid[timeline.at(number)] for number in numbers],
         channel_depth=depth,
         costs=costs,
         streaming=streaming,
     )
-    return _measure(walk, warm_up, len(course.at(0)))
+    return _measure(simulator, warm_up, len(timeline.at(0)))
 
 
 def _settling_batches(batch: BatchStrategy, depth: int) -> int:
@@ -85,31 +85,32 @@ def _settling_batches(batch: BatchStrategy, depth: int) -> int:
     return batch.stages * (2 + depth // len(batch)) + 4
 
 
-def _measure(walk: Walk, warm_up: int, micro_batches: int) -> Prediction:
-    """Execute a walk and take the means over the batches after the first ``warm_up``."""
-    walk.run()
-    spans, busy, live = [], [], []
-    for stage, bounds in enumerate(walk.bounds):
-        row = [e for e in walk.events if e.stage == stage]
+def _measure(simulator: Simulator, warm_up: int, micro_batches: int) -> Prediction:
+    """Execute a simulation and take the means over the batches after the first ``warm_up``."""
+    simulator.run()
+    spans, busy, in_flight = [], [], []
+    for stage, bounds in enumerate(simulator.bounds):
+        row = [e for e in simulator.events if e.stage == stage]
         count = len(bounds) - 1 - warm_up
         first = bounds[warm_up]
         start = row[first - 1].end if first else 0.0
         spans.append((row[-1].end - start) / count)
         busy.append(sum(e.end - e.start for e in row[first:]) / count)
-        live.append(_most_live(row))
+        in_flight.append(_most_in_flight(row))
     batch_time = max(spans)
     return Prediction(
         batch_time=batch_time,
         micro_batch_time=batch_time / micro_batches,
         idle=[1 - b / batch_time for b in busy],
-        live=live,
+        in_flight=in_flight,
         limit=max(busy) / micro_batches,
     )
 
 
-def _most_live(events: Sequence[Event]) -> int:
-    live = most = 0
+def _most_in_flight(events: Sequence[Event]) -> int:
+    count = most = 0
     for event in events:
-        live += isinstance(event.instruction, ForwardPass) - isinstance(event.instruction, InterlockedBackward)
-        most = max(most, live)
+        if isinstance(event.instruction, Instruction):
+            count += event.instruction.begins - event.instruction.ends
+        most = max(most, count)
     return most

@@ -1,8 +1,8 @@
-"""Walk the schedules of all stages together, without devices: FIFO channels, bounded depth, a clock a stage.
+"""Execute the schedules of all stages together, without devices: FIFO channels, bounded depth, a clock a stage.
 
-The walk proves that a set of schedules fits together (:mod:`ibp_deepspeed.schedule.validate`) and, given costs and
-latencies, tells how long a batch takes (:mod:`ibp_deepspeed.schedule.predict`). Each stage is a sequential program and
-each channel is first in, first out, so the times do not depend on the order in which the walk advances the stages.
+It proves that a set of schedules fits together (:mod:`ibp_deepspeed.schedule.validate`) and, given costs and latencies,
+tells how long a batch takes (:mod:`ibp_deepspeed.schedule.predict`). Each stage is a sequential program and each
+channel is first in, first out, so the times do not depend on the order in which the stages are advanced.
 """
 
 from __future__ import annotations
@@ -10,62 +10,37 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
-from ibp_deepspeed.schedule.generator import (
-    AuxLoss,
-    BorrowedProduct,
-    ForwardPass,
-    InputProduct,
-    InterlockedBackward,
-    InterlockedTrainSchedule,
-    PipeInstruction,
-    RecvActivation,
-    RecvGrad,
-    RelayGrad,
-    SendActivation,
-    SendGrad,
-)
+from ibp_deepspeed.errors import ScheduleError
+from ibp_deepspeed.schedule.instructions import Instruction, Link, PipeInstruction, Schedule, message_of
 
 Program = list[PipeInstruction]
-
-
-class ScheduleError(AssertionError):
-    """A schedule that does not fit together; the message ends with the grid of stages × time."""
 
 
 @dataclass(frozen=True)
 class Costs:
     """Time of each piece of a stage's work in a micro-batch, in any unit.
 
-    ``head`` is an auxiliary head's (the model's own belongs to the last stage's layers), ``borrowed_product`` that of
-    borrowed layers to their input, ``latency`` one message's.
+    ``head`` is an auxiliary head's (the model's own belongs to the last stage's layers), ``borrowed_gradient`` that of
+    borrowed layers' input gradient, ``latency`` one message's.
     """
 
     forward: float = 1.0
-    input_product: float = 1.0
-    weight_product: float = 1.0
+    input_gradient: float = 1.0
+    weight_gradient: float = 1.0
     head: float = 0.1
-    borrowed_product: float = 0.0
+    borrowed_gradient: float = 0.0
     latency: float = 0.0
 
     def of(self, instruction: PipeInstruction) -> float:
         """Time that an instruction computes."""
-        if isinstance(instruction, ForwardPass):
-            return self.forward
-        if isinstance(instruction, AuxLoss):
-            return self.head
-        if isinstance(instruction, InputProduct):
-            return self.input_product
-        if isinstance(instruction, BorrowedProduct):
-            return self.borrowed_product
-        if isinstance(instruction, InterlockedBackward):
-            return self.input_product + self.weight_product
-        return 0.0
+        return sum(getattr(self, name) for name in instruction.costs) if isinstance(instruction, Instruction) else 0.0
 
 
 @dataclass(frozen=True)
 class Event:
-    """One executed instruction: ``index`` counts the stage's instructions over all walked batches."""
+    """One executed instruction: ``index`` counts the stage's instructions over all batches."""
 
     stage: int
     index: int
@@ -78,11 +53,11 @@ class Event:
 class _Channel:
     """Messages of one direction of one boundary: what they are and when they arrive."""
 
-    sent: deque[tuple[tuple[int, int], float]] = field(default_factory=deque)
+    sent: deque[tuple[tuple[int, int | None], float]] = field(default_factory=deque)
     taken_at: list[float] = field(default_factory=list)
 
 
-class Walk:
+class Simulator:
     """Execute batches that follow each other without a gap, each of K programs.
 
     Args:
@@ -99,7 +74,7 @@ class Walk:
 
     def __init__(
         self,
-        batches: Sequence[Sequence[InterlockedTrainSchedule]],
+        batches: Sequence[Sequence[Schedule]],
         *,
         channel_depth: int | None = None,
         costs: Costs | None = None,
@@ -116,13 +91,12 @@ class Walk:
         self._clock = [0.0] * self.stages
         self._position = [0] * self.stages
         self._batch = [0] * self.stages
-        self._forwards = [0] * self.stages
-        self._down = [_Channel() for _ in range(self.stages)]  # _down[k]: activations from k to k+1
-        self._up = [_Channel() for _ in range(self.stages)]  # _up[k]: gradients from k to k-1
+        self._begun = [0] * self.stages
+        self._channels = {link: [_Channel() for _ in range(self.stages)] for link in Link}  # by their senders
         self._batch_ends: list[dict[int, float]] = [{} for _ in batches]
 
     def run(self) -> list[Event]:
-        """Walk to the end.
+        """Execute to the end.
 
         Raises:
             ScheduleError: a receive that meets another message than it expects, a deadlock, or messages left over.
@@ -160,7 +134,7 @@ class Walk:
         if batch and not self.streaming and self._position[stage] == self.bounds[stage][batch]:
             ends = self._batch_ends[batch - 1]
             return max(ends.values()) if len(ends) == self.stages else None
-        if isinstance(instruction, ForwardPass):
+        if isinstance(instruction, Instruction) and instruction.begins:
             return self._credit_time(stage)
         channel = self._source(stage, instruction)
         if channel is None:
@@ -174,21 +148,19 @@ class Walk:
         """When the next stage had received enough for this stage's next forward pass."""
         if self.channel_depth is None or stage == self.stages - 1:
             return 0.0
-        needed = self._forwards[stage] + 1 - self.channel_depth
-        taken_at = self._down[stage].taken_at
+        needed = self._begun[stage] + 1 - self.channel_depth
+        taken_at = self._channels[Link.ACTIVATIONS][stage].taken_at
         if needed <= 0:
             return 0.0
         return taken_at[needed - 1] if len(taken_at) >= needed else None
 
     def _source(self, stage: int, instruction: PipeInstruction) -> _Channel | None:
-        if isinstance(instruction, RecvActivation):
-            return self._down[stage - 1]
-        if isinstance(instruction, RecvGrad | RelayGrad):
-            return self._up[stage + 1]
-        return None
+        """The channel that an instruction takes a message from."""
+        link = instruction.receives if isinstance(instruction, Instruction) else None
+        return self._channels[link][stage - link.value] if link is not None else None
 
     def _check_head(self, stage: int, instruction: PipeInstruction, channel: _Channel) -> None:
-        expected, head = _label(instruction), channel.sent[0][0]
+        expected, head = message_of(instruction), channel.sent[0][0]
         if head != expected:
             self.fail(
                 stage,
@@ -197,36 +169,36 @@ class Walk:
             )
 
     def _exchange(self, stage: int, instruction: PipeInstruction, start: float, end: float) -> None:
-        if isinstance(instruction, SendActivation):
-            self._down[stage].sent.append((_label(instruction), end + self.costs.latency))
-        elif isinstance(instruction, SendGrad):
-            self._up[stage].sent.append((_label(instruction), end + self.costs.latency))
-        elif isinstance(instruction, ForwardPass):
-            self._forwards[stage] += 1
-        else:
-            channel = self._source(stage, instruction)
-            if channel is not None:
-                channel.sent.popleft()
-                channel.taken_at.append(start)
+        if not isinstance(instruction, Instruction):
+            return
+        if instruction.sends is not None:
+            channel = self._channels[instruction.sends][stage]
+            channel.sent.append((message_of(instruction), end + self.costs.latency))
+        self._begun[stage] += instruction.begins
+        source = self._source(stage, instruction)
+        if source is not None:
+            source.sent.popleft()
+            source.taken_at.append(start)
 
     def _check_finished(self) -> None:
         for stage, program in enumerate(self.programs):
             if self._position[stage] < len(program):
                 self.fail(stage, self._position[stage], "waits for ever: a deadlock, or a message nobody sends")
         for stage in range(self.stages):
-            for name, channel in (("activation", self._down[stage]), ("gradient", self._up[stage])):
+            for name, link in (("an activation", Link.ACTIVATIONS), ("a gradient", Link.GRADIENTS)):
+                channel = self._channels[link][stage]
                 if channel.sent:
-                    text = f"sent an {name} (micro-batch, loss) {channel.sent[0][0]} that nobody receives"
+                    text = f"sent {name} (micro-batch, loss) {channel.sent[0][0]} that nobody receives"
                     self.fail(stage, len(self.programs[stage]) - 1, text)
 
-    def fail(self, stage: int, index: int, message: str) -> None:
+    def fail(self, stage: int, index: int, message: str) -> NoReturn:
         """Raise with the grid, the faulty step marked."""
         instruction = self.programs[stage][index]
         grid = format_grid(self.events, self.stages, fault=(stage, index, instruction))
         raise ScheduleError(f"stage {stage}, step {index}, {instruction}: {message}\n{grid}")
 
 
-def _lay_out(schedules: Sequence[InterlockedTrainSchedule]) -> tuple[Program, list[int]]:
+def _lay_out(schedules: Sequence[Schedule]) -> tuple[Program, list[int]]:
     """One stage's instructions of all batches, one after the other, and where each batch begins and the last ends."""
     distinct = {id(schedule): schedule for schedule in schedules}
     written = {key: [i for step in schedule.steps() for i in step] for key, schedule in distinct.items()}
@@ -238,21 +210,12 @@ def _lay_out(schedules: Sequence[InterlockedTrainSchedule]) -> tuple[Program, li
     return program, bounds
 
 
-def _label(instruction: PipeInstruction) -> tuple[int, int]:
-    """What a message is: its micro-batch and the loss whose gradient it carries (-1: an activation)."""
-    return instruction.micro_batch, getattr(instruction, "loss", -1)
-
-
-_LETTERS = {ForwardPass: "F", AuxLoss: "L", BorrowedProduct: "Q", InputProduct: "P", InterlockedBackward: "B"}
-
-
 def short_name(instruction: PipeInstruction) -> str:
-    """``F2``: forward of micro-batch 2; ``L2.1``: loss 1; ``P2.3``: product of loss 3 to the input; ``Q2.1``: through
-    borrowed layers; ``B``: update."""
-    letter = _LETTERS.get(type(instruction), type(instruction).__name__)
-    micro_batch = getattr(instruction, "micro_batch", "")
+    """``F2``: forward of micro-batch 2; ``L2.1``: head and loss 1; ``B2.3``: input gradient of loss 3; ``Q2.1``: the
+    same through borrowed layers; ``BW2``: backward pass."""
+    letter = getattr(instruction, "letter", "") or type(instruction).__name__
     loss = getattr(instruction, "loss", None)
-    return f"{letter}{micro_batch}" + ("" if loss is None else f".{loss}")
+    return f"{letter}{getattr(instruction, 'micro_batch', '')}" + ("" if loss is None else f".{loss}")
 
 
 def format_grid(events: Sequence[Event], stages: int, fault: tuple[int, int, PipeInstruction] | None = None) -> str:
@@ -260,12 +223,13 @@ def format_grid(events: Sequence[Event], stages: int, fault: tuple[int, int, Pip
 
     ``fault`` (stage, index, instruction) is marked ``>>…<<``, at its place if it was executed, else at the row's end.
     """
-    shown = [e for e in events if type(e.instruction) in _LETTERS or fault and (e.stage, e.index) == fault[:2]]
+    faulty_place = fault[:2] if fault is not None else None
+    shown = [e for e in events if getattr(e.instruction, "letter", "") or (e.stage, e.index) == faulty_place]
     columns = {start: i for i, start in enumerate(sorted({round(e.start, 6) for e in shown}))}
     rows = [[[] for _ in range(len(columns) + 1)] for _ in range(stages)]  # type: list[list[list[str]]]
     marked = False
     for event in shown:
-        faulty = fault is not None and (event.stage, event.index) == fault[:2]
+        faulty = (event.stage, event.index) == faulty_place
         marked = marked or faulty
         name = short_name(event.instruction)
         rows[event.stage][columns[round(event.start, 6)]].append(f">>{name}<<" if faulty else name)

@@ -1,183 +1,159 @@
-"""Proof, without devices, that the schedules of all stages compute what the strategies say."""
+"""Proof, without devices, that the schedules of all stages compute what the strategies say.
+
+Nothing here knows how a schedule was made: any objects with ``steps()`` are validated.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from ibp_deepspeed.schedule.generator import (
+from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
+from ibp_deepspeed.schedule.instructions import (
     AuxLoss,
-    BorrowedProduct,
-    ForwardPass,
-    InputProduct,
-    InterlockedBackward,
-    InterlockedTrainSchedule,
-    LoadMicroBatch,
+    Instruction,
+    Link,
     OptimizerStep,
     PipeInstruction,
-    RecvActivation,
-    RecvGrad,
     ReduceGrads,
-    RelayGrad,
-    SendActivation,
-    SendGrad,
+    Schedule,
+    Value,
 )
-from ibp_deepspeed.schedule.simulator import Walk
-from ibp_deepspeed.strategy.timeline import BatchStrategy, Course
+from ibp_deepspeed.schedule.simulator import Simulator
+from ibp_deepspeed.strategy.strategy import StageStrategy
+from ibp_deepspeed.strategy.timeline import BatchStrategy, Timeline
+
+ScheduleMaker = Callable[[BatchStrategy, int], InterlockedTrainSchedule]
+"""(the strategies of a batch, stage) → what the stage does."""
 
 
-def checked_course(course: Course) -> dict[BatchStrategy, list[InterlockedTrainSchedule]]:
-    """The schedules of all K stages for every batch that a course can have, proved one by one and in pairs.
+def validated_timeline(
+    timeline: Timeline, make: ScheduleMaker = InterlockedTrainSchedule.for_batch
+) -> dict[BatchStrategy, list[InterlockedTrainSchedule]]:
+    """The schedules of all K stages for every batch that a timeline can have, validated one by one and in pairs.
 
     Raises:
         ScheduleError: what is wrong, with the grid of stages × time.
         ConfigError: the configured channel depth is too small.
     """
-    depth = course.channel_depth()
-    checked = {batch: checked_schedules(batch, depth) for batch in course.distinct()}
-    for pair in itertools.permutations(checked.values(), 2):
-        Walk(pair, channel_depth=depth).run()
-    return checked
+    depth = timeline.channel_depth()
+    valid = {batch: validated_schedules(batch, depth, make) for batch in timeline.distinct()}
+    for pair in itertools.permutations(valid.values(), 2):
+        Simulator(pair, channel_depth=depth).run()
+    return valid
 
 
-def checked_schedules(batch: BatchStrategy, channel_depth: int | None = None) -> list[InterlockedTrainSchedule]:
-    """The schedules of all K stages, proved; the engine runs its own of these objects.
-
-    Proved: every send meets its receive in order on its channel; no deadlock with channels of this depth (default:
-    the strategies'), also from batch to batch; every trunk gets exactly one update gradient a micro-batch, made
-    of the losses that the micro-batch's strategy names; the optimizer steps once, after all of them; live
-    micro-batches stay within the bound.
+def validated_schedules(
+    batch: BatchStrategy,
+    channel_depth: int | None = None,
+    make: ScheduleMaker = InterlockedTrainSchedule.for_batch,
+) -> list[InterlockedTrainSchedule]:
+    """The schedules of all K stages, validated (see :func:`validate`); the engine runs its own of these objects.
 
     Raises:
         ScheduleError: what is wrong, with the grid of stages × time.
         ConfigError: the depth is too small.
     """
-    schedules = [InterlockedTrainSchedule.for_batch(batch, k) for k in range(batch.stages)]
-    check_schedules(schedules, batch, batch.channel_depth(channel_depth))
+    schedules = [make(batch, k) for k in range(batch.stages)]
+    validate(schedules, batch, batch.channel_depth(channel_depth))
     return schedules
 
 
-def check_schedules(
-    schedules: Sequence[InterlockedTrainSchedule], batch: BatchStrategy, channel_depth: int | None
-) -> None:
-    """Check given schedules against the strategies of a batch (see :func:`checked_schedules`)."""
-    Walk([schedules] * 2, channel_depth=channel_depth).run()
-    walk = Walk([schedules], channel_depth=channel_depth)
-    walk.run()
+def validate(schedules: Sequence[Schedule], batch: BatchStrategy, channel_depth: int | None) -> None:
+    """Check the schedules of K stages, however they were made, against the strategies of a batch.
+
+    Proved: every send meets its receive in order on its channel; no deadlock with channels of this depth, also from
+    batch to batch; everything that is used is there; every trunk gets exactly one update gradient a micro-batch, made
+    of the losses that the micro-batch's strategy names; the optimizer steps once, after all of them; micro-batches in
+    flight stay within the bound.
+
+    Raises:
+        ScheduleError: what is wrong, with the grid of stages × time.
+    """
+    Simulator([schedules] * 2, channel_depth=channel_depth).run()
+    simulator = Simulator([schedules], channel_depth=channel_depth)
+    simulator.run()
     for stage in range(batch.stages):
-        _StageCheck(walk, batch, stage).run()
+        _StageCheck(simulator, batch, stage).run()
 
 
 class _StageCheck:
     """Symbolic execution of one stage: which values exist when an instruction uses them."""
 
-    def __init__(self, walk: Walk, batch: BatchStrategy, stage: int) -> None:
-        self.walk, self.batch, self.stage = walk, batch, stage
-        self.bound = batch.live_micro_batches(stage)
-        self.loaded: set[int] = set()
-        self.received: set[int] = set()
-        self.live: set[int] = set()
-        self.buffers: dict[int, int] = {}
-        self.cotangents: set[tuple[int, int]] = set()  # (micro-batch, loss): dL/dh_k is known
-        self.borrowed: set[tuple[int, int]] = set()  # (micro-batch, loss): dL/d(borrowed layers' output) is known
-        self.input_gradients: set[tuple[int, int]] = set()  # (micro-batch, loss): dL/dh_{k-1} is known
-        self.lost: list[tuple[int, int]] = []  # (micro-batch, loss): computed by a head
-        self.sent: list[tuple[int, int]] = []
-        self.updated: list[int] = []
-        self.reduced = self.stepped = 0
+    def __init__(self, simulator: Simulator, batch: BatchStrategy, stage: int) -> None:
+        self.simulator, self.batch, self.stage = simulator, batch, stage
+        self.program = simulator.programs[stage]
+        self.tables = [StageStrategy.of(strategy, stage) for strategy in batch.strategies]
+        self.bound = batch.most_in_flight(stage)
+        self.there: set[Value] = set()
+        self.made: set[Value] = set()
+        self.buffers: dict[int, int] = {}  # buffer → the micro-batch in flight that has it
+        self.ended: list[int] = []
+        self.reductions = self.steps = 0
         self.index = 0
 
     def run(self) -> None:
         """Execute all instructions, then compare the totals with the strategies."""
-        for index, instruction in enumerate(self.walk.programs[self.stage]):
+        for index, instruction in enumerate(self.program):
             self.index = index
-            self._require(self.stepped == 0, "after the optimizer step")
-            getattr(self, f"_{type(instruction).__name__}")(instruction)
-        self._require(self.stepped == 1, f"the optimizer steps {self.stepped} times")
-        last = self.batch.stages - 1
-        strategies = list(enumerate(self.batch.micro_batches))
-        losses = sorted((m, loss) for m, s in strategies for loss in s.losses_at(self.stage) if loss < last)
-        self._require(sorted(self.lost) == losses, f"computes the heads' losses {sorted(self.lost)}, not {losses}")
-        expected = sorted((m, loss) for m, s in strategies for loss in range(last + 1) if s.crosses(loss, self.stage))
-        self._require(sorted(self.sent) == expected, f"sends gradients {sorted(self.sent)}, not {expected}")
+            self._require(self.steps == 0, "after the optimizer step")
+            if isinstance(instruction, Instruction):
+                self._execute(instruction)
+            else:
+                self._end_of_batch(instruction)
+        self._require(self.steps == 1, f"the optimizer steps {self.steps} times")
+        heads = [loss for loss in self.batch[0].placement.losses_at(self.stage) if loss < self.batch.stages - 1]
+        wanted = [(m, loss) for m in range(len(self.batch)) for loss in heads]
+        self._compare("computes the heads' losses", [i for i in self.program if isinstance(i, AuxLoss)], wanted)
+        crossing = [(m, loss) for m, table in enumerate(self.tables) for loss in table.crosses]
+        sends = [i for i in self.program if isinstance(i, Instruction) and i.sends is Link.GRADIENTS]
+        self._compare("sends gradients", sends, crossing)
+
+    def _execute(self, instruction: Instruction) -> None:
+        table = self.tables[instruction.micro_batch]
+        if instruction.begins:
+            self._begin(instruction)
+        for value in instruction.uses(table):
+            self._require(value in self.there, f"uses {_words(value)}, which is not there")
+        if instruction.ends:
+            self._end(instruction)
+        for value in instruction.makes(table):
+            self._require(value not in self.made, f"makes {_words(value)} a second time")
+            self.made.add(value)
+            self.there.add(value)
+
+    def _begin(self, instruction: Instruction) -> None:
+        self._require(instruction.buffer_id not in self.buffers, "forward into a buffer that is in use")
+        self.buffers[instruction.buffer_id] = instruction.micro_batch
+        count = len(self.buffers)
+        self._require(count <= self.bound, f"{count} micro-batches in flight, the bound is {self.bound}")
+
+    def _end(self, instruction: Instruction) -> None:
+        m = instruction.micro_batch
+        self._require(m not in self.ended, "a second update gradient for a micro-batch")
+        self._require(self.buffers.pop(instruction.buffer_id, None) == m, "frees a buffer of another micro-batch")
+        self.ended.append(m)
+        # an input gradient outlives the graph that it was made with
+        self.there = {value for value in self.there if value.micro_batch != m or value.kind == "input gradient"}
+
+    def _end_of_batch(self, instruction: PipeInstruction) -> None:
+        if isinstance(instruction, ReduceGrads):
+            self._require(sorted(self.ended) == list(range(len(self.batch))), f"reduces after {self.ended}")
+            self.reductions += 1
+        elif isinstance(instruction, OptimizerStep):
+            self._require(self.reductions == 1, "steps without a reduction")
+            self.steps += 1
+
+    def _compare(self, what: str, found: Sequence[Instruction], expected: list[tuple[int, int]]) -> None:
+        """The (micro-batch, loss) of some instructions against what the strategies ask for."""
+        seen = sorted((i.micro_batch, i.loss) for i in found)
+        self._require(seen == sorted(expected), f"{what} {seen}, not {sorted(expected)}")
 
     def _require(self, holds: bool, message: str) -> None:
         if not holds:
-            self.walk.fail(self.stage, self.index, message)
+            self.simulator.fail(self.stage, self.index, message)
 
-    def _LoadMicroBatch(self, instruction: LoadMicroBatch) -> None:
-        self._require(instruction.micro_batch not in self.loaded, "loads a micro-batch twice")
-        self.loaded.add(instruction.micro_batch)
 
-    def _RecvActivation(self, instruction: RecvActivation) -> None:
-        self.received.add(instruction.micro_batch)
-
-    def _ForwardPass(self, instruction: ForwardPass) -> None:
-        m = instruction.micro_batch
-        self._require(m in self.loaded, "forward without data")
-        self._require(self.stage == 0 or m in self.received, "forward without an input")
-        self._require(instruction.buffer_id not in self.buffers, "forward into a buffer that is in use")
-        self.buffers[instruction.buffer_id] = m
-        self.live.add(m)
-        self._require(len(self.live) <= self.bound, f"{len(self.live)} live micro-batches, the bound is {self.bound}")
-        if self.stage == self.batch.stages - 1:
-            self.cotangents.add((m, self.stage))
-
-    def _SendActivation(self, instruction: SendActivation) -> None:
-        self._require_live(instruction)
-
-    def _AuxLoss(self, instruction: AuxLoss) -> None:
-        self._require_live(instruction)
-        key = (instruction.micro_batch, instruction.loss)
-        self.lost.append(key)
-        (self.borrowed if instruction.loss < self.stage else self.cotangents).add(key)
-
-    def _RelayGrad(self, instruction: RelayGrad) -> None:
-        self._require_live(instruction)
-        self.cotangents.add((instruction.micro_batch, instruction.loss))
-
-    def _RecvGrad(self, instruction: RecvGrad) -> None:
-        self._RelayGrad(instruction)
-
-    def _InputProduct(self, instruction: InputProduct) -> None:
-        self._require_live(instruction)
-        key = (instruction.micro_batch, instruction.loss)
-        self._require(key in self.cotangents, "product of a gradient that is not here")
-        self.input_gradients.add(key)
-
-    def _BorrowedProduct(self, instruction: BorrowedProduct) -> None:
-        self._require_live(instruction)
-        key = (instruction.micro_batch, instruction.loss)
-        self._require(key in self.borrowed, "product through borrowed layers of a loss that is not here")
-        self.input_gradients.add(key)
-
-    def _SendGrad(self, instruction: SendGrad) -> None:
-        key = (instruction.micro_batch, instruction.loss)
-        self._require(key in self.input_gradients, "sends a gradient that was not computed")
-        self.sent.append(key)
-
-    def _InterlockedBackward(self, instruction: InterlockedBackward) -> None:
-        self._require_live(instruction)
-        m = instruction.micro_batch
-        strategy = self.batch[m]
-        self._require(m not in self.updated, "a second update gradient for a micro-batch")
-        for loss in strategy.weights(self.stage):
-            self._require((m, loss) in self.cotangents, f"update without the gradient of loss {loss}")
-        if strategy.borrowed_share(self.stage):
-            self._require((m, self.stage - 1) in self.borrowed, "update without the loss that borrows layers")
-        if strategy.update_gives_input_gradient(self.stage):
-            self.input_gradients.add((m, strategy.reach(self.stage)))
-        self.updated.append(m)
-        self.live.remove(m)
-        self._require(self.buffers.pop(instruction.buffer_id, None) == m, "frees a buffer of another micro-batch")
-
-    def _ReduceGrads(self, instruction: ReduceGrads) -> None:
-        self._require(sorted(self.updated) == list(range(len(self.batch))), f"reduces after {self.updated}")
-        self.reduced += 1
-
-    def _OptimizerStep(self, instruction: OptimizerStep) -> None:
-        self._require(self.reduced == 1, "steps without a reduction")
-        self.stepped += 1
-
-    def _require_live(self, instruction: PipeInstruction) -> None:
-        self._require(instruction.micro_batch in self.live, "uses a micro-batch that is not live")
+def _words(value: Value) -> str:
+    loss = "" if value.loss is None else f" of loss {value.loss}"
+    return f"the {value.kind}{loss} of micro-batch {value.micro_batch}"

@@ -2,187 +2,184 @@
 
 from __future__ import annotations
 
-import os
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ibp_deepspeed.checkpoint import store
-from ibp_deepspeed.checkpoint.manifest import Contents, Shape, structure
-from ibp_deepspeed.checkpoint.reader import NAMES_KEY, SavedStates, head_name, read
+from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
+from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, head_name, read
 from ibp_deepspeed.checkpoint.reshape import HeadOrigin, fill_head, head_origin, restore_plain, source_of
+from ibp_deepspeed.checkpoint.store import CheckpointStore
 from ibp_deepspeed.objectives.shared_readout import RefreshRule, fill_pending, source_readout
-from ibp_deepspeed.stage.module import aux_head_path, shared_readout_path
+from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 
 
-class VirtualCheckpoints:
-    """The part of a VirtualPipeline that reads and writes files.
+class SingleProcessCheckpoints:
+    """The checkpoints of all stages in one process.
+
+    Args:
+        reference: the stages, heads and gradients.
+        optimizers, schedulers: of each stage.
+        micro_batches: M.
+        batch_size: samples a batch.
 
     Attributes:
-        load_report: what the last :meth:`load_checkpoint` had to change, for the user; empty if nothing.
+        bounds: stage k has layers bounds[k] … bounds[k+1]-1.
+        load_report: what the last :meth:`load` had to change, for the user; empty if nothing.
     """
 
-    bounds: list[int]
-    stages: int
-    reference: Any
-    optimizers: list[torch.optim.Optimizer]
-    schedulers: list[Any]
-    load_report: list[str] = []
-    _micro_batches: int
-    _borrow: int
-
-    @property
-    @abstractmethod
-    def global_steps(self) -> int:
-        """Batches trained."""
-
-    @abstractmethod
-    def train_batch_size(self) -> int:
-        """Samples a batch."""
-
-    def save_checkpoint(
-        self, save_dir: str | Path, tag: str | None = None, files: Mapping[str, str] | None = None
+    def __init__(
+        self,
+        reference: FullPrecisionSums,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedulers: Sequence[Any],
+        micro_batches: int,
+        batch_size: int,
     ) -> None:
-        """Write what the engine writes for one replica without ZeRO, and texts by file name; whole or not at all."""
-        name = tag or f"global_step{self.global_steps}"
-        made = Path(save_dir) / store.partial(name)
-        with store.written(Path(save_dir) / name):
-            store.clear(Path(save_dir), name)
-            self._write(made, files or {})
-            Contents.write(made, self.checkpoint_shape())
-            store.publish(Path(save_dir), name)
+        self._reference, self._optimizers, self._schedulers = reference, optimizers, schedulers
+        self._micro_batches, self._batch_size = micro_batches, batch_size
+        sizes = [len(list(stage.children())) for stage in reference.stages]
+        self.bounds = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
+        self._store = CheckpointStore()
+        self.load_report: list[str] = []
 
-    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> None:
+    def save(self, folder: Path, tag: str | None, files: Mapping[str, str]) -> None:
+        """Write what the engine writes for one replica without ZeRO, and texts by file name; complete or not at all."""
+        name = tag or layout.tag_of(self._reference.batch)
+        self._store.save(folder, name, self.shape(), self._write, files=files)
+
+    def load(self, folder: Path, tag: str | None) -> None:
         """Read a checkpoint of a VirtualPipeline or of an engine, of any shape.
 
         Raises:
             CheckpointError: there is none, a file is missing, damaged or doesn't fit.
         """
-        store.restore(Path(load_dir))
-        folder = Path(load_dir) / (tag or store.newest_tag(Path(load_dir)))
-        contents = store.check(folder)
-        shape = self.checkpoint_shape() if contents is None else contents.shape
-        saved, same = SavedStates(folder, shape), shape == self.checkpoint_shape()
+        path, manifest = self._store.open(folder, tag)
+        shape = self.shape() if manifest is None else manifest.shape
+        saved, same = CheckpointReader(path, shape), shape == self.shape()
         self.load_report = []
         if same:
-            self._load_stages(folder, saved)
+            self._load_stages(path, saved)
         else:
-            self._load_reshaped(saved)
+            self._load_by_name(saved)
         counters = saved.stage_file()
-        self.reference.batch = counters["global_steps"]
-        for scheduler in self.schedulers:
+        self._reference.batch = counters["global_steps"]
+        for scheduler in self._schedulers:
             if scheduler is not None and counters["lr_scheduler"] is not None:
                 scheduler.load_state_dict(counters["lr_scheduler"])
-        self._load_readouts(folder, strict=same)
-        store.load_random_state(folder, 0, 1)
+        self._load_readouts(path, strict=same)
+        self._store.resume_random_state(path)
 
-    def checkpoint_shape(self) -> Shape:
-        """The shape that decides what the files hold."""
-        options = self.reference.config.aux_head
-        kind = type(self.optimizers[0]).__name__
-        boundaries = self._head_boundaries()
-        return Shape(
+    def shape(self) -> PipelineShape:
+        """What decides what the files of a checkpoint hold."""
+        kind, heads = type(self._optimizers[0]).__name__, self._heads()
+        return PipelineShape(
             bounds=self.bounds,
             replicas=1,
             micro_batches=self._micro_batches,
-            heads={boundary: k + bool(self._borrow) for k, boundary in enumerate(boundaries)},
-            head_options=structure(options) if boundaries else None,
-            optimizer=f"masters/{kind}" if self.reference.has_masters else kind,
+            heads=self._reference.placement.boundaries(self.bounds),
+            head_options=head_structure(self._reference.interlocking.aux_head) if heads else None,
+            optimizer=f"masters/{kind}" if self._reference.has_masters else kind,
         )
 
-    def _head_boundaries(self) -> list[int]:
-        """The layers before which the heads stand."""
-        return [self.bounds[k + 1] + self._borrow for k in range(len(self.reference.aux_heads))]
+    def _heads(self) -> dict[int, int]:
+        """Loss → the layer before which its head stands."""
+        placement = self._reference.placement
+        return {loss: placement.boundary(loss, self.bounds) for loss in range(len(self._reference.aux_heads))}
 
-    def _write(self, folder: Path, files: Mapping[str, str]) -> None:
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         for name, module in self._files():
             torch.save({key: value.cpu() for key, value in module.state_dict().items()}, folder / name)
-        for k in range(self.stages):
-            torch.save(self._stage_state(k), folder / f"mp_rank_{k:02d}_model_states.pt")
+        for k in range(len(self._reference.stages)):
+            torch.save(self._stage_state(k), folder / layout.stage(k))
         if self._rule() is not None:
-            state = {"taken": self.reference.taken, "average": self.reference.source.average}
-            torch.save(state, shared_readout_path(str(folder)))
-        store.save_random_state(folder, 0)
-        store.write_texts(folder, files)
+            assert self._reference.source is not None
+            state = {"taken": self._reference.taken, "average": self._reference.source.average}
+            torch.save(state, folder / layout.SHARED_READOUT)
 
     def _stage_state(self, stage: int) -> dict[str, Any]:
-        scheduler = self.schedulers[stage]
+        scheduler, batches = self._schedulers[stage], self._reference.batch
         return {
             "module": None,
-            "optimizer": self.optimizers[stage].state_dict(),
+            "optimizer": self._optimizers[stage].state_dict(),
             "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
-            "masters": [p.detach() for p in self.reference.masters(stage)],
+            "masters": [p.detach() for p in self._reference.masters(stage)],
             NAMES_KEY: list(self._names(stage).values()),
-            "global_steps": self.global_steps,
-            "global_samples": self.global_steps * self.train_batch_size(),
+            "global_steps": batches,
+            "global_samples": batches * self._batch_size,
             "skipped_steps": 0,
             "dp_world_size": 1,
-            "mp_world_size": self.stages,
+            "mp_world_size": len(self._reference.stages),
         }
 
+    def _layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """All pipeline layers by their index."""
+        return enumerate(layer for stage in self._reference.stages for layer in stage.children())
+
     def _files(self) -> Iterator[tuple[str, nn.Module]]:
-        for k, stage in enumerate(self.reference.stages):
-            for index, layer in enumerate(stage.children(), self.bounds[k]):
-                yield f"layer_{index:02d}-model_states.pt", layer
-        for boundary, head in zip(self._head_boundaries(), self.reference.aux_heads, strict=True):
-            yield os.path.basename(aux_head_path("", boundary)), head
+        for index, layer in self._layers():
+            yield layout.layer(index), layer
+        for loss, boundary in self._heads().items():
+            yield layout.aux_head(boundary), self._reference.aux_heads[loss]
 
     def _names(self, stage: int) -> dict[nn.Parameter, str]:
         """A stage's trained parameters, in the order of its optimizer, and their names in the model."""
-        layers = enumerate(self.reference.stages[stage].children(), self.bounds[stage])
-        names = {p: f"{index}.{name}" for index, layer in layers for name, p in layer.named_parameters()}
-        for boundary, head in zip(self._head_boundaries(), self.reference.aux_heads, strict=True):
+        names = {p: f"{index}.{name}" for index, layer in self._layers() for name, p in layer.named_parameters()}
+        for loss, boundary in self._heads().items():
+            head = self._reference.aux_heads[loss]
             names.update({p: head_name(boundary, name) for name, p in head.named_parameters()})
-        return {p: names[p] for p in self.reference.parameters(stage)}
+        return {p: names[p] for p in self._reference.parameters(stage)}
 
-    def _load_stages(self, folder: Path, saved: SavedStates) -> None:
+    def _load_stages(self, folder: Path, saved: CheckpointReader) -> None:
         """Files of the same shape."""
-        for name, module in self._files():
-            found = sorted(folder.glob(name.replace("-model", "-*model"))) or [folder / name]
-            module.load_state_dict(read(found[0]))
-        for k in range(self.stages):
+        for index, layer in self._layers():
+            layer.load_state_dict(read(layout.find_layer(folder, index) or folder / layout.layer(index)))
+        for loss, boundary in self._heads().items():
+            self._reference.aux_heads[loss].load_state_dict(read(folder / layout.aux_head(boundary)))
+        for k, optimizer in enumerate(self._optimizers):
             state = saved.stage_file(k)
-            self.optimizers[k].load_state_dict(state["optimizer"])
-            self.reference.set_masters(k, state.get("masters"))
+            optimizer.load_state_dict(state["optimizer"])
+            self._reference.set_masters(k, state.get("masters"))
 
-    def _load_reshaped(self, saved: SavedStates) -> None:
-        """Files of another shape, by name."""
-        for k, stage in enumerate(self.reference.stages):
-            for index, layer in enumerate(stage.children(), self.bounds[k]):
-                values = {name: saved.weight(f"{index}.{name}") for name in layer.state_dict()}
-                layer.load_state_dict({name: value for name, value in values.items() if value is not None})
+    def _load_by_name(self, saved: CheckpointReader) -> None:
+        """Files of another shape."""
+        for index, layer in self._layers():
+            values = {name: saved.weight(f"{index}.{name}") for name in layer.state_dict()}
+            layer.load_state_dict({name: value for name, value in values.items() if value is not None})
         origins: dict[int, HeadOrigin] = {}
-        for boundary, head in zip(self._head_boundaries(), self.reference.aux_heads, strict=True):
-            origins[boundary] = head_origin(head, boundary, saved)
-            fill_head(head, origins[boundary], saved)
+        for loss, boundary in self._heads().items():
+            objective = self._reference.objectives[loss]
+            origins[boundary] = head_origin(objective.module, objective.sources(), boundary, saved)
+            fill_head(objective.module, origins[boundary], saved)
         self.load_report = [origin.words for origin in origins.values()]
-        for k in range(self.stages):
-            self.reference.set_masters(k, None)
-            places = zip(self._names(k).values(), self.reference.masters(k), strict=True)
+        for k, optimizer in enumerate(self._optimizers):
+            self._reference.set_masters(k, None)
+            places = zip(self._names(k).values(), self._reference.masters(k), strict=True)
             sources = {master: source_of(place, origins) for place, master in places}
-            restore_plain(self.optimizers[k], {master: name for master, name in sources.items() if name}, saved)
-        self.reference.masters_to_weights()
+            restore_plain(optimizer, {master: name for master, name in sources.items() if name}, saved)
+        self._reference.masters_to_weights()
 
     def _rule(self) -> RefreshRule | None:
         """When copies of the last readout are made; None if none ever is (private, frozen)."""
-        if self.reference.source is None:
+        if self._reference.source is None:
             return None
-        return RefreshRule.from_config(self.reference.config, self.stages, self._micro_batches)
+        stages = len(self._reference.stages)
+        return RefreshRule.from_config(self._reference.interlocking, stages, self._micro_batches)
 
     def _load_readouts(self, folder: Path, *, strict: bool) -> None:
         """Copies that are taken and not yet used; unless ``strict`` those that lack are as the newest before them."""
-        rule, path = self._rule(), Path(shared_readout_path(str(folder)))
-        if rule is None:
+        rule, path = self._rule(), folder / layout.SHARED_READOUT
+        if rule is None or self._reference.source is None:
             return
         state: dict[str, Any] = read(path) if strict or path.exists() else {"taken": {}, "average": None}
         if not strict:
-            now = source_readout(self.reference.stages[-1])
-            fill_pending(state["taken"], rule.pending(self.global_steps), now)
-        self.reference.taken = state["taken"]
+            now = source_readout(self._reference.stages[-1])
+            fill_pending(state["taken"], rule.pending(self._reference.batch), now)
+        self._reference.taken = state["taken"]
         if state["average"] is not None:
-            self.reference.source.average = state["average"]
+            self._reference.source.average = state["average"]

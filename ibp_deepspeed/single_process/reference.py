@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibp_deepspeed.config.interlocking import ConfigError, InterlockingConfig
-from ibp_deepspeed.objectives.shared_readout import ReadoutSource, RefreshRule, head_readout, install, source_readout
-from ibp_deepspeed.objectives.token_sampling import TokenSample
+from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.objectives.evaluation import ExitMeans
+from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
+from ibp_deepspeed.objectives.shared_readout import ReadoutSource, RefreshRule, install, source_readout
+from ibp_deepspeed.strategy.head_placement import HeadPlacement
 from ibp_deepspeed.strategy.strategy import Strategy
-from ibp_deepspeed.strategy.timeline import Course
+from ibp_deepspeed.strategy.timeline import Timeline
 
 Weighted = tuple[list[nn.Parameter], float]
 
@@ -28,11 +31,13 @@ class InterlockedReference:
 
     Args:
         stages: the K trunks; stage k maps h_{k-1} to h_k, the last one to what ``loss_fn`` takes.
-        aux_heads: the K-1 heads a_k, or None for backpropagation without heads.
+        aux_heads: the K-1 heads a_k, modules or objectives, or None for backpropagation without heads.
         loss_fn: ``loss_fn(outputs, labels)`` → scalar.
         interlocking: the configuration, as in the DeepSpeed JSON.
 
     Attributes:
+        placement: where the heads stand.
+        objectives: of all K losses.
         batch: the number of the next batch, from 0; strategies and readouts follow it.
         taken: copies of the last readout that are not used yet, by the batch at whose beginning they were taken.
         source: what makes these copies; None with private readouts.
@@ -44,28 +49,29 @@ class InterlockedReference:
     def __init__(
         self,
         stages: Sequence[nn.Module],
-        aux_heads: Sequence[nn.Module] | None,
+        aux_heads: Sequence[nn.Module | Objective] | None,
         loss_fn: Callable[[Any, Any], Tensor],
         interlocking: InterlockingConfig | Mapping[str, Any],
     ) -> None:
         self.stages = list(stages)
-        self.aux_heads = list(aux_heads) if aux_heads is not None else []
         self.loss_fn = loss_fn
-        self.config = InterlockingConfig.parse(interlocking)
-        self._has_heads = aux_heads is not None
-        Course(self.config, len(self.stages), 1, self._has_heads).distinct()  # refuses what needs heads
-        if aux_heads is not None and len(self.aux_heads) != len(self.stages) - 1:
-            raise ValueError(f"{len(self.stages)} stages need {len(self.stages) - 1} heads, not {len(aux_heads)}")
-        options = self.config.aux_head if self.aux_heads else None
-        self._borrow = options.borrow if options else 0
+        self.interlocking = InterlockingConfig.parse(interlocking)
+        count, self._has_heads = len(self.stages), aux_heads is not None
+        Timeline(self.interlocking, count, 1, self._has_heads).distinct()  # refuses what needs heads
+        if aux_heads is not None and len(aux_heads) != count - 1:
+            raise ValueError(f"{count} stages need {count - 1} heads, not {len(aux_heads)}")
+        self.placement = HeadPlacement.from_config(self.interlocking, count, self._has_heads)
+        options = self.interlocking.aux_head if aux_heads else None
+        made = [as_objective(head).configured(options, loss_fn) for head in aux_heads or ()]
+        self.objectives = {**dict(enumerate(made)), count - 1: last_objective().configured(None, loss_fn)}
+        self.aux_heads = [objective.module for objective in made]
         self._check_borrow()
-        self._sample = TokenSample.from_config(self.config)
         self.batch = 0
         self.taken: dict[int, list[Tensor]] = {}
         self.source: ReadoutSource | None = None
         self._copies: list[list[Tensor]] = []
         if options and options.readout != "private":
-            self._copies = [head_readout(head) for head in self.aux_heads]
+            self._copies = [objective.copied_readout() for objective in made]
             initial = source_readout(self.stages[-1])
             self.source = ReadoutSource(initial, options.average)
             self._install(initial)
@@ -76,8 +82,8 @@ class InterlockedReference:
 
     def modules(self, stage: int) -> list[nn.Module]:
         """Trunk, and head if there is one, that live on a stage together."""
-        head = stage - bool(self._borrow)
-        return [self.stages[stage], *(self.aux_heads[head : head + 1] if head >= 0 else [])]
+        loss = self.placement.head_at(stage)
+        return [self.stages[stage], *([] if loss is None else [self.aux_heads[loss]])]
 
     def accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
         """Add the gradients of the next batch to ``.grad``.
@@ -90,10 +96,10 @@ class InterlockedReference:
         """
         count = len(micro_batches)
         self._refresh_readouts(count)
-        strategies = Course(self.config, len(self.stages), count, self._has_heads).at(self.batch)
+        strategies = Timeline(self.interlocking, len(self.stages), count, self._has_heads).at(self.batch)
         rows = []
-        for (inputs, labels), strategy in zip(micro_batches, strategies.micro_batches, strict=True):
-            losses = self.losses(inputs, labels, sample=self._sample)
+        for (inputs, labels), strategy in zip(micro_batches, strategies.strategies, strict=True):
+            losses = self.losses(inputs, labels, sampled=True)
             for j, loss in losses.items():
                 self._differentiate(loss / count, self._trained_by(j, strategy))
             rows.append({j: loss.detach() for j, loss in losses.items()})
@@ -103,36 +109,42 @@ class InterlockedReference:
     def evaluate(
         self, micro_batches: Sequence[tuple[Any, Any]], measure: Callable[[Any, Any], Tensor] | None = None
     ) -> Tensor:
-        """The K losses, or another ``measure(outputs, labels)`` of the exits, without gradients. Shape [K], float64."""
+        """The K held-out losses, or another ``measure(outputs, labels)`` of the exits. Shape [K], float64.
+
+        Means over micro-batches, weighted by what counts in them if the loss function says so; a measure is not.
+        """
+        means = ExitMeans(len(self.stages))
         with torch.no_grad():
-            return self._means([self.losses(inputs, labels, measure) for inputs, labels in micro_batches])
+            for inputs, labels in micro_batches:
+                outputs, objectives = self.outputs(inputs), self.objectives
+                values = {k: (measure or objectives[k].measure)(outputs[k], labels) for k in outputs}
+                means.add(values, {k: 1.0 if measure else objectives[k].weight(labels) for k in outputs})
+        return means.means()
 
-    def losses(
-        self,
-        inputs: Any,
-        labels: Any,
-        measure: Callable[[Any, Any], Tensor] | None = None,
-        sample: TokenSample | None = None,
-    ) -> dict[int, Tensor]:
-        """L_k of every stage that has one, on one connected graph, of one micro-batch (or another ``measure``); the
-        heads' at the positions of a ``sample`` only."""
-        loss_fn = measure or self.loss_fn
-
-        def head_loss(k: int, hidden: Tensor) -> Tensor:
-            outputs = self.aux_heads[k](hidden)
-            return loss_fn(*(sample.select(outputs, labels, self.batch, k) if sample else (outputs, labels)))
-
-        losses: dict[int, Tensor] = {}
+    def outputs(self, inputs: Any) -> dict[int, Any]:
+        """What the loss of every exit takes, on one connected graph."""
+        outputs: dict[int, Any] = {}
         hidden = inputs
         for k, stage in enumerate(self.stages):
-            if k and self._borrow:
-                borrowed, stage = self._borrowed(k), stage[self._borrow :]  # type: ignore[index]
-                hidden = borrowed(hidden)
-                losses[k - 1] = head_loss(k - 1, hidden)
+            loss = self.placement.head_at(k)
+            if self.placement.borrowed_from(k):
+                hidden, stage = self._borrowed(k)(hidden), self._own(k)
+                outputs[k - 1] = self.objectives[k - 1].outputs(hidden)
             hidden = stage(hidden)
-            if k < len(self.aux_heads) and not self._borrow:
-                losses[k] = head_loss(k, hidden)
-        losses[len(self.stages) - 1] = loss_fn(hidden, labels)
+            if loss == k:
+                outputs[k] = self.objectives[k].outputs(hidden)
+        return {**outputs, len(self.stages) - 1: hidden}
+
+    def losses(self, inputs: Any, labels: Any, *, sampled: bool = False) -> dict[int, Tensor]:
+        """L_k of every stage that has one, of one micro-batch; ``sampled``: at the positions of the next batch."""
+        outputs = self.outputs(inputs)
+        losses = {}
+        for k, objective in self.objectives.items():
+            target = None if objective.needs.target is None else outputs[objective.needs.target].detach()
+            if sampled:
+                losses[k] = objective.training_loss(outputs[k], labels, batch=self.batch, index=k, target=target)
+            else:
+                losses[k] = objective.loss(outputs[k], labels, target)
         return losses
 
     def _trained_by(self, loss: int, strategy: Strategy) -> list[Weighted]:
@@ -140,7 +152,7 @@ class InterlockedReference:
         groups: list[Weighted] = []
         for k in strategy.users(loss):
             weights = strategy.weights(k)
-            if self._borrow and k and strategy.mode == "window":
+            if self.placement.borrowed_from(k) and strategy.mode == "window":
                 # Its first layers also serve the head before: one loss more in their mean.
                 share = 1.0 / (len(weights) + 1)
                 groups += [(_trained(self._borrowed(k)), share), (_trained(self._own(k)), weights[loss])]
@@ -148,30 +160,30 @@ class InterlockedReference:
                 groups.append((_trained(self.stages[k]), weights[loss]))
         if loss < len(self.aux_heads):
             groups.append((_trained(self.aux_heads[loss]), 1.0))
-            if self._borrow and strategy.mode == "window":
+            if self.placement.borrow and strategy.mode == "window":
                 share = 1.0 / (len(strategy.weights(loss + 1)) + 1)
                 groups.append((_trained(self._borrowed(loss + 1)), share))
         return groups
 
     def _borrowed(self, stage: int) -> nn.Module:
-        return self.stages[stage][: self._borrow]  # type: ignore[index,return-value]
+        return self.stages[stage][: self.placement.borrow]  # type: ignore[index,return-value]
 
     def _own(self, stage: int) -> nn.Module:
-        return self.stages[stage][self._borrow :]  # type: ignore[index,return-value]
+        return self.stages[stage][self.placement.borrow :]  # type: ignore[index,return-value]
 
     def _check_borrow(self) -> None:
-        if not self._borrow:
+        borrow = self.placement.borrow
+        if not borrow:
             return
         for k, stage in enumerate(self.stages[1:], 1):
-            if not isinstance(stage, nn.Sequential) or len(stage) <= self._borrow:
+            if not isinstance(stage, nn.Sequential) or len(stage) <= borrow:
                 raise ConfigError(
-                    f'"interlocking.aux_head.borrow" is {self._borrow}, but stage {k} is not an nn.Sequential of more '
-                    "layers."
+                    f'"interlocking.aux_head.borrow" is {borrow}, but stage {k} is not an nn.Sequential of more layers.'
                 )
 
     def _refresh_readouts(self, micro_batches: int) -> None:
         """Take and use copies of the last stage's readout at the beginning of a batch."""
-        rule = RefreshRule.from_config(self.config, len(self.stages), micro_batches) if self._copies else None
+        rule = RefreshRule.from_config(self.interlocking, len(self.stages), micro_batches) if self._copies else None
         if rule is None:
             return
         if rule.takes(self.batch):

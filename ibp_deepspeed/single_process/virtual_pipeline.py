@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime import lr_schedules
 from torch import Tensor, nn
 
-from ibp_deepspeed.config.interlocking import ConfigError
-from ibp_deepspeed.engine.initialize import check_deepspeed_settings, resolve_interlocking
-from ibp_deepspeed.single_process.checkpointing import VirtualCheckpoints
-from ibp_deepspeed.single_process.reference import InterlockedReference
+from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_interlocking
+from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.objectives.head import Objective
+from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
+from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -27,7 +29,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 _DEEPSPEED_ONLY = ("torch_adam", "adam_w_mode")
 
 
-class VirtualPipeline(VirtualCheckpoints):
+class VirtualPipeline:
     """One process that trains K stages, each with its own optimizer, as one replica of a pipeline.
 
     Its methods are named as the engine's; :meth:`train_batch` returns all K losses instead of one stage's.
@@ -36,14 +38,14 @@ class VirtualPipeline(VirtualCheckpoints):
         stages: K trunks of layers.
         aux_heads: K-1 heads, or None for backpropagation without heads.
         loss_fn: ``loss_fn(outputs, labels)`` → scalar.
-        config: a DeepSpeed configuration with its ``"interlocking"`` block. Optimizers: Adam, AdamW, SGD; learning-rate
-            schedules: DeepSpeed's. bf16 keeps fp32 master weights and sums gradients in fp32.
+        ds_config: a DeepSpeed configuration with its ``"interlocking"`` block. Optimizers: Adam, AdamW, SGD;
+            learning-rate schedules: DeepSpeed's. bf16 keeps fp32 master weights and sums gradients in fp32.
         device: where everything is put.
         monitor: DeepSpeed's MonitorMaster, for the losses of the exits every ``steps_per_print`` batches.
 
     Attributes:
         reference: the stages, heads and gradients.
-        bounds: stage k has layers bounds[k] … bounds[k+1]-1.
+        num_stages: K.
         global_rank: 0.
 
     Raises:
@@ -53,25 +55,26 @@ class VirtualPipeline(VirtualCheckpoints):
     def __init__(
         self,
         stages: Sequence[nn.Sequential],
-        aux_heads: Sequence[nn.Module] | None,
+        aux_heads: Sequence[nn.Module | Objective] | None,
         loss_fn: Callable[[Any, Any], Tensor],
-        config: Mapping[str, Any],
+        ds_config: Mapping[str, Any],
         device: torch.device | str = "cpu",
         monitor: Any = None,
     ) -> None:
-        check_deepspeed_settings(config)
-        self.config, self.monitor, self.global_rank = dict(config), monitor, 0
+        check_ds_config(ds_config)
+        self.ds_config, self.monitor, self.global_rank = dict(ds_config), monitor, 0
         self.device = torch.device(device)
-        self._micro_batches, self._micro_batch_size = _batch_sizes(config)
-        dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else None
-        for module in (*stages, *(aux_heads or ())):
+        self._micro_batches, self._micro_batch_size = _batch_sizes(ds_config)
+        dtype = torch.bfloat16 if is_enabled(ds_config, "bf16") else None
+        for part in (*stages, *(aux_heads or ())):
+            module = part.module if isinstance(part, Objective) else part
             module.to(device=self.device, dtype=dtype)
-        self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(config))
-        options = self.reference.config.aux_head
-        self.stages, self._borrow = len(stages), options.borrow if options else 0
-        self.bounds = [sum(len(stage) for stage in stages[:k]) for k in range(len(stages) + 1)]
-        self.optimizers = [self._optimizer(k) for k in range(self.stages)]
+        self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(ds_config))
+        self.num_stages = len(stages)
+        self.optimizers = [self._optimizer(k) for k in range(self.num_stages)]
         self.schedulers = [self._scheduler(optimizer) for optimizer in self.optimizers]
+        sizes = self._micro_batches, self.train_batch_size()
+        self._checkpoints = SingleProcessCheckpoints(self.reference, self.optimizers, self.schedulers, *sizes)
         self._losses: Tensor | None = None
 
     @property
@@ -121,7 +124,7 @@ class VirtualPipeline(VirtualCheckpoints):
         return self.reference.evaluate(self._take(data_iter, num_micro_batches or self._micro_batches), measure)
 
     def _report(self) -> None:
-        interval = self.config.get("steps_per_print", 10)
+        interval = self.ds_config.get("steps_per_print", 10)
         if self.monitor is None or not self.monitor.enabled or not interval or self.global_steps % interval:
             return
         assert self._losses is not None
@@ -129,11 +132,49 @@ class VirtualPipeline(VirtualCheckpoints):
         rows = enumerate(self._losses.tolist())
         self.monitor.write_events([(f"Train/Exits/stage_{k}_loss", loss, samples) for k, loss in rows])
 
+    @property
+    def data_parallel_rank(self) -> int:
+        """0: there is one replica."""
+        return 0
+
+    @property
+    def refresh_bytes(self) -> int:
+        """0: no copy of a readout travels."""
+        return 0
+
+    @property
+    def load_report(self) -> list[str]:
+        """What the last :meth:`load_checkpoint` had to change, for the user; empty if nothing."""
+        return self._checkpoints.load_report
+
+    def save_checkpoint(
+        self, save_dir: str | Path, tag: str | None = None, *, files: Mapping[str, str] | None = None
+    ) -> None:
+        """As the engine's: one replica without ZeRO; complete or not at all.
+
+        Args:
+            save_dir: folder of all checkpoints.
+            tag: name of this one (default ``global_step<batches>``).
+            files: texts to write into it, by file name.
+
+        Raises:
+            CheckpointError: it can't be written.
+        """
+        self._checkpoints.save(Path(save_dir), tag, files or {})
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> None:
+        """Read a checkpoint of a VirtualPipeline or of an engine, of any shape.
+
+        Raises:
+            CheckpointError: there is none, a file is missing, damaged or doesn't fit.
+        """
+        self._checkpoints.load(Path(load_dir), tag)
+
     def close(self) -> None:
         """As the engine's; nothing is open here."""
 
     def _optimizer(self, stage: int) -> torch.optim.Optimizer:
-        block = self.config.get("optimizer", {})
+        block = self.ds_config.get("optimizer", {})
         name, options = str(block.get("type", "")), dict(block.get("params", {}))
         if name.lower() not in _OPTIMIZERS:
             raise ConfigError(f'virtual stages train with Adam, AdamW or SGD; "optimizer.type" is {name!r}.')
@@ -146,7 +187,7 @@ class VirtualPipeline(VirtualCheckpoints):
         return _OPTIMIZERS[name.lower()](self.reference.masters(stage), **{**defaults, **kept})
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        block = self.config.get("scheduler", {})
+        block = self.ds_config.get("scheduler", {})
         if not block:
             return None
         if block.get("type") not in lr_schedules.VALID_LR_SCHEDULES:
@@ -155,11 +196,11 @@ class VirtualPipeline(VirtualCheckpoints):
         return getattr(lr_schedules, block["type"])(optimizer, **block.get("params", {}))
 
     def _clip(self) -> None:
-        limit = self.config.get("gradient_clipping", 1.0)  # DeepSpeed's default
+        limit = self.ds_config.get("gradient_clipping", 1.0)  # DeepSpeed's default
         if not limit:
             return
-        scopes = [self.reference.masters(k) for k in range(self.stages)]
-        if self.reference.config.clip_scope == "global":
+        scopes = [self.reference.masters(k) for k in range(self.num_stages)]
+        if self.reference.interlocking.clip_scope == "global":
             scopes = [[p for scope in scopes for p in scope]]
         for scope in scopes:
             torch.nn.utils.clip_grad_norm_(scope, limit)
@@ -175,47 +216,10 @@ class VirtualPipeline(VirtualCheckpoints):
             module.train(mode)
 
 
-class FullPrecisionSums(InterlockedReference):
-    """A reference that sums bf16 gradients in fp32, for fp32 master copies of its bf16 weights."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._masters: dict[nn.Parameter, nn.Parameter] = {}
-        for k in range(len(self.stages)):
-            for parameter in self.parameters(k):
-                if parameter.dtype == torch.bfloat16:
-                    self._masters[parameter] = nn.Parameter(parameter.detach().float())
-
-    @property
-    def has_masters(self) -> bool:
-        """Whether weights have fp32 copies."""
-        return bool(self._masters)
-
-    def masters(self, stage: int) -> list[nn.Parameter]:
-        """What the optimizer of a stage trains: the weights, or their fp32 copies."""
-        return [self._masters.get(p, p) for p in self.parameters(stage)]
-
-    @torch.no_grad()
-    def masters_to_weights(self) -> None:
-        """After a step: round the master weights."""
-        for weight, master in self._masters.items():
-            weight.copy_(master)
-
-    @torch.no_grad()
-    def set_masters(self, stage: int, values: Sequence[Tensor] | None) -> None:
-        """After loading the weights: their fp32 copies as saved, or made of them."""
-        for parameter, value in zip(self.parameters(stage), values or self.parameters(stage), strict=True):
-            self._masters.get(parameter, parameter).copy_(value)
-
-    def _add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        master = self._masters.get(parameter, parameter)
-        super()._add_gradient(master, gradient.to(master.dtype))
-
-
-def _batch_sizes(config: Mapping[str, Any]) -> tuple[int, int]:
+def _batch_sizes(ds_config: Mapping[str, Any]) -> tuple[int, int]:
     """M and samples a micro-batch, from any two of DeepSpeed's three keys."""
-    total, size = config.get("train_batch_size"), config.get("train_micro_batch_size_per_gpu")
-    count = config.get("gradient_accumulation_steps")
+    total, size = ds_config.get("train_batch_size"), ds_config.get("train_micro_batch_size_per_gpu")
+    count = ds_config.get("gradient_accumulation_steps")
     if count is None:
         count = total // size if total and size else 1
     size = size or (total // count if total else None)

@@ -1,48 +1,47 @@
-"""The losses that one stage computes in a batch."""
+"""The losses that one stage computes in a batch, or in an evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibp_deepspeed.stage.module import InterlockedPipelineModule
-
 
 class StageLosses:
-    """Sums over the micro-batches of a batch, by the index of the loss.
+    """Weighted sums over micro-batches, by the index of the loss.
 
     Args:
-        module: this stage.
         grid: DeepSpeed's grid of stages and data-parallel ranks.
         device: of the losses.
     """
 
-    def __init__(self, module: InterlockedPipelineModule, grid: Any, device: torch.device) -> None:
-        self._module, self._grid, self._device = module, grid, device
+    def __init__(self, grid: Any, device: torch.device) -> None:
+        self._grid, self._device = grid, device
         self._sums: dict[int, Tensor] = {}
+        self._weights: dict[int, Tensor | float] = {}
 
     def clear(self) -> None:
         """Begin another batch."""
-        self._sums = {}
+        self._sums, self._weights = {}, {}
 
-    def take(self, index: int, outputs: Any, labels: Any) -> Tensor:
-        """L_index of a micro-batch, a scalar with its graph; it counts from now on."""
-        loss_fn = self._module.loss_fn
-        loss: Tensor = outputs if loss_fn is None else loss_fn(outputs, labels)
-        detached = loss.detach()
-        self._sums[index] = self._sums[index] + detached if index in self._sums else detached
-        return loss
+    def add(self, index: int, loss: Tensor, weight: Tensor | float | None = None) -> None:
+        """L_index of a micro-batch, a scalar: it counts from now on, by its weight (None: all alike)."""
+        value = loss.detach() if weight is None else loss.detach() * weight
+        self._sums[index] = self._sums[index] + value if index in self._sums else value
+        self._weights[index] = self._weights.get(index, 0) + (1 if weight is None else weight)
 
-    def means(self, micro_batches: int) -> dict[int, Tensor]:
-        """Means over micro-batches and over the stage's data-parallel ranks, detached; NaN for a missing head."""
+    def means(self, indices: Sequence[int]) -> dict[int, Tensor]:
+        """Means over micro-batches and data-parallel ranks of the stage, detached; NaN where nobody computes one."""
         missing = torch.full((), torch.nan, device=self._device)
-        means = {index: self._sums.get(index, missing) / micro_batches for index in self._module.losses}
-        replicas = self._grid.get_data_parallel_world_size()
-        if replicas > 1:
-            for mean in means.values():
-                dist.all_reduce(mean, group=self._grid.get_data_parallel_group())
-                mean /= replicas
-        return means
+        return {index: self._mean(self._sums.get(index, missing), self._weights.get(index, 1)) for index in indices}
+
+    def _mean(self, total: Tensor, weight: Tensor | float) -> Tensor:
+        if self._grid.get_data_parallel_world_size() == 1:
+            return total / weight
+        weight = torch.as_tensor(weight, dtype=torch.float64, device=total.device)
+        both = torch.stack([total.double(), weight])
+        dist.all_reduce(both, group=self._grid.get_data_parallel_group())
+        return (both[0] / both[1]).to(total.dtype)

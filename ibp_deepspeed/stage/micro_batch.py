@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_deepspeed.comm.message import BoundaryError
+from ibp_deepspeed.errors import BoundaryError
 from ibp_deepspeed.rng import RandomState
 
 
-class LiveMicroBatch:
+class MicroBatchInFlight:
     """Activations of a micro-batch between its forward pass and its update.
 
     Args:
         trunk: f_k, or what follows its borrowed layers.
         borrowed: the first layers, where the loss of the stage before stands behind them.
-        recompute: keep the stage's input instead of its graph between the products that fall together with the
-            forward pass and the next one, and run the trunk once more there (once, whatever the number of products).
+        recompute: keep the stage's input instead of its graph between the input gradients that fall together
+            with the forward pass and the next one, and run the trunk once more there (once, whatever their number).
 
     Attributes:
         inputs: h_{k-1}, a leaf; on the first stage what the data loader gave.
@@ -27,8 +27,8 @@ class LiveMicroBatch:
         sample_checksum: of the samples that the labels belong to.
         cut: what the borrowed layers give, a leaf; None if nothing is borrowed here.
         outputs: h_k, on the last stage its loss, undivided; with its graph while that is kept.
-        cotangents: loss index → dL/dh_k, on the last stage dL/d(its undivided loss).
-        borrowed_cotangents: loss index → dL/d(cut), of the loss that stands there.
+        output_gradients: loss index → dL/dh_k, on the last stage dL/d(its undivided loss).
+        borrowed_gradients: loss index → dL/d(cut), of the loss that stands there.
         input_gradients: loss index → dL/dh_{k-1}.
         recomputations: how often the trunk ran again, 0 or 1.
     """
@@ -47,18 +47,18 @@ class LiveMicroBatch:
         self.sample_checksum = 0
         self.cut: Tensor | None = None
         self.outputs: Any = None
-        self.cotangents: dict[int, Tensor] = {}
-        self.borrowed_cotangents: dict[int, Tensor] = {}
+        self.output_gradients: dict[int, Tensor] = {}
+        self.borrowed_gradients: dict[int, Tensor] = {}
         self.input_gradients: dict[int, Tensor] = {}
         self.recomputations = 0
         self._behind_borrowed: Tensor | None = None  # the cut with the graph of the borrowed layers
         self._random_state: RandomState | None = None
 
-    def forward(self, *, product_follows: bool) -> Any:
+    def forward(self, *, input_gradient_follows: bool) -> Any:
         """Run the trunk; the graph is built unless it would be dropped before anybody uses it."""
         if self.recompute:
             self._random_state = RandomState()
-        with torch.set_grad_enabled(product_follows or not self.recompute):
+        with torch.set_grad_enabled(input_gradient_follows or not self.recompute):
             self._run()
         return self.outputs
 
@@ -67,12 +67,12 @@ class LiveMicroBatch:
         if self.recompute and self.recomputations == 0:
             self.outputs = self.cut = self._behind_borrowed = None
 
-    def borrowed_product(self, loss: int) -> None:
+    def backward_borrowed(self, loss: int) -> None:
         """dL_loss/dh_{k-1} of the loss that stands behind the borrowed layers; the graph stays."""
         self._graph()
-        self.input_gradients[loss] = self._through_borrowed(self.borrowed_cotangents[loss])
+        self.input_gradients[loss] = self._through_borrowed(self.borrowed_gradients[loss])
 
-    def input_product(self, loss: int) -> Tensor:
+    def backward_input(self, loss: int) -> Tensor:
         """dL_loss/dh_{k-1} from dL_loss/dh_k; the graph stays.
 
         Raises:
@@ -80,7 +80,7 @@ class LiveMicroBatch:
         """
         outputs = self._graph()
         start = self.inputs if self.cut is None else self.cut
-        gradient = _product(outputs, start, self.cotangents[loss])
+        gradient = _input_gradient(outputs, start, self.output_gradients[loss])
         self.input_gradients[loss] = gradient if self.cut is None else self._through_borrowed(gradient)
         return self.input_gradients[loss]
 
@@ -90,37 +90,37 @@ class LiveMicroBatch:
         """Accumulate the trunk's gradient of Σ weight · L.
 
         Args:
-            weights: loss index → weight; all cotangents must be here.
+            weights: loss index → weight; all output gradients must be here.
             parameters: restrict the backward pass to these; None takes the gradient of the input too.
             borrowed_share: weight in the borrowed layers of the loss that stands behind them; the others keep the rest.
         """
         outputs = self._graph()
         if not outputs.requires_grad:
             return  # a frozen trunk on an input without gradient: nothing to train
-        cotangent = None
+        gradient = None
         for loss, weight in weights.items():
-            term = self.cotangents[loss] if weight == 1.0 else self.cotangents[loss] * weight
-            cotangent = term if cotangent is None else cotangent + term
+            term = self.output_gradients[loss] if weight == 1.0 else self.output_gradients[loss] * weight
+            gradient = term if gradient is None else gradient + term
         if self.cut is None:
-            torch.autograd.backward(outputs, cotangent, inputs=parameters)
+            torch.autograd.backward(outputs, gradient, inputs=parameters)
             return
-        torch.autograd.backward(outputs, cotangent)  # the cut is a leaf, so this ends there
+        torch.autograd.backward(outputs, gradient)  # the cut is a leaf, so this ends there
         self._update_borrowed(parameters, borrowed_share)
 
     def _update_borrowed(self, parameters: list[torch.nn.Parameter] | None, share: float) -> None:
         assert self.cut is not None and self._behind_borrowed is not None
-        cotangent = torch.zeros_like(self.cut) if self.cut.grad is None else self.cut.grad
+        gradient = torch.zeros_like(self.cut) if self.cut.grad is None else self.cut.grad
         if share:
-            (own,) = self.borrowed_cotangents.values()
-            cotangent = cotangent * (1 - share) + own * share
+            (own,) = self.borrowed_gradients.values()
+            gradient = gradient * (1 - share) + own * share
         if self._behind_borrowed.requires_grad:
-            torch.autograd.backward(self._behind_borrowed, cotangent, inputs=parameters)
+            torch.autograd.backward(self._behind_borrowed, gradient, inputs=parameters)
 
     def free(self) -> None:
         """Give everything back."""
         self.inputs = self.labels = self.outputs = self.cut = self._behind_borrowed = None
-        self.cotangents.clear()
-        self.borrowed_cotangents.clear()
+        self.output_gradients.clear()
+        self.borrowed_gradients.clear()
 
     def input_gradient(self, weight: float) -> Tensor:
         """What :meth:`update` left at the input, as the gradient of the unweighted loss."""
@@ -144,13 +144,13 @@ class LiveMicroBatch:
             hidden = self.cut = self._behind_borrowed.detach().requires_grad_(self._behind_borrowed.requires_grad)
         self.outputs = self.trunk(hidden)
 
-    def _through_borrowed(self, cotangent: Tensor) -> Tensor:
+    def _through_borrowed(self, gradient: Tensor) -> Tensor:
         assert self._behind_borrowed is not None
-        return _product(self._behind_borrowed, self.inputs, cotangent)
+        return _input_gradient(self._behind_borrowed, self.inputs, gradient)
 
 
-def _product(outputs: Tensor, inputs: Tensor, cotangent: Tensor) -> Tensor:
-    """Vector-Jacobian product; the graph stays.
+def _input_gradient(outputs: Tensor, inputs: Tensor, output_gradient: Tensor) -> Tensor:
+    """The vector-Jacobian product that takes a gradient from outputs to inputs; the graph stays.
 
     Raises:
         BoundaryError: the outputs do not depend on anything that is differentiated.
@@ -159,5 +159,5 @@ def _product(outputs: Tensor, inputs: Tensor, cotangent: Tensor) -> Tensor:
         raise BoundaryError(
             "a stage's output carries no gradient, so no gradient can go upstream: don't detach hidden states."
         )
-    (gradient,) = torch.autograd.grad(outputs, inputs, cotangent, retain_graph=True, materialize_grads=True)
+    (gradient,) = torch.autograd.grad(outputs, inputs, output_gradient, retain_graph=True, materialize_grads=True)
     return gradient

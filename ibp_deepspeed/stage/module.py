@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +15,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
+from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.errors import InterlockingError
-
-
-class ModuleError(InterlockingError, ValueError):
-    """A model that can't be cut or trained as asked."""
+from ibp_deepspeed.errors import ModuleError
+from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
+from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
 
 class InterlockedPipelineModule(PipelineModule):
@@ -33,18 +32,19 @@ class InterlockedPipelineModule(PipelineModule):
         layers: layers or layer specs, as for PipelineModule; the last one's output goes to ``loss_fn``.
         num_stages: K; or give ``topology``.
         topology: axes of parallelism, with ``pipe`` and ``data``.
-        loss_fn: ``loss_fn(outputs, labels)`` → scalar tensor, used with every exit.
-        aux_head: ``aux_head(stage_id)`` → module applied to h_k; None only for backpropagation. With borrowed layers
-            it is built on the next stage, and applied to what that stage's first ``borrow`` layers give.
-        interlocking: the configuration, here or in the DeepSpeed JSON (here if it borrows layers).
+        loss_fn: ``loss_fn(outputs, labels)`` → scalar tensor, used with every exit; if it has a method
+            ``weight(labels)``, evaluations weight micro-batches by it.
+        aux_head: ``aux_head(stage_id)`` → the head of the loss of that stage, a module applied to h_k, or an
+            :class:`~ibp_deepspeed.objectives.head.Objective`; None only for backpropagation. With borrowed layers it is
+            built on the next stage, and applied to what that stage's first ``borrow`` layers give.
+        interlocking: the configuration, here or in the DeepSpeed JSON.
         partition_method: one of PipelineModule's names, or the K+1 layer indices at which stages begin and end.
         kwargs: PipelineModule's.
 
     Attributes:
-        aux_head: this stage's head, None on the last stage and without heads; with borrowed layers that of the loss
-            of the stage before, None on the first stage.
-        borrow: layers of each stage that stand before the head of the stage before.
-        losses: the losses that this stage computes, in that order; without heads its own number all the same.
+        placement: where the heads of all stages stand.
+        objectives: of the losses that this stage computes, by their index.
+        aux_head: the module of this stage's head, None where there is none.
 
     Raises:
         ModuleError: more stages than layers, a world that the stages don't divide, wrong bounds, or stages with too few
@@ -58,7 +58,7 @@ class InterlockedPipelineModule(PipelineModule):
         num_stages: int | None = None,
         topology: Any = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        aux_head: Callable[[int], nn.Module] | None,
+        aux_head: Callable[[int], nn.Module | Objective] | None,
         interlocking: InterlockingConfig | Mapping[str, Any] | None = None,
         partition_method: str | Sequence[int] = "parameters",
         **kwargs: Any,
@@ -76,14 +76,32 @@ class InterlockedPipelineModule(PipelineModule):
         super().__init__(layers, num_stages=num_stages, topology=topology, loss_fn=loss_fn, **kwargs)
         self.interlocking = config
         self.has_aux_heads = aux_head is not None
-        self.borrow = config.aux_head.borrow if aux_head and config and config.aux_head else 0
-        self._check_borrow()
-        own, last = self.stage_id - bool(self.borrow), self.num_stages - 1
-        self.losses = [loss for loss in sorted({own, last if self.stage_id == last else own}) if loss >= 0]
-        self.aux_head: nn.Module | None = aux_head(own) if aux_head and 0 <= own < last else None
-        if self.aux_head is not None:
-            self.aux_head.to(get_accelerator().device_name(self.local_rank))
+        self._make_head = aux_head
+        self.aux_head: nn.Module | None = None
+        self.objectives: dict[int, Objective] = {}
+        provisional = config or InterlockingConfig()
+        self._place_heads(HeadPlacement.from_config(provisional, self.num_stages, self.has_aux_heads))
+        self.configure(provisional)
         self._check_parameters()
+
+    def configure(self, interlocking: InterlockingConfig) -> bool:
+        """Take over what the configuration says of heads, and build this stage's where it stands.
+
+        Called by :func:`ibp_deepspeed.initialize` with the configuration that counts, where that is not known before.
+
+        Returns:
+            whether heads that existed had to move, to or from borrowed layers.
+
+        Raises:
+            ModuleError: a stage has too few layers to borrow.
+        """
+        placement = HeadPlacement.from_config(interlocking, self.num_stages, self.has_aux_heads)
+        moved = placement != self.placement
+        if moved:
+            self._place_heads(placement)
+        for loss, objective in self.objectives.items():
+            objective.configured(None if loss == self.num_stages - 1 else interlocking.aux_head, self.loss_fn)
+        return moved
 
     def trunk(self, inputs: Any) -> Any:
         """f_k: this stage's layers, without DeepSpeed's hooks on the module's call."""
@@ -92,27 +110,27 @@ class InterlockedPipelineModule(PipelineModule):
         return self.remaining_layers(self.borrowed_layers(inputs))
 
     def borrowed_layers(self, inputs: Any) -> Any:
-        """The first ``borrow`` layers: h_{k-1} → what the head of the stage before reads."""
-        for layer in self.forward_funcs[: self.borrow]:
+        """The layers that stand before the head of the stage before, if any: h_{k-1} → what that head reads."""
+        for layer in self.forward_funcs[: self.placement.borrowed_from(self.stage_id)]:
             inputs = layer(inputs)
         return inputs
 
     def remaining_layers(self, hidden: Any) -> Any:
         """The layers behind :meth:`borrowed_layers`; both together are the trunk."""
-        for layer in self.forward_funcs[self.borrow :]:
+        for layer in self.forward_funcs[self.placement.borrowed_from(self.stage_id) :]:
             hidden = layer(hidden)
         return hidden
 
     @property
-    def head_boundary(self) -> int:
-        """The index of the layer before which this stage's head stands."""
-        return self.parts[self.stage_id] + self.borrow if self.borrow else self.parts[self.stage_id + 1]
+    def losses(self) -> list[int]:
+        """The losses that this stage reports, in that order."""
+        return self.placement.reported_at(self.stage_id)
 
-    def head_places(self) -> dict[int, int]:
-        """Of all heads of the pipeline: the layer before which one stands → the stage that holds it."""
-        if not self.has_aux_heads:
-            return {}
-        return {self.parts[k + 1] + self.borrow: k + bool(self.borrow) for k in range(self.num_stages - 1)}
+    @property
+    def head_boundary(self) -> int | None:
+        """The index of the layer before which this stage's head stands."""
+        loss = self.placement.head_at(self.stage_id)
+        return None if loss is None else self.placement.boundary(loss, self.parts)
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """θ_k, those that are trained."""
@@ -146,14 +164,25 @@ class InterlockedPipelineModule(PipelineModule):
             counts.append(sum(p.numel() for p in parameters if p.requires_grad))
         return counts
 
-    def _check_borrow(self) -> None:
-        if not self.borrow:
+    def _place_heads(self, placement: HeadPlacement) -> None:
+        """Make the objectives of the losses that this stage computes; the head's module becomes a part of this one."""
+        self._check_borrow(placement)
+        loss = placement.head_at(self.stage_id)
+        self.placement, self.aux_head, self.objectives = placement, None, {}
+        if loss is not None and self._make_head is not None:
+            self.objectives[loss] = as_objective(self._make_head(loss))
+            self.aux_head = self.objectives[loss].module.to(get_accelerator().device_name(self.local_rank))
+        if self.stage_id == self.num_stages - 1:
+            self.objectives[self.stage_id] = last_objective()
+
+    def _check_borrow(self, placement: HeadPlacement) -> None:
+        if not placement.borrow:
             return
         for stage, (low, high) in enumerate(pairwise(self.parts)):
-            if stage and high - low <= self.borrow:
+            if stage and high - low <= placement.borrow:
                 raise ModuleError(
-                    f'"interlocking.aux_head.borrow" is {self.borrow}, but stage {stage} has {high - low} layers: it '
-                    "needs more than are borrowed. Use fewer stages, or borrow less."
+                    f'"interlocking.aux_head.borrow" is {placement.borrow}, but stage {stage} has {high - low} layers: '
+                    "it needs more than are borrowed. Use fewer stages, or borrow less."
                 )
         if self.seed_layers:
             raise ModuleError('seed_layers does not go together with "interlocking.aux_head.borrow".')
@@ -171,7 +200,7 @@ class InterlockedPipelineModule(PipelineModule):
         super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
         if self.aux_head is not None and self._grid.data_parallel_id == 0:
             state = {name: tensor.clone() for name, tensor in self.aux_head.state_dict().items()}
-            checkpoint_engine.save(state_dict=state, path=aux_head_path(save_dir, self.head_boundary))
+            checkpoint_engine.save(state_dict=state, path=self._head_path(save_dir))
 
     def load_trunk(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
         """This stage's layers, whatever the stages that wrote them."""
@@ -182,21 +211,15 @@ class InterlockedPipelineModule(PipelineModule):
         self.load_trunk(load_dir, checkpoint_engine, strict)
         if self.aux_head is None:
             return
-        path = aux_head_path(load_dir, self.head_boundary)
+        path = self._head_path(load_dir)
         if not os.path.exists(path):
-            found = sorted(os.path.basename(p) for p in glob.glob(os.path.join(load_dir, "aux_head_*")))
+            found = sorted(p.name for p in Path(load_dir).glob(layout.ANY_AUX_HEAD))
             raise ModuleError(f"{load_dir} has no head before layer {self.head_boundary}, only {found}.")
         self.aux_head.load_state_dict(checkpoint_engine.load(path, map_location=torch.device("cpu")), strict=strict)
 
-
-def aux_head_path(folder: str, boundary: int) -> str:
-    """The file of the head that stands before layer ``boundary``."""
-    return os.path.join(folder, f"aux_head_{boundary:02d}-model_states.pt")
-
-
-def shared_readout_path(folder: str) -> str:
-    """The file of copies that were taken and not yet used."""
-    return os.path.join(folder, "shared_readout-model_states.pt")
+    def _head_path(self, folder: str) -> str:
+        assert self.head_boundary is not None
+        return os.path.join(folder, layout.aux_head(self.head_boundary))
 
 
 class _Bounds:

@@ -10,22 +10,22 @@ import torch.distributed as dist
 from deepspeed.utils import log_dist
 from torch import Tensor
 
+from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.comm.readout_relay import ReadoutRelay
 from ibp_deepspeed.comm.stage_links import new_pipeline_group
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.errors import InterlockingError, ModuleError
 from ibp_deepspeed.objectives.shared_readout import (
     ReadoutSource,
     RefreshRule,
     fill_pending,
-    head_readout,
     install,
     source_readout,
 )
-from ibp_deepspeed.stage.module import InterlockedPipelineModule, ModuleError, shared_readout_path
+from ibp_deepspeed.stage.module import InterlockedPipelineModule
 
 
-class StageReadout:
+class ReadoutCopies:
     """The readout of the last stage, or a head's copy of it, or with borrowed layers both.
 
     Made at the same time on all ranks. From then on all copies are equal to the last stage's readout, and the batches
@@ -67,7 +67,7 @@ class StageReadout:
     @classmethod
     def from_config(
         cls, config: InterlockingConfig, module: InterlockedPipelineModule, grid: Any, micro_batches: int
-    ) -> StageReadout | None:
+    ) -> ReadoutCopies | None:
         """What a configuration asks for; None if the heads have private readouts, or there are none."""
         stages = grid.pipe_parallel_size
         if not module.has_aux_heads or stages == 1 or config.aux_head is None or config.aux_head.readout == "private":
@@ -97,7 +97,7 @@ class StageReadout:
         if self.rule is not None and self._writes:
             taken = {taken: self._taken[taken] for taken in self.rule.pending(batch)}
             state = {"taken": taken, "average": self._source.average}
-            checkpoint_engine.save(state_dict=state, path=shared_readout_path(folder))
+            checkpoint_engine.save(state_dict=state, path=os.path.join(folder, layout.SHARED_READOUT))
 
     def settle(self, batch: int) -> None:
         """Wait until no copy is on its way, before another checkpoint than that of ``batch`` is loaded."""
@@ -119,7 +119,7 @@ class StageReadout:
         """
         if self.rule is None:
             return
-        pending, path = self.rule.pending(batch), shared_readout_path(folder)
+        pending, path = self.rule.pending(batch), os.path.join(folder, layout.SHARED_READOUT)
         exists = os.path.exists(path)
         state = checkpoint_engine.load(path, map_location=torch.device("cpu")) if exists else {}
         saved = state.get("taken", {})
@@ -177,8 +177,8 @@ class _Tensors:
         try:
             if is_last:
                 self.source = source_readout(module, but=module.aux_head)
-            if module.aux_head is not None:
-                self.copies = head_readout(module.aux_head)
+            for objective in module.objectives.values():
+                self.copies += objective.copied_readout()
         except InterlockingError as error:
             self.error = str(error)
         if any(tensor.requires_grad for tensor in self.copies):

@@ -8,11 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ibp_deepspeed.errors import InterlockingError
-
-
-class BatchError(InterlockingError, ValueError):
-    """A stage has no data, or other data than its neighbour."""
+from ibp_deepspeed.errors import BatchError
 
 
 class SampleLedger:

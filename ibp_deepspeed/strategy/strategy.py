@@ -1,4 +1,4 @@
-"""Which losses train which trunk, what crosses which boundary, and how much is live.
+"""Which losses train which trunk, what crosses which boundary, and how much is in flight.
 
 The one place where the mathematics of interlocking backpropagation (Gomez et al., JMLR 2022, section 3)
 becomes numbers. Schedule, engine, reference and tests ask it; none of them works it out again.
@@ -7,8 +7,11 @@ becomes numbers. Schedule, engine, reference and tests ask it; none of them work
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from ibp_deepspeed.config.interlocking import ConfigError, InterlockingConfig, Mode
+from ibp_deepspeed.config.interlocking import InterlockingConfig, Mode
+from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.strategy.head_placement import HeadPlacement, borrowed_layers
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Strategy:
         hop_slack: slots that a gradient may take beyond one for each stage it travels.
         window_weights: N weights of the losses of stages k, k+1, … (None: equal, summing to 1).
         aux_heads: whether stages before the last have a loss of their own.
-        borrow: whether the loss of stage k < K-1 stands behind the first layers of stage k+1, and is computed there.
+        borrow: q: the loss of stage k < K-1 stands behind the first q layers of stage k+1, and is computed there.
     """
 
     stages: int
@@ -32,7 +35,7 @@ class Strategy:
     hop_slack: int = 0
     window_weights: tuple[float, ...] | None = None
     aux_heads: bool = True
-    borrow: bool = False
+    borrow: int = 0
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.width < 1 or self.hop_slack < 0:
@@ -46,10 +49,18 @@ class Strategy:
             )
 
     @classmethod
-    def from_config(cls, config: InterlockingConfig, stages: int, aux_heads: bool = True) -> Strategy:
+    def from_config(cls, interlocking: InterlockingConfig, stages: int, aux_heads: bool = True) -> Strategy:
         """The strategy that a configuration means on ``stages`` stages."""
-        weights, borrow = config.window_weights, borrows(config)
-        return cls(stages, config.width_for(stages), config.mode, config.hop_slack, weights, aux_heads, borrow)
+        weights, borrow = interlocking.window_weights, borrowed_layers(interlocking)
+        return cls(
+            stages,
+            interlocking.width_for(stages),
+            interlocking.mode,
+            interlocking.hop_slack,
+            weights,
+            aux_heads,
+            borrow,
+        )
 
     @property
     def is_backpropagation(self) -> bool:
@@ -57,7 +68,7 @@ class Strategy:
         return self.width >= self.stages and self.mode == "furthest"
 
     @property
-    def hop(self) -> int:
+    def hop_slots(self) -> int:
         """Slots between a gradient's use on one stage and on the stage before it."""
         return 1 + self.hop_slack
 
@@ -65,18 +76,14 @@ class Strategy:
         """The furthest stage whose loss trains trunk ``stage``."""
         return min(stage + self.width - 1, self.stages - 1)
 
-    def home(self, loss: int) -> int:
-        """The stage that computes loss ``loss``: its own, or the next one with borrowed layers."""
-        return loss + 1 if self.borrow and loss < self.stages - 1 else loss
-
-    def losses_at(self, stage: int) -> list[int]:
-        """The losses that a stage computes, in that order (two on the last stage with borrowed layers)."""
-        losses = range(self.stages) if self.aux_heads else range(self.stages - 1, self.stages)
-        return [loss for loss in losses if self.home(loss) == stage]
+    @cached_property
+    def placement(self) -> HeadPlacement:
+        """Where the losses stand."""
+        return HeadPlacement(self.stages, self.borrow if self.aux_heads else 0, self.aux_heads)
 
     def distance(self, stage: int) -> int:
         """home(reach(k)) - k: how many boundaries the update gradient of trunk k crosses."""
-        return self.home(self.reach(stage)) - stage
+        return self.placement.home(self.reach(stage)) - stage
 
     def weights(self, stage: int) -> dict[int, float]:
         """Loss index → its weight in the gradient of trunk ``stage``.
@@ -103,7 +110,7 @@ class Strategy:
     def crosses(self, loss: int, stage: int) -> bool:
         """Whether dL_loss/dh travels from ``stage`` to ``stage`` - 1: only if a trunk before ``stage`` uses it."""
         users = self.users(loss)
-        return stage <= self.home(loss) and len(users) > 0 and users[0] < stage
+        return stage <= self.placement.home(loss) and len(users) > 0 and users[0] < stage
 
     def sends_gradients(self, stage: int) -> bool:
         """Whether ``stage`` sends any gradient to the stage before it."""
@@ -121,25 +128,25 @@ class Strategy:
     def update_gives_input_gradient(self, stage: int) -> bool:
         """Whether the update's backward pass of ``stage`` also yields the gradient that goes upstream.
 
-        It does when the whole trunk is trained by one loss; a weighted sum of several needs a product of its own for
-        the last of them, because what travels is the gradient of one loss, unweighted.
+        It does when the whole trunk is trained by one loss; a weighted sum of several needs an input gradient of its
+        own for the last of them, because what travels is the gradient of one loss, unweighted.
         """
         one_loss = len(self.weights(stage)) == 1 and not self.borrowed_share(stage)
         return one_loss and self.crosses(self.reach(stage), stage)
 
-    def live_micro_batches(self, stage: int, micro_batches: int) -> int:
+    def most_in_flight(self, stage: int, micro_batches: int) -> int:
         """The most micro-batches whose activations ``stage`` holds at once."""
-        return min(micro_batches, self.distance(stage) * self.hop + 1)
+        return min(micro_batches, self.distance(stage) * self.hop_slots + 1)
 
     def channel_depth(self, micro_batches: int, requested: int | None = None) -> int:
         """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
 
         Raises:
-            ConfigError: the requested depth is below what the schedule keeps live.
+            ConfigError: the requested depth is below what the schedule keeps in flight.
         """
-        least = self.live_micro_batches(0, micro_batches)
+        least = self.most_in_flight(0, micro_batches)
         if requested is None:
-            return max(2 * micro_batches, self.distance(0) * self.hop + 1)
+            return max(2 * micro_batches, self.distance(0) * self.hop_slots + 1)
         if requested < least:
             raise ConfigError(
                 f'"interlocking.channel_depth" is {requested}, the least for width {self.width} with hop_slack '
@@ -148,6 +155,53 @@ class Strategy:
         return requested
 
 
-def borrows(config: InterlockingConfig) -> bool:
-    """Whether heads stand behind layers of the next stage."""
-    return config.aux_head is not None and config.aux_head.borrow > 0
+@dataclass(frozen=True)
+class StageStrategy:
+    """The answers of :class:`Strategy` on stage k, worked out once: the engine asks at every instruction.
+
+    Attributes:
+        stage: k.
+        is_last: whether it ends in the model's own loss.
+        waits: whether the update gradient comes from another stage.
+        computes_losses: whether a loss is computed here.
+        sends_gradients: whether any gradient goes to the stage before.
+        input_gradient_follows: whether a loss that is computed here goes upstream at once.
+        used: the losses that train some trunk.
+        crosses: the losses whose gradient goes to the stage before.
+        reach: the furthest loss that trains trunk k.
+        weights: loss index → its weight in the gradient of trunk k.
+        update_gives_input_gradient: see :meth:`Strategy.update_gives_input_gradient`.
+        borrowed_share: see :meth:`Strategy.borrowed_share`.
+    """
+
+    stage: int
+    is_last: bool
+    waits: bool
+    computes_losses: bool
+    sends_gradients: bool
+    input_gradient_follows: bool
+    used: frozenset[int]
+    crosses: frozenset[int]
+    reach: int
+    weights: dict[int, float]
+    update_gives_input_gradient: bool
+    borrowed_share: float
+
+    @classmethod
+    def of(cls, strategy: Strategy, stage: int) -> StageStrategy:
+        """The table of stage ``stage``."""
+        losses = strategy.placement.losses_at(stage)
+        return cls(
+            stage=stage,
+            is_last=stage == strategy.stages - 1,
+            waits=strategy.distance(stage) > 0,
+            computes_losses=bool(losses),
+            sends_gradients=strategy.sends_gradients(stage),
+            input_gradient_follows=any(strategy.crosses(loss, stage) for loss in losses),
+            used=frozenset(loss for loss in range(strategy.stages) if len(strategy.users(loss))),
+            crosses=frozenset(loss for loss in range(strategy.stages) if strategy.crosses(loss, stage)),
+            reach=strategy.reach(stage),
+            weights=strategy.weights(stage),
+            update_gives_input_gradient=strategy.update_gives_input_gradient(stage),
+            borrowed_share=strategy.borrowed_share(stage),
+        )

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from ibp_deepspeed.config.interlocking import ConfigError, InterlockingConfig, Mode
-from ibp_deepspeed.strategy.strategy import Strategy, borrows
+from ibp_deepspeed.config.interlocking import InterlockingConfig, Mode
+from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.strategy.head_placement import borrowed_layers
+from ibp_deepspeed.strategy.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -15,15 +17,15 @@ class BatchStrategy:
     """The strategies of one batch.
 
     Attributes:
-        micro_batches: one strategy a micro-batch; they differ in width, mode and weights only.
+        strategies: one for each micro-batch; they differ in width, mode and weights only.
     """
 
-    micro_batches: tuple[Strategy, ...]
+    strategies: tuple[Strategy, ...]
 
     def __post_init__(self) -> None:
-        if not self.micro_batches:
+        if not self.strategies:
             raise ValueError("a batch needs at least one micro-batch")
-        if len({(s.stages, s.hop_slack, s.aux_heads, s.borrow) for s in self.micro_batches}) > 1:
+        if len({(s.stages, s.hop_slack, s.aux_heads, s.borrow) for s in self.strategies}) > 1:
             raise ValueError(f"the micro-batches of a batch differ in more than width, mode and weights: {self}")
 
     @classmethod
@@ -33,52 +35,52 @@ class BatchStrategy:
 
     def __len__(self) -> int:
         """M."""
-        return len(self.micro_batches)
+        return len(self.strategies)
 
     def __getitem__(self, micro_batch: int) -> Strategy:
-        return self.micro_batches[micro_batch]
+        return self.strategies[micro_batch]
 
     @property
     def stages(self) -> int:
         """K."""
-        return self.micro_batches[0].stages
+        return self.strategies[0].stages
 
     @property
-    def hop(self) -> int:
+    def hop_slots(self) -> int:
         """Slots between a gradient's use on one stage and on the stage before it."""
-        return self.micro_batches[0].hop
+        return self.strategies[0].hop_slots
 
     def distance(self, stage: int) -> int:
         """The most boundaries that an update gradient of trunk ``stage`` crosses."""
         return self._widest.distance(stage)
 
-    def live_micro_batches(self, stage: int) -> int:
+    def most_in_flight(self, stage: int) -> int:
         """The most micro-batches whose activations ``stage`` holds at once."""
-        last_slots = [m + s.distance(stage) * s.hop for m, s in enumerate(self.micro_batches)]
+        last_slots = [m + s.distance(stage) * s.hop_slots for m, s in enumerate(self.strategies)]
         return max(sum(last >= slot for last in last_slots[: slot + 1]) for slot in range(len(self)))
 
     def buffers(self, stage: int) -> int:
         """Places for micro-batches that are told apart by their number modulo this."""
-        return min(len(self), self.distance(stage) * self.hop + 1)
+        return min(len(self), self.distance(stage) * self.hop_slots + 1)
 
     @cached_property
     def _widest(self) -> Strategy:
-        return max(self.micro_batches, key=lambda strategy: strategy.width)
+        return max(self.strategies, key=lambda strategy: strategy.width)
 
     def channel_depth(self, requested: int | None = None) -> int:
         """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
 
         Raises:
-            ConfigError: the requested depth is below what the schedule of one of the strategies keeps live.
+            ConfigError: the requested depth is below what the schedule of one of the strategies keeps in flight.
         """
-        return max(strategy.channel_depth(len(self), requested) for strategy in self.micro_batches)
+        return max(strategy.channel_depth(len(self), requested) for strategy in self.strategies)
 
 
-class Course:
+class Timeline:
     """The strategies of a whole training.
 
     Args:
-        config: with its ``schedule``, ``mixed`` and ``global_interval``.
+        interlocking: with its ``schedule``, ``mixed`` and ``global_interval``.
         stages: K.
         micro_batches: M.
         aux_heads: whether stages before the last have a loss of their own.
@@ -87,22 +89,24 @@ class Course:
         ConfigError: a mixed width that is not above one it is mixed into.
     """
 
-    def __init__(self, config: InterlockingConfig, stages: int, micro_batches: int, aux_heads: bool = True) -> None:
-        self._config, self._stages, self._count, self._aux_heads = config, stages, micro_batches, aux_heads
-        phases = [(p.from_step, self._strategy(p.width, p.mode)) for p in config.schedule]
+    def __init__(
+        self, interlocking: InterlockingConfig, stages: int, micro_batches: int, aux_heads: bool = True
+    ) -> None:
+        self._interlocking, self._stages, self._count, self._aux_heads = interlocking, stages, micro_batches, aux_heads
+        phases = [(p.from_step, self._strategy(p.width, p.mode)) for p in interlocking.schedule]
         if not phases or phases[0][0] > 0:
-            phases.insert(0, (0, Strategy.from_config(config, stages, aux_heads)))
+            phases.insert(0, (0, Strategy.from_config(interlocking, stages, aux_heads)))
         self._phases = [(start, self._mixed(strategy)) for start, strategy in phases]
         self._global = BatchStrategy.uniform(self._strategy(stages, "furthest"), micro_batches)
 
     @property
     def period(self) -> int:
         """Batches after which the strategies repeat themselves, but for the changes of ``schedule``."""
-        return self._config.global_interval or 1
+        return self._interlocking.global_interval or 1
 
     def at(self, batch: int) -> BatchStrategy:
         """The strategies of batch ``batch``, counted from 0."""
-        interval = self._config.global_interval
+        interval = self._interlocking.global_interval
         if interval and (batch + 1) % interval == 0:
             return self._global
         return next(phase for start, phase in reversed(self._phases) if start <= batch)
@@ -110,24 +114,24 @@ class Course:
     def distinct(self) -> list[BatchStrategy]:
         """All batches that can occur, in the order of their first use."""
         found = [phase for _, phase in self._phases]
-        if self._config.global_interval:
+        if self._interlocking.global_interval:
             found.append(self._global)
         return list(dict.fromkeys(found))
 
     def strategies(self) -> list[Strategy]:
         """All strategies that a micro-batch can have."""
-        return list(dict.fromkeys(s for batch in self.distinct() for s in batch.micro_batches))
+        return list(dict.fromkeys(s for batch in self.distinct() for s in batch.strategies))
 
     def channel_depth(self) -> int:
         """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
 
         Raises:
-            ConfigError: the configured depth is below what a schedule keeps live.
+            ConfigError: the configured depth is below what a schedule keeps in flight.
         """
-        return max(batch.channel_depth(self._config.channel_depth) for batch in self.distinct())
+        return max(batch.channel_depth(self._interlocking.channel_depth) for batch in self.distinct())
 
     def _mixed(self, strategy: Strategy) -> BatchStrategy:
-        mixed = self._config.mixed
+        mixed = self._interlocking.mixed
         if mixed is None or strategy.width == self._stages:  # nothing is wider
             return BatchStrategy.uniform(strategy, self._count)
         if mixed.width <= strategy.width:
@@ -140,7 +144,7 @@ class Course:
         return BatchStrategy((wider,) * wide + (strategy,) * (self._count - wide))
 
     def _strategy(self, width: int, mode: Mode | None) -> Strategy:
-        config = self._config
+        given = self._interlocking
         width = min(width, self._stages)
-        mode = mode or config.mode
-        return Strategy(self._stages, width, mode, config.hop_slack, None, self._aux_heads, borrows(config))
+        mode = mode or given.mode
+        return Strategy(self._stages, width, mode, given.hop_slack, None, self._aux_heads, borrowed_layers(given))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,10 +13,13 @@ from transformers import PreTrainedModel
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss, LazyLogits
+from ibp_deepspeed.objectives.evaluation import ExitMeans
+from ibp_deepspeed.objectives.head import Objective, last_objective
+from ibp_deepspeed.strategy.head_placement import HeadPlacement
+from models.build import stage_objective
 from models.causal_lm import CausalLM
 from models.errors import ModelError
 from models.hf.assemble import assemble, exit_parts
-from models.layers import AuxiliaryHead
 from models.runs.checkpoint import Checkpoint
 
 
@@ -33,9 +37,10 @@ class Exits:
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         self.checkpoint = Checkpoint(path)
         self.folder, self.description = self.checkpoint.folder, self.checkpoint.description
-        self._options = InterlockingConfig.parse(self.description.interlocking).aux_head
-        self.config = self.description.config()
-        self.model = CausalLM(self.config, weights=self.checkpoint)
+        self.interlocking = InterlockingConfig.parse(self.description.interlocking)
+        self.placement = HeadPlacement.from_config(self.interlocking, len(self), self.interlocking.aux_head is not None)
+        self.hf_config = self.description.config()
+        self.model = CausalLM(self.hf_config, weights=self.checkpoint)
         self.device = torch.device(device)
 
     def __len__(self) -> int:
@@ -48,54 +53,57 @@ class Exits:
         return [self._ready(self.model.build_layer(index)) for index in range(self.model.num_layers)]
 
     @cached_property
-    def heads(self) -> dict[int, AuxiliaryHead]:
-        """Exit (1 … K-1) → its head in fp32, those that the checkpoint has."""
+    def objectives(self) -> dict[int, Objective]:
+        """Exit (1 … K) → its objective in fp32: those whose head the checkpoint has, and the model's own."""
         states = {exit_: self.checkpoint.head_state(self.boundary(exit_)) for exit_ in range(1, len(self))}
-        return {exit_: self._head(exit_, state) for exit_, state in states.items() if state is not None}
+        found = {exit_: self._objective(exit_, state) for exit_, state in states.items() if state is not None}
+        return {**found, len(self): last_objective().configured(None, CausalLMLoss())}
 
     def boundary(self, exit_: int) -> int:
         """The pipeline layer before which an exit's head stands."""
-        return self.description.bounds[exit_] + (self._options.borrow if self._options else 0)
+        return self.placement.boundary(exit_ - 1, self.description.bounds)
 
     def check(self, exit_: int) -> None:
         """Raises a ModelError when there is no such exit."""
-        if not 1 <= exit_ <= len(self) or (exit_ < len(self) and exit_ not in self.heads):
-            there = ", ".join(str(k) for k in [*self.heads, len(self)])
+        if exit_ not in self.objectives:
+            there = ", ".join(map(str, self.objectives))
             raise ModelError(f"{self.folder} has no exit {exit_}: its exits are {there} (the last one is the model).")
 
     @torch.no_grad()
-    def losses(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[Tensor, int]]:
-        """For each batch: the mean loss of each exit, NaN where there is no head [K], and its number of tokens."""
-        loss_fn = CausalLMLoss()
-        readers = {self.boundary(exit_): (exit_, head) for exit_, head in self.heads.items()}
-        for input_ids, labels, _ in batches:
-            hidden, labels = input_ids.to(self.device), labels.to(self.device)
-            row = torch.full((len(self),), float("nan"), dtype=torch.float64)
-            for behind, layer in enumerate(self.layers, 1):
-                hidden = layer(hidden)
-                if behind in readers:
-                    exit_, head = readers[behind]
-                    row[exit_ - 1] = loss_fn(head(hidden), labels).double().cpu()
-            row[-1] = loss_fn(hidden, labels).double().cpu()
-            yield row, int((labels != -100).sum())
+    def eval_batch(self, data_iter: Iterator[tuple[Tensor, Tensor, Tensor]], num_micro_batches: int) -> Tensor:
+        """Held-out losses of the K exits as a pipeline's ``eval_batch`` gives them, NaN where there is no head. [K]"""
+        means = ExitMeans(len(self))
+        for input_ids, labels, _ in islice(data_iter, num_micro_batches):
+            labels = labels.to(self.device)
+            outputs = self._all_outputs(input_ids)
+            values = {k - 1: self.objectives[k].measure(made, labels) for k, made in outputs.items()}
+            means.add(values, {k - 1: self.objectives[k].weight(labels) for k in outputs})
+        return means.means()
+
+    def _all_outputs(self, input_ids: Tensor) -> dict[int, LazyLogits]:
+        """Exit → its logits, in one pass over the layers."""
+        readers = {self.boundary(exit_): exit_ for exit_ in self.objectives if exit_ < len(self)}
+        outputs, hidden = {}, input_ids.to(self.device)
+        for behind, layer in enumerate(self.layers, 1):
+            hidden = layer(hidden)
+            if behind in readers:
+                outputs[readers[behind]] = self.objectives[readers[behind]].outputs(hidden)
+        return {**outputs, len(self): hidden}
 
     def depth(self, exit_: int) -> int:
         """Decoder layers that an exit's logits have gone through, blocks of its head included."""
         if exit_ == len(self):
             return self.model.num_layers - 2
-        return self.boundary(exit_) - 1 + len(self.heads[exit_].kinds)
+        return self.boundary(exit_) - 1 + self.objectives[exit_].inner_layers
 
     @torch.no_grad()
     def lazy_logits(self, input_ids: Tensor, exit_: int) -> LazyLogits:
         """An exit's logits [B, S, V], in fp32."""
         self.check(exit_)
-        below, head = (self.layers[:-1], self.layers[-1])
-        if exit_ < len(self):
-            below, head = self.layers[: self.boundary(exit_)], self.heads[exit_]
         hidden = input_ids.to(self.device)
-        for layer in below:
+        for layer in self.layers[: self.boundary(exit_)] if exit_ < len(self) else self.layers:
             hidden = layer(hidden)
-        logits: LazyLogits = head(hidden)
+        logits: LazyLogits = self.objectives[exit_].outputs(hidden)
         return logits
 
     def to_hugging_face(self, exit_: int | None = None) -> PreTrainedModel:
@@ -110,20 +118,19 @@ class Exits:
         exit_ = len(self) if exit_ is None else exit_
         self.check(exit_)
         if exit_ == len(self):
-            return assemble(self.config, {i: self.checkpoint.layer_state(i) for i in range(self.model.num_layers)})
+            return assemble(self.hf_config, {i: self.checkpoint.layer_state(i) for i in range(self.model.num_layers)})
         below = [self.checkpoint.layer_state(index) for index in range(self.boundary(exit_))]
-        return assemble(*exit_parts(self.config, below, self.heads[exit_]))
+        return assemble(*exit_parts(self.hf_config, below, self.objectives[exit_].as_layers()))
 
-    def _head(self, exit_: int, state: dict[str, Tensor]) -> AuxiliaryHead:
-        assert self._options is not None
-        head = self.model.aux_head(exit_ - 1, self._options, after=self.boundary(exit_) - 1)
+    def _objective(self, exit_: int, state: dict[str, Tensor]) -> Objective:
+        objective = stage_objective(self.model, self.interlocking, self.description.bounds, exit_ - 1)
         try:
-            head.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+            objective.module.load_state_dict({name: tensor.float() for name, tensor in state.items()})
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise ModelError(f"the head of exit {exit_} in {self.folder} doesn't fit the model: {reason}") from error
-        self._ready(head)
-        return head
+        self._ready(objective.module)
+        return objective.configured(self.interlocking.aux_head, CausalLMLoss())
 
     def _ready(self, module: nn.Module) -> nn.Module:
         return module.to(self.device).eval().requires_grad_(False)

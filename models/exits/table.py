@@ -2,58 +2,50 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from ibp_deepspeed.data import MicroBatchLoader, open_tokens
-from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
+from ibp_deepspeed.data import HeldOut
+from models.exits.evaluation import Evaluation, evaluate
 from models.exits.exits import Exits
 
+_TIMED_MICRO_BATCHES = 16
 
-@torch.no_grad()
-def measure(
-    exits: Exits, data: str | Path, batch_size: int, max_batches: int | None = None
-) -> Iterator[dict[str, Any]]:
-    """For each exit, the number, held-out loss in nats per token, perplexity and tokens/s of a forward pass.
+
+def measure(exits: Exits, held_out: HeldOut) -> Iterator[dict[str, Any]]:
+    """For each exit, the number, held-out loss in nats per token, perplexity and tokens/s of a forward pass with loss.
 
     Args:
         exits: of a checkpoint.
-        data: prepared data; the split "heldout" is read.
-        batch_size: samples at once.
-        max_batches: as many at most.
-
-    Raises:
-        DataError: the data can't be used, or not with this vocabulary.
+        held_out: what the losses are measured on; speed is on its first micro-batches.
     """
-    tokens = open_tokens(data, "heldout")
-    tokens.check_vocabulary(exits.model.vocab_size)
-    loader = MicroBatchLoader(tokens, exits.description.sequence_length, batch_size, shuffle=False)
-    count = min(max_batches or loader.micro_batches_per_epoch, loader.micro_batches_per_epoch)
-    for exit_ in [*exits.heads, len(exits)]:
-        total, seen, seconds = 0.0, 0, 0.0
-        batches = loader.held_out(count)
-        for input_ids, labels, _ in tqdm(batches, total=count, desc=f"exit {exit_}", disable=None):
-            began = time.perf_counter()
-            lazy = exits.lazy_logits(input_ids, exit_)
-            counted = int((labels != -100).sum())
-            total += CausalLMLoss()(lazy, labels.to(exits.device)).item() * counted
-            seconds += time.perf_counter() - began
-            seen += counted
-        loss = total / seen
-        yield {
-            "exit": exit_,
-            "layers": exits.depth(exit_),
-            "loss": loss,
-            "perplexity": math.exp(loss),
-            "tokens": seen,
-            "tokens_per_second": count * batch_size * exits.description.sequence_length / seconds,
-        }
+    for row in evaluate(exits, held_out, show=True).rows():
+        yield {**row, "layers": exits.depth(row["exit"]), "tokens_per_second": _speed(exits, row["exit"], held_out)}
+
+
+@torch.no_grad()
+def _speed(exits: Exits, exit_: int, held_out: HeldOut) -> float:
+    tokens, seconds = 0, 0.0
+    for input_ids, labels, _ in islice(held_out, _TIMED_MICRO_BATCHES):
+        began = time.perf_counter()
+        exits.objectives[exit_].measure(exits.lazy_logits(input_ids, exit_), labels.to(exits.device)).item()
+        seconds += time.perf_counter() - began
+        tokens += input_ids.numel()
+    return tokens / seconds
+
+
+def text_table(evaluation: Evaluation, unigram_entropy: float) -> str:
+    """An evaluation for the terminal: a row an exit, and what knowing the token frequencies alone would give."""
+    lines = [f"{'exit':>12} {'loss':>8} {'perplexity':>11}   held-out nats per token, on {evaluation.sample}"]
+    for row in evaluation.rows():
+        name = "model" if row["exit"] == len(evaluation.losses) else f"exit {row['exit']}"
+        lines.append(f"{name:>12} {row['loss']:>8.4f} {row['perplexity']:>11.2f}")
+    note = "entropy of the token frequencies: below it something was learned"
+    return "\n".join([*lines, f"{'unigrams':>12} {unigram_entropy:>8.4f} {'':>11}   {note}"])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ibp_deepspeed.objectives.head import ExitLayers
 from models.config import with_layers
 from models.errors import ModelError
-from models.layers import AuxiliaryHead
 from models.shell import Shell, meta_model, untied
 
 
@@ -42,23 +42,21 @@ def assemble(config: PretrainedConfig, state: Mapping[int, Mapping[str, Tensor]]
 
 
 def exit_parts(
-    config: PretrainedConfig, below: Sequence[Mapping[str, Tensor]], head: AuxiliaryHead
+    hf_config: PretrainedConfig, below: Sequence[Mapping[str, Tensor]], head: ExitLayers
 ) -> tuple[PretrainedConfig, dict[int, Mapping[str, Tensor]]]:
     """What :func:`assemble` makes a smaller model of.
 
     Args:
-        config: of the whole model.
+        hf_config: of the whole model.
         below: state dicts of the embedding and the decoder layers before the head.
-        head: its blocks become decoder layers, its norm and readout the model's; on the CPU or elsewhere.
+        head: as layers of the model.
 
     Returns:
         config of the smaller model, states of its pipeline layers in the dtype of ``below``.
     """
     dtype = next(tensor.dtype for tensor in below[0].values() if tensor.is_floating_point())
-    kinds = [*range(len(below) - 1), *head.kinds]
-    parts = [*below, *(block.state_dict() for block in head.blocks), head.as_last_layer()]
-    cast = [{name: tensor.to(dtype) for name, tensor in part.items()} for part in parts[len(below) :]]
-    return with_layers(config, kinds), dict(enumerate([*below, *cast]))
+    cast = [{name: tensor.to(dtype) for name, tensor in part.items()} for part in head.states]
+    return with_layers(hf_config, [*range(len(below) - 1), *head.kinds]), dict(enumerate([*below, *cast]))
 
 
 def model_key(shell: Shell, index: int, key: str) -> str:

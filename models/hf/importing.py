@@ -9,14 +9,15 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from ibp_deepspeed.checkpoint.store import write_texts, written
-from models.build import Description
+from ibp_deepspeed.atomic_files import new_folder
+from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.checkpoint.store import write_errors, write_texts
+from ibp_deepspeed.errors import first_line
 from models.causal_lm import CausalLM
 from models.config import load_config
 from models.errors import ModelError
 from models.hf.weights import PretrainedWeights, local_folder
-from models.runs.checkpoint import GENERATION_FILE, TOKENIZER_FOLDER, layer_file
-from models.whole_folder import whole_folder
+from models.runs.description import Description
 
 
 def import_model(path_or_name: str, out: Path) -> Path:
@@ -25,7 +26,8 @@ def import_model(path_or_name: str, out: Path) -> Path:
     One layer is in memory at a time.
 
     Raises:
-        ModelError: a model that can't be cut or read, or a folder that exists or can't be written. Nothing is left.
+        ModelError: a model that can't be cut or read. Nothing is left.
+        OutputError: a folder that exists or can't be written.
     """
     folder = local_folder(path_or_name)
     config = load_config(folder)
@@ -41,9 +43,9 @@ def import_model(path_or_name: str, out: Path) -> Path:
         sequence_length=min(length, 2048),
         init_from=path_or_name,
     )
-    with whole_folder(out) as made, written(out):
+    with new_folder(out) as made, write_errors(out):
         for index in tqdm(range(model.num_layers), desc="layers", disable=None):
-            torch.save(model.build_layer(index).state_dict(), made / layer_file(index))
+            torch.save(model.build_layer(index).state_dict(), made / layout.layer(index))
         write_texts(made, description.files())
         _save_companions(folder, made)
     return out
@@ -51,10 +53,10 @@ def import_model(path_or_name: str, out: Path) -> Path:
 
 def _save_companions(folder: Path, out: Path) -> None:
     """What goes along with the weights: the tokenizer, if there is one, and how to generate."""
-    if (folder / GENERATION_FILE).exists():
-        shutil.copy(folder / GENERATION_FILE, out)
+    if (folder / layout.GENERATION).exists():
+        shutil.copy(folder / layout.GENERATION, out)
     if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         try:
-            AutoTokenizer.from_pretrained(str(folder)).save_pretrained(str(out / TOKENIZER_FOLDER))
+            AutoTokenizer.from_pretrained(str(folder)).save_pretrained(str(out / layout.TOKENIZER))
         except Exception as error:  # each kind of tokenizer has its own
-            raise ModelError(f"the tokenizer in {folder} can't be read: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"the tokenizer in {folder} can't be read: {first_line(error)}") from error

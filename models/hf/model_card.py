@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from models.exits.exits import Exits
-from models.runs.resume import batches_of
 
 
 def model_card(exits: Exits, exit_: int, parameters: int, results: Mapping[str, Any]) -> ModelCard:
@@ -27,7 +27,7 @@ def model_card(exits: Exits, exit_: int, parameters: int, results: Mapping[str, 
     base = [description.init_from] if description.init_from else None
     tags = ["interlocking-backpropagation", "ibp_deepspeed"] if trained else ["ibp_deepspeed"]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, base_model=base)
-    rows = {"architecture": exits.config.model_type, "parameters": f"{parameters:,}"}
+    rows = {"architecture": exits.hf_config.model_type, "parameters": f"{parameters:,}"}
     rows |= _training(exits) if trained else {}
     rows |= {name: str(value) for name, value in results.items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -58,7 +58,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 def _title(exits: Exits, exit_: int) -> str:
     part = "" if exit_ == len(exits) else f", exit {exit_} of {len(exits)}"
-    return f"A {exits.config.model_type} language model{part}"
+    return f"A {exits.hf_config.model_type} language model{part}"
 
 
 def _what(exits: Exits, exit_: int) -> str:
@@ -79,7 +79,7 @@ def _what(exits: Exits, exit_: int) -> str:
 def _training(exits: Exits) -> dict[str, str]:
     description = exits.description
     interlocking, stages = InterlockingConfig.parse(description.interlocking), len(exits)
-    batches = batches_of(exits.folder.name)
+    batches = layout.batches_of(exits.folder.name)
     rows = {
         "strategy": f"{interlocking.strategy}, width {interlocking.width_for(stages)} of {stages} stages",
         "mode": interlocking.mode,

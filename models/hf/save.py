@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from ibp_deepspeed.atomic_files import new_folder
+from ibp_deepspeed.checkpoint import layout
 from models.errors import ModelError
 from models.exits.exits import Exits
 from models.hf.model_card import model_card
-from models.runs.checkpoint import GENERATION_FILE
-from models.whole_folder import whole_folder
 
 _TOLERANCE = {torch.float32: 1e-5}  # of the largest logit; a head's temperature is folded into its readout
 _COARSE_TOLERANCE = 2e-2  # the same in 16 bits
@@ -42,11 +43,12 @@ def write(
         the model's parameters.
 
     Raises:
-        ModelError: the folder exists or can't be written; or what was written does not load with every key, or not with
-            the exit's logits, because its head has something that the architecture has no place for. Nothing is left.
+        OutputError: the folder exists or can't be written.
+        ModelError: what was written does not load with every key, or not with the exit's logits, because its head has
+            something that the architecture has no place for. Nothing is left.
     """
     exit_ = len(exits) if exit_ is None else exit_
-    with whole_folder(out) as folder:
+    with new_folder(out, (SafetensorError,)) as folder:
         model = exits.to_hugging_face(exit_)
         _save(exits, model, folder, shard_size)
         card = model_card(exits, exit_, model.num_parameters(), results or {})
@@ -56,7 +58,7 @@ def write(
 
 
 def _save(exits: Exits, model: PreTrainedModel, folder: Path, shard_size: str) -> None:
-    source = exits.folder / GENERATION_FILE
+    source = exits.folder / layout.GENERATION
     if source.exists():
         model.generation_config = GenerationConfig.from_pretrained(exits.folder)
     if exits.checkpoint.tokenizer is not None:

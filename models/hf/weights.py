@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from ibp_deepspeed.errors import first_line
 from models.errors import ModelError
 from models.hf.assemble import model_key
 from models.shell import Shell, meta_model, untied
@@ -50,8 +51,7 @@ def local_folder(path_or_name: str | Path) -> Path:
         if not any(folder.glob("*.safetensors")):  # an old repository
             folder = Path(snapshot_download(name, allow_patterns=[*_NOT_WEIGHTS, "pytorch_model*.bin"]))
     except Exception as error:  # no such name, no network, no permission: each has an exception of its own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"'{name}' is no folder, and can't be had from the hub: {reason}") from error
+        raise ModelError(f"'{name}' is no folder, and can't be had from the hub: {first_line(error)}") from error
     return folder
 
 
@@ -147,12 +147,12 @@ class PretrainedWeights:
             try:
                 info, _ = convert_and_load_state_dict_in_model(self._model, state, settings)
             except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-                raise ModelError(f"weights in {self.folder} can't be read: {_first_line(error)}") from error
+                raise ModelError(f"weights in {self.folder} can't be read: {first_line(error)}") from error
             for key, there, ours in sorted(info.mismatched_keys):
                 self._check_shape(key, torch.empty(there, device="meta"), torch.empty(ours, device="meta"))
             if info.conversion_errors or info.error_msgs:
                 reason = next(iter([*info.conversion_errors.values(), *info.error_msgs]))
-                raise ModelError(f"weights in {self.folder} can't be converted: {_first_line(reason)}")
+                raise ModelError(f"weights in {self.folder} can't be converted: {first_line(reason)}")
             # copied: a tensor may be a view of its file, which a training could be about to replace
             loaded = self._model.state_dict()
             values = {key: loaded[key].detach().to(torch.float32, copy=True) for key in targets}
@@ -175,7 +175,7 @@ def _files_of_keys(folder: Path) -> dict[str, str]:
             try:
                 mapping: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
             except (ValueError, KeyError) as error:
-                raise ModelError(f"{folder / index} is damaged: {_first_line(error)}") from error
+                raise ModelError(f"{folder / index} is damaged: {first_line(error)}") from error
             lost = sorted(name for name in set(mapping.values()) if not (folder / name).exists())
             if lost:
                 raise ModelError(f"{folder} lacks {lost[0]}, which {index} names: copy or download it again.")
@@ -198,7 +198,7 @@ def _opened(folder: Path, names: set[str]) -> Iterator[dict[str, Mapping[str, An
                 else:
                     files[name] = torch.load(folder / name, mmap=True, map_location="cpu", weights_only=True)
             except Exception as error:  # damaged files raise many kinds
-                raise ModelError(f"{folder / name} can't be read: {_first_line(error)}") from error
+                raise ModelError(f"{folder / name} can't be read: {first_line(error)}") from error
         yield files
 
 
@@ -211,8 +211,3 @@ def _without_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,14 +1,14 @@
-"""Which checkpoint a training goes on from, and whether it fits, found out before the processes meet."""
+"""Which checkpoint a training resumes from, and whether it fits, found out before the processes meet."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
-from ibp_deepspeed.checkpoint.store import LATEST, check, replaced
-from models.build import Description
+from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.checkpoint.store import checked
 from models.errors import ModelError
+from models.runs.description import Description
 
 
 def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description, steps: int) -> str | None:
@@ -16,7 +16,7 @@ def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description,
 
     Args:
         folder: of a run's checkpoints.
-        wanted: a tag; ``auto``: the newest, if there is one; None: start anew.
+        wanted: a tag; ``auto``: the newest, if there is one; None: start from scratch.
         planned: what the run is about to train.
         steps: batches that it is to have in the end.
 
@@ -26,26 +26,20 @@ def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description,
     """
     if wanted is None:
         return None
-    latest = folder / LATEST
+    latest = folder / layout.LATEST
     if wanted == "auto" and not latest.exists():
         return None
     tag = latest.read_text(encoding="utf-8").strip() if wanted == "auto" else wanted
-    path = folder / tag if (folder / tag).exists() else folder / replaced(tag)
+    path = folder / tag if (folder / tag).exists() else folder / layout.replaced(tag)
     if not path.is_dir():
-        there = ", ".join(sorted(p.name for p in folder.glob("*") if batches_of(p.name) is not None)) or "none"
+        there = ", ".join(sorted(p.name for p in folder.glob("*") if layout.batches_of(p.name) is not None)) or "none"
         raise ModelError(f"{folder} has no checkpoint {tag}, but {there}.")
-    check(path)
+    checked(path)
     _check_same(path, Description.read(path), planned)
-    batches = batches_of(tag)
+    batches = layout.batches_of(tag)
     if batches is not None and batches >= steps:
         raise ModelError(f"{path} has {batches} batches already: give --steps above that, not {steps}.")
     return tag
-
-
-def batches_of(tag: str) -> int | None:
-    """Batches that a checkpoint was trained with, from its name; None for another name."""
-    found = re.fullmatch(r"global_step(\d+)", tag)
-    return int(found[1]) if found else None
 
 
 def _check_same(path: Path, saved: Description, planned: Description) -> None:

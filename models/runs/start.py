@@ -9,18 +9,19 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
+from ibp_deepspeed.checkpoint import layout
 from models.causal_lm import Weights
 from models.config import load_config, overridden
 from models.errors import ModelError
 from models.hf.weights import PretrainedWeights, local_folder
-from models.runs.checkpoint import GENERATION_FILE, Checkpoint
+from models.runs.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class StartingPoint:
     """A config, the weights (None: random ones), and texts that go into every checkpoint, by file name."""
 
-    config: PretrainedConfig
+    hf_config: PretrainedConfig
     weights: Weights | None
     files: Mapping[str, str]
 
@@ -54,8 +55,8 @@ def pretrained_start(path_or_name: str, overrides: Mapping[str, Any], data_token
         tokenizer = folder if (folder / "tokenizer.json").exists() else None
     if tokenizer is not None and data_tokenizer is not None:
         check_same_tokenizer(tokenizer, data_tokenizer)
-    generation = folder / GENERATION_FILE
-    files = {GENERATION_FILE: generation.read_text(encoding="utf-8")} if generation.exists() else {}
+    generation = folder / layout.GENERATION
+    files = {layout.GENERATION: generation.read_text(encoding="utf-8")} if generation.exists() else {}
     return StartingPoint(config, weights, files)
 
 

@@ -1,41 +1,46 @@
-"""How a training run saves and goes on: the engine's checkpoint, and the position in the data."""
+"""How a training run saves and resumes: the pipeline's checkpoint, and the position in the data."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-POSITION_FILE = "data_position.json"
+if TYPE_CHECKING:
+    from ibp_deepspeed.data import MicroBatchLoader
+    from ibp_deepspeed.pipeline import Pipeline
+    from scripts.training.plan import Plan
 
 
-def save(engine: Any, plan: Any, args: argparse.Namespace, train: Any) -> None:
-    """A checkpoint in DeepSpeed's layout, with what evaluation, export and going on need; old ones go."""
+def save(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, train: MicroBatchLoader) -> None:
+    """A checkpoint in DeepSpeed's layout, with what evaluation, export and resuming need; old ones go."""
+    from ibp_deepspeed.checkpoint import layout
     from ibp_deepspeed.checkpoint.store import keep_newest
-    from models.runs.resume import batches_of
 
     folder = args.output / "checkpoint"
-    engine.save_checkpoint(folder, files={**plan.files, POSITION_FILE: json.dumps(train.state_dict()) + "\n"})
-    if engine.global_rank == 0:
-        keep_newest(folder, args.keep, batches_of)
+    position = {layout.DATA_POSITION: json.dumps(train.state_dict()) + "\n"}
+    pipeline.save_checkpoint(folder, files={**plan.files, **position})
+    if pipeline.global_rank == 0:
+        keep_newest(folder, args.keep)
 
 
-def resume(engine: Any, plan: Any, args: argparse.Namespace) -> None:
-    """Go on from a checkpoint, if there is one to go on from, and say what another shape has changed."""
+def resume(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> None:
+    """Resume from a checkpoint, if there is one, and say what another shape has changed."""
     if plan.resume is not None:
-        engine.load_checkpoint(args.output / "checkpoint", plan.resume)
-    if engine.global_rank == 0 and args.resume is not None:
-        where = f"goes on from {plan.resume}" if plan.resume else "there is no checkpoint yet: starts anew"
+        pipeline.load_checkpoint(args.output / "checkpoint", plan.resume)
+    if pipeline.global_rank == 0 and args.resume is not None:
+        where = f"resumes from {plan.resume}" if plan.resume else "there is no checkpoint yet: starts from scratch"
         print(f"{args.output}: {where}", flush=True)
-    for line in engine.load_report:
+    for line in pipeline.load_report:
         print(line, flush=True)
 
 
-def set_position(train: Any, plan: Any, args: argparse.Namespace) -> None:
-    """Have the training data go on where the checkpoint was written, also in batches of another size."""
+def set_position(train: MicroBatchLoader, plan: Plan, args: argparse.Namespace) -> None:
+    """Have the training data resume where the checkpoint was written, also in batches of another size."""
+    from ibp_deepspeed.checkpoint import layout
+
     if plan.resume is None:
         return
-    path: Path = args.output / "checkpoint" / plan.resume / POSITION_FILE
+    path = args.output / "checkpoint" / plan.resume / layout.DATA_POSITION
     if path.exists():  # checkpoints of an earlier version have none
         train.load_state_dict(json.loads(path.read_text(encoding="utf-8")))

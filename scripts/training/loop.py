@@ -7,67 +7,78 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ibp_deepspeed.data import HeldOut
+    from ibp_deepspeed.pipeline import Pipeline
+    from models.exits.evaluation import Evaluation
+    from scripts.training.start import Data
 
 
 class Run:
     """The loop of one rank; rank 0 shows and keeps what happens.
 
     Args:
-        engine: the engine.
+        pipeline: the engine, or all stages in one process.
         args: the command line.
         tokens_per_batch: for tokens/s.
     """
 
-    def __init__(self, engine: Any, args: argparse.Namespace, tokens_per_batch: int) -> None:
+    def __init__(self, pipeline: Pipeline, args: argparse.Namespace, tokens_per_batch: int) -> None:
         from tqdm import tqdm
 
-        self.engine, self.args, self.tokens_per_batch = engine, args, tokens_per_batch
-        self.first = engine.global_rank == 0
+        self.pipeline, self.args, self.tokens_per_batch = pipeline, args, tokens_per_batch
+        self.first = pipeline.global_rank == 0
         hidden = None if self.first else True
-        options = {"initial": engine.global_steps, "unit": "batch", "disable": hidden, "dynamic_ncols": True}
-        self.bar = tqdm(total=args.steps, **options)
-        self.history = open_history(args.output / "history.jsonl", engine.global_steps) if self.first else None
-        self.start = self.logged = self.printed = engine.global_steps
+        options: dict[str, Any] = {"unit": "batch", "disable": hidden, "dynamic_ncols": True}
+        self.bar = tqdm(total=args.steps, initial=pipeline.global_steps, **options)
+        self.history = open_history(args.output / "history.jsonl", pipeline.global_steps) if self.first else None
+        self.start = self.logged = self.printed = pipeline.global_steps
         self.began = time.perf_counter()
 
-    def train(self, train: Any, held_out: Any, save: Callable[[], None]) -> Any:
-        """All batches; evaluates and saves at their intervals and at the end. Returns the last held-out losses [K]."""
-        losses = None
+    def train(self, data: Data, save: Callable[[], None]) -> Evaluation:
+        """All batches; evaluates and saves at their intervals and at the end. Returns the last evaluation."""
+        evaluated: Evaluation | None = None
         for step in range(self.start + 1, self.args.steps + 1):
-            self.engine.train_batch(train)
+            self.pipeline.train_batch(data.train)
             self.show(step)
-            if self.due(step, self.args.eval_interval):
-                losses = self.evaluate(step, held_out)
-            if self.due(step, self.args.save_interval):
+            last = step == self.args.steps
+            if last or self.due(step, self.args.eval_interval):
+                evaluated = self.evaluate(step, data.at_the_end if last else data.on_the_way)
+            if last or self.due(step, self.args.save_interval):
                 save()
         self.bar.close()
-        return losses
+        assert evaluated is not None
+        return evaluated
 
-    def due(self, step: int, interval: int) -> bool:
-        """Whether something is done after a batch: at its interval, and after the last one."""
-        return step == self.args.steps or (interval > 0 and step % interval == 0)
+    @staticmethod
+    def due(step: int, interval: int) -> bool:
+        """Whether something is done after a batch at its interval."""
+        return interval > 0 and step % interval == 0
 
-    def evaluate(self, step: int, held_out: Any) -> Any:
+    def evaluate(self, step: int, held_out: HeldOut) -> Evaluation:
         """Held-out losses of all exits."""
-        count = min(self.args.eval_micro_batches, held_out.micro_batches_per_epoch)
-        losses = self.engine.eval_batch(held_out.held_out(count), num_micro_batches=count)
+        from models.exits.evaluation import evaluate
+
+        evaluation = evaluate(self.pipeline, held_out)
         if self.first:
-            self.write({"step": step, "held_out": losses.tolist()})
-            text = " ".join(f"{loss:.3f}" for loss in losses.tolist())
-            self.bar.write(f"batch {step}: held-out losses of the exits {text}")
-            if self.engine.monitor.enabled:
-                samples = step * self.engine.train_batch_size()
-                events = [(f"Eval/Exits/stage_{k}_loss", x, samples) for k, x in enumerate(losses.tolist())]
-                self.engine.monitor.write_events(events)
-        return losses
+            self.write({"step": step, "held_out": evaluation.losses, "tokens": evaluation.tokens})
+            text = " ".join(f"{loss:.3f}" for loss in evaluation.losses)
+            self.bar.write(f"batch {step}: held-out losses of the exits {text} ({evaluation.tokens:,} tokens)")
+            monitor = self.pipeline.monitor
+            if monitor is not None and monitor.enabled:
+                samples = step * self.pipeline.train_batch_size()
+                events = [(f"Eval/Exits/stage_{k}_loss", x, samples) for k, x in enumerate(evaluation.losses)]
+                monitor.write_events(events)
+        return evaluation
 
     def show(self, step: int) -> None:
         """Progress of rank 0, with the newest losses that all stages have reported."""
         if not self.first:
             return
         self.bar.update(1)
-        latest = self.engine.latest_losses()
+        latest = self.pipeline.latest_losses()
         if latest is None or latest[1] == self.logged:
             return
         losses, self.logged = latest

@@ -58,7 +58,7 @@ def test_overhead_has_a_row_for_each_engine_and_bare_loop(tmp_path: Path) -> Non
     rows = benchmark("overhead", tmp_path, "--stages", "2", "--micro-batches", "2", "--batches", "4")
     assert list(rows) == ["bare N=1", "N=1", "bare N=2", "N=2", "bare 1F1B", "1F1B"]
     assert rows["bare 1F1B"]["beyond_bare_ms"] == 0
-    assert {"ForwardPass", "RecvActivation", "InterlockedBackward"} <= set(rows["N=1"]["instruction_ms"])  # type: ignore[call-overload]
+    assert {"ForwardPass", "RecvActivation", "BackwardPass"} <= set(rows["N=1"]["instruction_ms"])  # type: ignore[call-overload]
 
 
 def test_saved_activations_reach_their_bound_and_no_more(tmp_path: Path) -> None:

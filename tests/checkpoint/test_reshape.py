@@ -150,8 +150,8 @@ def test_heads_of_another_kind_begin_with_the_readout(tmp_path: Path) -> None:
     for head in other.reference.aux_heads:
         for ours, theirs in zip(head.parameters(), last.parameters(), strict=True):
             assert torch.equal(ours, theirs)
-    ours, theirs = other.reference.aux_heads[0].weight, last.weight
-    assert torch.equal(moments[ours]["exp_avg"], other.optimizers[-1].state[theirs]["exp_avg"])
+    pair = cast(nn.Parameter, other.reference.aux_heads[0].weight), cast(nn.Parameter, last.weight)
+    assert torch.equal(moments[pair[0]]["exp_avg"], other.optimizers[-1].state[pair[1]]["exp_avg"])
     plain = make(FOUR, LOCAL)
     untouched = [p.detach().clone() for p in plain.reference.aux_heads[0].parameters()]
     plain.load_checkpoint(tmp_path)
@@ -183,7 +183,7 @@ def test_steps_may_be_numbers_or_tensors(tmp_path: Path) -> None:
         state["step"] = 7
     torch.save(file, path)
     (tmp_path / "global_step1" / "contents.json").write_text(
-        json.dumps({"shape": one.checkpoint_shape().model_dump(), "files": {}})
+        json.dumps({"shape": one._checkpoints.shape().model_dump(), "files": {}})
     )
     other = make(FOUR, GLOBAL)
     other.load_checkpoint(tmp_path)

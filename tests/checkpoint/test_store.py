@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from ibp_deepspeed.checkpoint import store
-from ibp_deepspeed.checkpoint.store import CheckpointError
-from models.build import Description
+from ibp_deepspeed.checkpoint import layout, store
+from ibp_deepspeed.errors import CheckpointError
 from models.errors import ModelError
-from models.runs.resume import batches_of, checkpoint_to_resume
+from models.runs.description import Description
+from models.runs.resume import checkpoint_to_resume
 from tests.single_process.test_virtual_pipeline import make
 from tests.toys import micro_batches
 
@@ -25,7 +25,7 @@ from tests.toys import micro_batches
 def write(folder: Path, tag: str, text: str) -> None:
     """What a save does, with one file."""
     store.clear(folder, tag)
-    made = folder / store.partial(tag)
+    made = folder / layout.partial(tag)
     made.mkdir(parents=True)
     (made / "layer.pt").write_text(text)
     store.publish(folder, tag)
@@ -33,7 +33,7 @@ def write(folder: Path, tag: str, text: str) -> None:
 
 def newest(folder: Path) -> str:
     """What a run that goes on would read."""
-    store.restore(folder)
+    store.undo_interrupted_replacements(folder)
     return (folder / (folder / "latest").read_text() / "layer.pt").read_text()
 
 
@@ -53,7 +53,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
             return run
 
-        for owner, name in ((Path, "rename"), (os, "replace"), (os, "fsync"), (store.shutil, "rmtree")):
+        for owner, name in ((Path, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree")):
             monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
 
     return after
@@ -84,7 +84,7 @@ def test_the_newest_are_kept_and_the_one_that_latest_names(tmp_path: Path) -> No
     for batches in (2, 10, 9, 1):
         write(tmp_path, f"global_step{batches}", str(batches))
     (tmp_path / "mine").mkdir()
-    assert store.keep_newest(tmp_path, 2, batches_of) == ["global_step2"]
+    assert store.keep_newest(tmp_path, 2) == ["global_step2"]
     kept = {"global_step1", "global_step9", "global_step10", "mine", "latest"}
     assert {path.name for path in tmp_path.iterdir()} == kept
 
@@ -102,7 +102,7 @@ def full_device() -> Iterator[None]:
 
 def test_a_full_device_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     pipeline = make()
-    pipeline.save_checkpoint(tmp_path, "global_step1", {"note.txt": "whole"})
+    pipeline.save_checkpoint(tmp_path, "global_step1", files={"note.txt": "whole"})
     with full_device(), pytest.raises(CheckpointError, match="can't write the checkpoint .*global_step2"):
         pipeline.save_checkpoint(tmp_path, "global_step2")
     assert (tmp_path / "latest").read_text() == "global_step1" and not (tmp_path / "global_step2").exists()
@@ -159,16 +159,16 @@ def halve(path: Path) -> None:
 
 def test_damage_is_named_before_anything_is_read(tmp_path: Path) -> None:
     pipeline, folder = make(), tmp_path / "whole"
-    pipeline.save_checkpoint(folder, "global_step0", {"tokenizer/tokenizer.json": "{}", **description().files()})
+    pipeline.save_checkpoint(folder, "global_step0", files={"tokenizer/tokenizer.json": "{}", **description().files()})
     pipeline.train_batch(iter(micro_batches(0, 1)))
-    pipeline.save_checkpoint(folder, "global_step1", {"tokenizer/tokenizer.json": "{}", **description().files()})
+    pipeline.save_checkpoint(folder, "global_step1", files={"tokenizer/tokenizer.json": "{}", **description().files()})
     layer, stage = "layer_02-model_states.pt", "mp_rank_01_model_states.pt"
     before = pipeline.train_batch(iter(micro_batches(1, 1)))
     for name, change, said in (
         (layer, halve, r"layer_02-model_states.pt has [\d,]+ bytes, it was written with [\d,]+"),
-        (stage, Path.unlink, f"{stage} is missing. Resume from another checkpoint: whole are global_step0."),
+        (stage, Path.unlink, f"{stage} is missing. Resume from another checkpoint: complete are global_step0."),
         ("tokenizer/tokenizer.json", Path.unlink, "tokenizer/tokenizer.json is missing"),
-        ("contents.json", halve, "contents.json is damaged: .* whole are global_step0"),
+        ("contents.json", halve, "contents.json is damaged: .* complete are global_step0"),
     ):
         copy = damaged(folder, name, change)
         for load in (

@@ -8,8 +8,8 @@ import pytest
 
 from ibp_deepspeed import ConfigError, InterlockingConfig, Strategy
 from ibp_deepspeed.comm.distributed import check_compiler, check_connections
+from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.engine.initialize import check_deepspeed_settings, load_config
 
 
 @pytest.mark.parametrize(
@@ -100,18 +100,18 @@ def test_channel_depth() -> None:
 )
 def test_what_does_not_combine_is_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        check_deepspeed_settings(settings)
+        check_ds_config(settings)
 
 
 def test_unreadable_configurations(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="no DeepSpeed configuration"):
-        load_config(None)
+        load_ds_config(None)
     with pytest.raises(ConfigError, match="can't read"):
-        load_config(tmp_path / "none.json")
+        load_ds_config(tmp_path / "none.json")
     broken = tmp_path / "broken.json"
     broken.write_text('{"a": 1,\n}')
     with pytest.raises(ConfigError, match="no JSON.*line 2"):
-        load_config(broken)
+        load_ds_config(broken)
 
 
 def test_an_optimizer_that_needs_a_compiler_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

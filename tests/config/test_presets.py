@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from ibp_deepspeed.config.auto import FILLED, fill_auto
+from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config, resolve_interlocking
 from ibp_deepspeed.config.known_keys import TOP_LEVEL, unknown_keys
-from ibp_deepspeed.engine.initialize import check_deepspeed_settings, load_config, resolve_interlocking
-from ibp_deepspeed.schedule.validate import checked_course
-from ibp_deepspeed.strategy.timeline import Course
+from ibp_deepspeed.schedule.validate import validated_timeline
+from ibp_deepspeed.strategy.timeline import Timeline
 
+DEFAULTS: dict[str, Any] = {option: 1e-3 if option == "--learning-rate" else 4 for option in FILLED.values()}
 PRESETS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
 
@@ -66,15 +68,15 @@ def test_there_is_a_cpu_and_a_gpu_preset_of_each_strategy() -> None:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_preset(path: Path) -> None:
-    settings = load_config(path)
+    settings = fill_auto(load_ds_config(path), {}, DEFAULTS, replicas=1)
     assert unknown_keys(settings) == []
-    check_deepspeed_settings(settings)
+    check_ds_config(settings)
     config = resolve_interlocking(settings)
     parsed = DeepSpeedConfig({k: v for k, v in settings.items() if k != "interlocking"})
-    course = Course(config, 4, parsed.gradient_accumulation_steps, aux_heads=config.aux_head is not None)
+    timeline = Timeline(config, 4, parsed.gradient_accumulation_steps, aux_heads=config.aux_head is not None)
     width = {"local": 1, "pairwise": 2, "3wise": 3, "global": 4}[path.stem.split("_")[0]]
-    assert [strategy.width for strategy in course.strategies()] == [width]
-    checked_course(course)
+    assert [strategy.width for strategy in timeline.strategies()] == [width]
+    validated_timeline(timeline)
     assert parsed.bfloat16_config.enabled == path.stem.endswith("gpu")
 
 

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibp_deepspeed.data import DataError
 from ibp_deepspeed.data.corpus import (
     END_OF_TEXT,
     Corpus,
@@ -22,6 +21,7 @@ from ibp_deepspeed.data.corpus import (
 )
 from ibp_deepspeed.data.token_file import write_tokens
 from ibp_deepspeed.data.tokenizer import TextTokenizer
+from ibp_deepspeed.errors import DataError
 from tests.prepared_data import DOCUMENTS, UNHURRIED, decoded
 
 # Sources

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from ibp_deepspeed.data import DataError, Manifest, MicroBatchLoader, SplitRecord, TokenFile, open_tokens
+from ibp_deepspeed.data import Manifest, MicroBatchLoader, SplitRecord, TokenFile, open_tokens
 from ibp_deepspeed.data.corpus import END_OF_TEXT
 from ibp_deepspeed.data.dialogue_tokenizer import DialogueTokenizer
 from ibp_deepspeed.data.dialogues import Dialogue, hub_dialogues, open_dialogues
 from ibp_deepspeed.data.samples import Dialogues
 from ibp_deepspeed.data.token_file import COUNTS, FIRST, MarksRecord, SplitName, read_manifest, write_tokens
 from ibp_deepspeed.data.tokenizer import TextTokenizer
+from ibp_deepspeed.errors import DataError
 from tests.prepared_data import UNHURRIED, token_file
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibp_deepspeed.data import DataError, MicroBatchLoader
+from ibp_deepspeed.data import MicroBatchLoader
+from ibp_deepspeed.errors import DataError
 from tests.prepared_data import UNHURRIED, token_file
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ibp_deepspeed.data import DataError, SplitRecord, open_tokens
+from ibp_deepspeed.data import SplitRecord, open_tokens
 from ibp_deepspeed.data.corpus import END_OF_TEXT, DocumentSplit
 from ibp_deepspeed.data.token_file import (
     SplitName,
@@ -24,6 +24,7 @@ from ibp_deepspeed.data.token_file import (
     write_tokens,
 )
 from ibp_deepspeed.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from ibp_deepspeed.errors import DataError
 from tests.prepared_data import DOCUMENTS, UNHURRIED, files, token_file
 
 

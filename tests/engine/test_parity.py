@@ -46,7 +46,7 @@ def test_every_strategy_equals_the_reference(stages: int) -> None:
     run(stages, matrix(stages), 1e-5)
 
 
-def courses(stages: int) -> list[dict[str, Any]]:
+def timelines(stages: int) -> list[dict[str, Any]]:
     """Strategies over time and micro-batch: phases, periodic backpropagation, three mixtures, all of them at once."""
     local = {"strategy": "local"}
     phases = [{"from_step": 1, "width": 2, "mode": "window"}, {"from_step": 2, "width": stages}]
@@ -66,9 +66,9 @@ def courses(stages: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stages", [3, 4])
-def test_courses_equal_the_reference(stages: int) -> None:
+def test_timelines_equal_the_reference(stages: int) -> None:
     """Phases of width and mode, periodic backpropagation, mixed micro-batches, and all of them: 7 batches each."""
-    blocks = courses(stages)
+    blocks = timelines(stages)
     slack: list[dict[str, Any]] = [{**block, "mode": "window", "hop_slack": 1} for block in blocks[3:6]]
     pairs = [*itertools.product(blocks, (5,) if stages == 3 else (1, 2, 5)), *((block, 5) for block in slack)]
     cases: list[dict[str, Any]] = [

@@ -12,16 +12,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.data.tokenizer import train_tokenizer
-from ibp_deepspeed.stage.module import aux_head_path
 from models import CausalLM, ModelError
-from models.build import Description
 from models.exits.exits import Exits
 from models.hf.importing import import_model
 from models.hf.save import write
 from models.layers import AuxiliaryHead
-from models.runs.checkpoint import layer_file
+from models.runs.description import Description
 from models.shell import PROVEN
 from tests.checkpoint.test_store import full_device
 from tests.models.test_causal_lm import perturbed, run, tiny, tokens
@@ -40,8 +39,8 @@ def checkpoint(
     assert isinstance(own, AuxiliaryHead)
     folder.mkdir()
     for index, layer in enumerate(layers):
-        torch.save(layer.state_dict(), folder / layer_file(index))
-    torch.save(own.state_dict(), aux_head_path(str(folder), 3))
+        torch.save(layer.state_dict(), folder / layout.layer(index))
+    torch.save(own.state_dict(), folder / layout.aux_head(3))
     interlocking = {"strategy": "local", "aux_head": options.model_dump(exclude_unset=True)}
     description = Description(
         model=config.to_dict(), bounds=[0, 3, 5], interlocking=interlocking, sequence_length=12, data="nowhere"
@@ -169,14 +168,14 @@ def test_there_and_back(model_type: str, tmp_path: Path) -> None:
 
 def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     checkpoint(tmp_path / "run", "llama")
-    whole = (tmp_path / "run" / layer_file(2)).read_bytes()
-    (tmp_path / "run" / layer_file(2)).write_bytes(whole[: len(whole) // 2])
+    whole = (tmp_path / "run" / layout.layer(2)).read_bytes()
+    (tmp_path / "run" / layout.layer(2)).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match=r"layer_02-model_states.pt can't be read"):
         write(Exits(tmp_path / "run"), tmp_path / "out")
-    (tmp_path / "run" / layer_file(2)).unlink()
+    (tmp_path / "run" / layout.layer(2)).unlink()
     with pytest.raises(ModelError, match="has no weights of layer 2"):
         write(Exits(tmp_path / "run"), tmp_path / "out")
-    torch.save({"layer.other": torch.ones(1)}, tmp_path / "run" / layer_file(2))
+    torch.save({"layer.other": torch.ones(1)}, tmp_path / "run" / layout.layer(2))
     with pytest.raises(ModelError, match="the weights do not fit a model of type 'llama'"):
         write(Exits(tmp_path / "run"), tmp_path / "out")
     (tmp_path / "run" / "interlocked_model.json").write_text("{")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss, LazyLogits
-from ibp_deepspeed.stage.module import aux_head_path
 from models import CausalLM
-from models.build import DESCRIPTION_FILE, Description
 from models.exits.exits import Exits
 from models.layers import FollowingHead, HeadLayer
+from models.runs.description import Description
 from tests.models.test_causal_lm import SEQUENCE, VOCAB, perturbed, shifted, tiny, tokens
 
 SHARED = AuxHeadConfig(readout="shared")
@@ -117,7 +117,7 @@ def test_exits_of_a_checkpoint_with_shared_readout_and_blocks(tmp_path: Path, bo
     head = perturbed([model.aux_head(0, WITH_BLOCKS, after=2).eval()])[0]
     for index, layer in enumerate(layers):
         torch.save(layer.state_dict(), tmp_path / f"layer_{index:02d}-model_00-model_states.pt")
-    torch.save(head.state_dict(), aux_head_path(str(tmp_path), cut))
+    torch.save(head.state_dict(), tmp_path / layout.aux_head(cut))
     description = Description(
         model=config.to_dict(),
         bounds=bounds,
@@ -125,10 +125,10 @@ def test_exits_of_a_checkpoint_with_shared_readout_and_blocks(tmp_path: Path, bo
         sequence_length=SEQUENCE,
         data="nowhere",
     )
-    (tmp_path / DESCRIPTION_FILE).write_text(json.dumps(description.model_dump()))
+    (tmp_path / layout.DESCRIPTION).write_text(json.dumps(description.model_dump()))
     with torch.no_grad():
         first = nn.Sequential(*layers[:3])(tokens())
         outputs = head(first), nn.Sequential(*layers[3:])(first)
         want = [CausalLMLoss()(output, shifted(tokens())).item() for output in outputs]
-    [(losses, count)] = Exits(tmp_path).losses([(tokens(), shifted(tokens()), tokens())])
-    assert count == 2 * (SEQUENCE - 1) and losses.tolist() == pytest.approx(want, rel=1e-6)
+    losses = Exits(tmp_path).eval_batch(iter([(tokens(), shifted(tokens()), tokens())]), 1)
+    assert losses.tolist() == pytest.approx(want, rel=1e-6)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ibp_deepspeed import InterlockedReference, InterlockingConfig
-from ibp_deepspeed.config.interlocking import AuxHeadConfig, ConfigError
-from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.errors import ConfigError, InterlockingError
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss, LazyLogits
 from ibp_deepspeed.objectives.token_sampling import TokenSample
 from models import CausalLM

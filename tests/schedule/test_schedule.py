@@ -1,4 +1,4 @@
-"""The schedule of every width fits together, and the checker notices when one does not."""
+"""The schedule of every width fits together, and the validator notices when one does not."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from hypothesis import strategies as st
 
 from ibp_deepspeed import InterlockedTrainSchedule, InterlockingConfig, Strategy
 from ibp_deepspeed.config.interlocking import Mode
-from ibp_deepspeed.schedule.generator import (
+from ibp_deepspeed.errors import ScheduleError
+from ibp_deepspeed.schedule.instructions import (
     AuxLoss,
-    BorrowedProduct,
+    BackwardBorrowed,
+    BackwardInput,
+    BackwardPass,
     ForwardPass,
-    InputProduct,
-    InterlockedBackward,
     OptimizerStep,
     PipeInstruction,
     RecvGrad,
-    RelayGrad,
     SendGrad,
 )
-from ibp_deepspeed.schedule.predict import simulate, simulate_course
-from ibp_deepspeed.schedule.simulator import Costs, ScheduleError, Walk
-from ibp_deepspeed.schedule.validate import check_schedules, checked_course, checked_schedules
-from ibp_deepspeed.strategy.timeline import BatchStrategy, Course
+from ibp_deepspeed.schedule.predict import predict, predict_timeline
+from ibp_deepspeed.schedule.simulator import Costs, Simulator
+from ibp_deepspeed.schedule.validate import validate, validated_schedules, validated_timeline
+from ibp_deepspeed.strategy.timeline import BatchStrategy, Timeline
 
 MODES: tuple[Mode, ...] = ("furthest", "window")
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
-def test_every_small_schedule_is_proved(stages: int) -> None:
+def test_every_small_schedule_is_valid(stages: int) -> None:
     """K, M ≤ 8, N ≤ K, slack ≤ 2, both modes, with and without borrowed layers, at the least channel depth (a larger
     one only waits less)."""
     axes = itertools.product(range(1, 9), range(1, stages + 1), range(3), MODES, (False, True))
     for micro_batches, width, slack, mode, borrow in axes:
         strategy = Strategy(stages, width, mode, slack, borrow=borrow)
-        least = strategy.live_micro_batches(0, micro_batches)
-        checked_schedules(BatchStrategy.uniform(strategy, micro_batches), least)
-    checked_schedules(BatchStrategy.uniform(Strategy(stages, stages, aux_heads=False), 8))
+        least = strategy.most_in_flight(0, micro_batches)
+        validated_schedules(BatchStrategy.uniform(strategy, micro_batches), least)
+    validated_schedules(BatchStrategy.uniform(Strategy(stages, stages, aux_heads=False), 8))
 
 
 def mixtures(stages: int, micro_batches: int) -> Iterator[BatchStrategy]:
@@ -56,10 +56,10 @@ def mixtures(stages: int, micro_batches: int) -> Iterator[BatchStrategy]:
 
 
 @pytest.mark.parametrize("stages", range(2, 6))
-def test_every_small_mixture_is_proved(stages: int) -> None:
+def test_every_small_mixture_is_valid(stages: int) -> None:
     """K, M ≤ 5, at the least channel depth."""
     for batch in itertools.chain.from_iterable(mixtures(stages, count) for count in range(2, 6)):
-        checked_schedules(batch, batch[0].live_micro_batches(0, len(batch)))
+        validated_schedules(batch, batch[0].most_in_flight(0, len(batch)))
 
 
 @given(
@@ -78,13 +78,13 @@ def test_any_batches_follow_each_other(
     strategies = st.builds(Strategy, st.just(stages), st.integers(1, stages), st.sampled_from(MODES), **alike)
     rows = st.lists(strategies, min_size=micro_batches, max_size=micro_batches)
     batches = [BatchStrategy(tuple(row)) for row in data.draw(st.lists(rows, min_size=1, max_size=6))]
-    depth = max(s.live_micro_batches(0, micro_batches) for batch in batches for s in batch.micro_batches)
-    Walk([checked_schedules(batch, depth) for batch in batches], channel_depth=depth).run()
+    depth = max(s.most_in_flight(0, micro_batches) for batch in batches for s in batch.strategies)
+    Simulator([validated_schedules(batch, depth) for batch in batches], channel_depth=depth).run()
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 5])
 @pytest.mark.parametrize("slack", [0, 1])
-def test_courses_are_proved_at_the_least_channel_depth(micro_batches: int, slack: int) -> None:
+def test_timelines_are_valid_at_the_least_channel_depth(micro_batches: int, slack: int) -> None:
     """Phases up and down, periodic backpropagation, mixtures, all at once: every batch after every other."""
     blocks: list[dict[str, Any]] = [
         {"schedule": [{"from_step": t, "width": n} for t, n in enumerate((1, 4, 2, 3))]},
@@ -97,15 +97,15 @@ def test_courses_are_proved_at_the_least_channel_depth(micro_batches: int, slack
         },
     ]
     for block in blocks:
-        deep = Course(InterlockingConfig.parse({**block, "hop_slack": slack}), 4, micro_batches)
-        least = max(s.live_micro_batches(0, micro_batches) for s in deep.strategies())
+        deep = Timeline(InterlockingConfig.parse({**block, "hop_slack": slack}), 4, micro_batches)
+        least = max(s.most_in_flight(0, micro_batches) for s in deep.strategies())
         shallow = InterlockingConfig.parse({**block, "hop_slack": slack, "channel_depth": least})
-        course = Course(shallow, 4, micro_batches)
-        assert list(checked_course(course)) == course.distinct() and course.channel_depth() == least
+        timeline = Timeline(shallow, 4, micro_batches)
+        assert list(validated_timeline(timeline)) == timeline.distinct() and timeline.channel_depth() == least
 
 
-def test_one_stage_of_a_checked_set_is_the_public_schedule() -> None:
-    checked = checked_schedules(BatchStrategy.uniform(Strategy(4, 2, "window", 1), 3))[1]
+def test_one_stage_of_a_valid_set_is_the_public_schedule() -> None:
+    checked = validated_schedules(BatchStrategy.uniform(Strategy(4, 2, "window", 1), 3))[1]
     public = InterlockedTrainSchedule(3, 4, 1, 2, hop_slack=1, mode="window")
     assert [repr(step) for step in checked] == [repr(step) for step in public]
 
@@ -148,7 +148,7 @@ def repeat(kind: type) -> Callable[[list[PipeInstruction]], list[PipeInstruction
 
 def forwards_first(program: list[PipeInstruction]) -> list[PipeInstruction]:
     """GPipe's order: needs no more messages, but holds every micro-batch."""
-    late = (RecvGrad, RelayGrad, InterlockedBackward)
+    late = (RecvGrad, BackwardPass)
     head = [i for i in program if not isinstance(i, (*late, OptimizerStep)) and type(i).__name__ != "ReduceGrads"]
     return head + [i for i in program if i not in head]
 
@@ -157,30 +157,30 @@ def forwards_first(program: list[PipeInstruction]) -> list[PipeInstruction]:
     ("edit", "message"),
     [
         (drop(SendGrad), "the channel holds|deadlock"),
-        (drop(InterlockedBackward), "in use|reduces after|not computed|live micro-batches"),
-        (repeat(InterlockedBackward), "not live"),
-        (swap(SendGrad), "not computed|the channel holds"),
+        (drop(BackwardPass), "in use|reduces after|not there|in flight"),
+        (repeat(BackwardPass), "not there"),
+        (swap(SendGrad), "not there|the channel holds"),
         (drop(OptimizerStep), "the optimizer steps 0 times"),
         (repeat(OptimizerStep), "after the optimizer step"),
-        (drop(InputProduct), "was not computed"),
-        (drop(RecvGrad), "not here|the channel holds|nobody receives|without the gradient"),
-        (forwards_first, "in use|live micro-batches|not here"),
+        (drop(BackwardInput), "uses the input gradient of loss 2 of micro-batch 0, which is not there"),
+        (drop(RecvGrad), "not there|the channel holds|nobody receives"),
+        (forwards_first, "in use|in flight|not there"),
     ],
 )
 @pytest.mark.parametrize("micro_batches", [4, 6])
-def test_the_checker_finds_a_mistake_and_shows_it(
+def test_the_validator_finds_a_mistake_and_shows_it(
     edit: Callable[..., list[PipeInstruction]], message: str, micro_batches: int
 ) -> None:
     """In a batch of four at N = 2, alone and after two at N = K."""
     uniform = BatchStrategy.uniform(Strategy(4, 2, "window"), 4)
     wide = (Strategy(4, 4, "window"),) * (micro_batches - 4)
-    batch = BatchStrategy(wide + uniform.micro_batches)
+    batch = BatchStrategy(wide + uniform.strategies)
     schedules = [InterlockedTrainSchedule.for_batch(batch, k) for k in range(4)]
     wrong = Edited.for_batch(batch, 2)
     wrong.edit = edit
     schedules[2] = wrong
     with pytest.raises(ScheduleError, match=message) as caught:
-        check_schedules(schedules, batch, batch.channel_depth())
+        validate(schedules, batch, batch.channel_depth())
     lines = str(caught.value).splitlines()
     rows = [line for line in lines if line.startswith("stage ") and " | " in line]
     assert len(rows) == 4, "the grid has a row a stage"
@@ -189,20 +189,20 @@ def test_the_checker_finds_a_mistake_and_shows_it(
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(AuxLoss, "product through borrowed layers of a loss that is not"), (BorrowedProduct, "was not computed")],
+    [(AuxLoss, "uses the borrowed gradient of loss 1 of"), (BackwardBorrowed, "uses the input gradient of loss 1 of")],
 )
-def test_the_checker_finds_a_mistake_with_borrowed_layers(kind: type, message: str) -> None:
-    batch = BatchStrategy.uniform(Strategy(4, 1, "window", borrow=True), 4)
+def test_the_validator_finds_a_mistake_with_borrowed_layers(kind: type, message: str) -> None:
+    batch = BatchStrategy.uniform(Strategy(4, 1, "window", borrow=1), 4)
     schedules = [InterlockedTrainSchedule.for_batch(batch, k) for k in range(4)]
     wrong = Edited.for_batch(batch, 2)
     wrong.edit = drop(kind)
     schedules[2] = wrong
     with pytest.raises(ScheduleError, match=message):
-        check_schedules(schedules, batch, batch.channel_depth())
+        validate(schedules, batch, batch.channel_depth())
 
 
 @pytest.mark.parametrize("stage", range(3))
-def test_the_checker_finds_a_stage_with_another_mixture(stage: int) -> None:
+def test_the_validator_finds_a_stage_with_another_mixture(stage: int) -> None:
     """One stage has the wide micro-batch elsewhere, or another number of them, or all alike."""
     wide, narrow = Strategy(4, 2, "window"), Strategy(4, 1)
     right = BatchStrategy((wide, narrow, narrow, narrow))
@@ -210,14 +210,14 @@ def test_the_checker_finds_a_stage_with_another_mixture(stage: int) -> None:
         schedules = [InterlockedTrainSchedule.for_batch(right, k) for k in range(4)]
         schedules[stage] = InterlockedTrainSchedule.for_batch(BatchStrategy(wrong), stage)
         with pytest.raises(ScheduleError):
-            check_schedules(schedules, right, right.channel_depth())
+            validate(schedules, right, right.channel_depth())
 
 
-def test_a_channel_too_shallow_deadlocks_in_the_walk() -> None:
-    """Depth 0 lets nobody start: the walk says who waits instead of hanging."""
+def test_a_channel_too_shallow_deadlocks_in_the_simulation() -> None:
+    """Depth 0 lets nobody start: the simulation says who waits instead of hanging."""
     schedules = [InterlockedTrainSchedule(2, 3, k, 2) for k in range(3)]
     with pytest.raises(ScheduleError, match="deadlock"):
-        Walk([schedules], channel_depth=0).run()
+        Simulator([schedules], channel_depth=0).run()
 
 
 @pytest.mark.parametrize(
@@ -230,66 +230,66 @@ def test_simulated_times_of_narrow_widths(
 ) -> None:
     """The table of docs/how-it-works.md; with one micro-batch and N = 3 the modes differ in the last stages."""
     if (micro_batches, width, mode) == (1, 3, "window"):
-        expected = 8.0  # the second product of stage K-2 goes up before its update
-    assert simulate(Strategy(stages, width, mode), micro_batches).micro_batch_time == pytest.approx(expected, abs=0.01)
+        expected = 8.0  # the second input gradient of stage K-2 goes up before its update
+    assert predict(Strategy(stages, width, mode), micro_batches).micro_batch_time == pytest.approx(expected, abs=0.01)
 
 
 def test_simulated_times_of_wide_and_slow_pipelines() -> None:
-    assert simulate(Strategy(8, 3), 4).micro_batch_time == pytest.approx(5.1, abs=0.01)
+    assert predict(Strategy(8, 3), 4).micro_batch_time == pytest.approx(5.1, abs=0.01)
     backpropagation = Strategy(8, 8, aux_heads=False)
-    assert simulate(backpropagation, 4).micro_batch_time == pytest.approx(8.25, abs=0.01)  # (M + K - 1) · 3 / M
+    assert predict(backpropagation, 4).micro_batch_time == pytest.approx(8.25, abs=0.01)  # (M + K - 1) · 3 / M
     slow = Costs(latency=2.0)
-    assert simulate(Strategy(8, 2, hop_slack=1), 16, slow).micro_batch_time == pytest.approx(4.34, abs=0.02)
-    assert simulate(backpropagation, 16, slow).micro_batch_time == pytest.approx(9.25, abs=0.1)
+    assert predict(Strategy(8, 2, hop_slack=1), 16, slow).micro_batch_time == pytest.approx(4.34, abs=0.02)
+    assert predict(backpropagation, 16, slow).micro_batch_time == pytest.approx(9.25, abs=0.1)
 
 
 def test_depth_costs_nothing_at_narrow_widths() -> None:
     """K = 64, M = 8: local and pairwise stay at their work, 1F1B does not."""
-    assert simulate(Strategy(64, 1), 8, batches=16).micro_batch_time == pytest.approx(3.1, abs=0.01)
-    assert simulate(Strategy(64, 2), 8, batches=16).micro_batch_time == pytest.approx(4.1, abs=0.01)
-    assert simulate(Strategy(64, 64, aux_heads=False), 8, batches=4).micro_batch_time > 26
+    assert predict(Strategy(64, 1), 8, batches=16).micro_batch_time == pytest.approx(3.1, abs=0.01)
+    assert predict(Strategy(64, 2), 8, batches=16).micro_batch_time == pytest.approx(4.1, abs=0.01)
+    assert predict(Strategy(64, 64, aux_heads=False), 8, batches=4).micro_batch_time > 26
 
 
-def test_idle_share_and_live_micro_batches() -> None:
-    prediction = simulate(Strategy(8, 2), 4)
+def test_idle_share_and_micro_batches_in_flight() -> None:
+    prediction = predict(Strategy(8, 2), 4)
     assert max(prediction.idle[1:-1]) < 1e-6 and prediction.limit == pytest.approx(4.1)
-    assert prediction.live == [2] * 7 + [1]
-    assert simulate(Strategy(8, 8), 16).live == [8, 7, 6, 5, 4, 3, 2, 1]
-    blocked = simulate(Strategy(4, 1), 4, streaming=False)
-    assert blocked.micro_batch_time > simulate(Strategy(4, 1), 4).micro_batch_time
+    assert prediction.in_flight == [2] * 7 + [1]
+    assert predict(Strategy(8, 8), 16).in_flight == [8, 7, 6, 5, 4, 3, 2, 1]
+    blocked = predict(Strategy(4, 1), 4, streaming=False)
+    assert blocked.micro_batch_time > predict(Strategy(4, 1), 4).micro_batch_time
 
 
-def course(stages: int, micro_batches: int, **options: Any) -> Course:
-    return Course(InterlockingConfig(**options), stages, micro_batches)
+def timeline(stages: int, micro_batches: int, **options: Any) -> Timeline:
+    return Timeline(InterlockingConfig(**options), stages, micro_batches)
 
 
-def test_a_course_without_change_costs_what_its_strategy_does() -> None:
+def test_a_timeline_without_change_costs_what_its_strategy_does() -> None:
     for costs in (None, Costs(latency=1.0)):
-        steady = simulate(Strategy(8, 2), 4, costs)
-        assert simulate_course(course(8, 4), costs).batch_time == pytest.approx(steady.batch_time, abs=0.01)
+        steady = predict(Strategy(8, 2), 4, costs)
+        assert predict_timeline(timeline(8, 4), costs).batch_time == pytest.approx(steady.batch_time, abs=0.01)
 
 
 def test_simulated_time_of_periodic_backpropagation() -> None:
     """A batch of backpropagation costs its whole fill and drain; its neighbours don't pay beyond that."""
-    local, whole = simulate(Strategy(8, 1), 4).batch_time, simulate(Strategy(8, 8), 4).batch_time
+    local, whole = predict(Strategy(8, 1), 4).batch_time, predict(Strategy(8, 8), 4).batch_time
     for interval in (2, 5):
-        periodic = simulate_course(course(8, 4, strategy="local", global_interval=interval), batches=7)
+        periodic = predict_timeline(timeline(8, 4, strategy="local", global_interval=interval), batches=7)
         assert periodic.batch_time == pytest.approx(local + (whole - local) / interval, abs=0.01)
 
 
 def test_simulated_time_of_a_change_of_width() -> None:
     """Six batches at N = 1 and two at N = 2, whatever came before."""
-    changing = course(8, 4, strategy="local", schedule=[{"from_step": 6, "width": 2}])
-    assert simulate_course(changing, batches=8).micro_batch_time == pytest.approx((6 * 3.1 + 2 * 4.1) / 8, abs=0.05)
+    changing = timeline(8, 4, strategy="local", schedule=[{"from_step": 6, "width": 2}])
+    assert predict_timeline(changing, batches=8).micro_batch_time == pytest.approx((6 * 3.1 + 2 * 4.1) / 8, abs=0.05)
 
 
 def test_wide_micro_batches_come_first_because_their_gradients_travel_meanwhile() -> None:
     """The numbers of docs/how-it-works.md: a quarter of the micro-batches at N = 2 and at N = K."""
     for micro_batches, width, first, last in ((4, 2, 3.35, 3.83), (8, 8, 3.64, 5.70)):
-        mixed = course(8, micro_batches, strategy="local", mixed={"width": width, "fraction": 0.25})
-        assert simulate_course(mixed).micro_batch_time == pytest.approx(first, abs=0.01)
-        late = BatchStrategy(tuple(reversed(mixed.at(0).micro_batches)))
-        walk = Walk([checked_schedules(late)] * 40, channel_depth=late.channel_depth())
+        mixed = timeline(8, micro_batches, strategy="local", mixed={"width": width, "fraction": 0.25})
+        assert predict_timeline(mixed).micro_batch_time == pytest.approx(first, abs=0.01)
+        late = BatchStrategy(tuple(reversed(mixed.at(0).strategies)))
+        walk = Simulator([validated_schedules(late)] * 40, channel_depth=late.channel_depth())
         ends = [e.end for e in walk.run() if e.stage == 0 and isinstance(e.instruction, OptimizerStep)]
         assert (ends[-1] - ends[19]) / 20 / micro_batches == pytest.approx(last, abs=0.01)
 
@@ -321,8 +321,8 @@ def test_strategy_tables_agree_with_their_definition(stages: int, width: int, mo
 def test_forward_comes_first_in_its_slot() -> None:
     """1F1B's order at N = K: the forward pass of a slot, then the gradient that arrives in it."""
     program = [i for step in InterlockedTrainSchedule(6, 3, 0, 3).steps() for i in step]
-    order = [(type(i), i.micro_batch) for i in program if isinstance(i, ForwardPass | InterlockedBackward)]
-    assert order[:6] == [(ForwardPass, 0), (ForwardPass, 1), (ForwardPass, 2), (InterlockedBackward, 0)] + [
+    order = [(type(i), i.micro_batch) for i in program if isinstance(i, ForwardPass | BackwardPass)]
+    assert order[:6] == [(ForwardPass, 0), (ForwardPass, 1), (ForwardPass, 2), (BackwardPass, 0)] + [
         (ForwardPass, 3),
-        (InterlockedBackward, 1),
+        (BackwardPass, 1),
     ]

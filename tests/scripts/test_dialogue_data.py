@@ -12,15 +12,16 @@ import statistics
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from ibp_deepspeed.data import DataError, open_tokens
+from ibp_deepspeed.data import open_tokens
 from ibp_deepspeed.data.token_file import COUNTS, FIRST, read_manifest
 from ibp_deepspeed.data.tokenizer import train_tokenizer
-from scripts.train_lm import Plan, loaders
+from ibp_deepspeed.errors import DataError
+from scripts.training.start import open_data
 from tests.scripts.test_scripts import ROOT, SMALL, script
 
 pytestmark = pytest.mark.xdist_group("test_dialogues")  # one worker: they share fixtures of the module
@@ -122,12 +123,15 @@ def test_rows_are_prepared_trained_on_and_evaluated(data: Path, tmp_path: Path) 
 
 
 def test_too_few_rows_for_a_batch_are_counted_as_rows(data: Path) -> None:
-    engine = SimpleNamespace(
-        train_micro_batch_size_per_gpu=lambda: 4, gradient_accumulation_steps=lambda: 16, global_steps=0
+    pipeline = SimpleNamespace(
+        train_micro_batch_size_per_gpu=lambda: 4,
+        gradient_accumulation_steps=lambda: 16,
+        global_steps=0,
+        data_parallel_rank=0,
     )
     plan = SimpleNamespace(
         train=open_tokens(data, "train"), held_out=open_tokens(data, "heldout"), replicas=1, resume=None
     )
     args = argparse.Namespace(sequence_length=SEQUENCE, seed=0)
     with pytest.raises(DataError, match=r"has \d+ rows with a response in their first 33 tokens, a batch needs 64: "):
-        loaders(engine, cast(Plan, plan), args)
+        open_data(cast(Any, pipeline), cast(Any, plan), args)

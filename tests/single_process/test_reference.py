@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ibp_deepspeed import InterlockedReference
-from ibp_deepspeed.config.interlocking import ConfigError
+from ibp_deepspeed.errors import ConfigError
 
 M = 3
 A, B, C = 2.0, 3.0, 5.0  # three scalar stages

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from torch import nn
 
-from ibp_deepspeed.config.interlocking import ConfigError
+from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
 from tests.launch import launch
 from tests.toys import loss_fn, make_reference, micro_batches

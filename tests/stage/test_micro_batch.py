@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ibp_deepspeed.comm.message import BoundaryError
-from ibp_deepspeed.stage.micro_batch import LiveMicroBatch
+from ibp_deepspeed.errors import BoundaryError
+from ibp_deepspeed.stage.micro_batch import MicroBatchInFlight
 
 
 def gradients(recompute: bool, products: int) -> tuple[list[Tensor], int]:
@@ -15,18 +15,18 @@ def gradients(recompute: bool, products: int) -> tuple[list[Tensor], int]:
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.5), nn.Tanh(), nn.Linear(5, 5))
     cotangents = torch.randn(products + 1, 3, 5)
-    live = LiveMicroBatch(trunk, recompute=recompute)
+    live = MicroBatchInFlight(trunk, recompute=recompute)
     live.inputs = torch.randn(3, 5).requires_grad_()
-    live.forward(product_follows=True)
-    live.cotangents[0] = cotangents[0]
-    found = [live.input_product(0)]
+    live.forward(input_gradient_follows=True)
+    live.output_gradients[0] = cotangents[0]
+    found = [live.backward_input(0)]
     live.drop_graph()
     if recompute:
         assert live.outputs is None, "the graph is given back between the products"
     torch.rand(7)  # other micro-batches draw random numbers meanwhile
     for loss in range(1, products + 1):
-        live.cotangents[loss] = cotangents[loss]
-        found.append(live.input_product(loss))
+        live.output_gradients[loss] = cotangents[loss]
+        found.append(live.backward_input(loss))
     live.update({loss: 1.0 / (loss + 1) for loss in range(products + 1)}, list(trunk.parameters()))
     after = torch.rand(1)  # the generator went on undisturbed
     return [*found, *(p.grad for p in trunk.parameters() if p.grad is not None), after], live.recomputations
@@ -42,19 +42,19 @@ def test_recomputation_happens_once_and_changes_nothing(products: int) -> None:
 
 
 def test_weighted_input_gradient_is_sent_unweighted() -> None:
-    live = LiveMicroBatch(nn.Linear(2, 2))
+    live = MicroBatchInFlight(nn.Linear(2, 2))
     live.inputs = torch.randn(3, 2).requires_grad_()
-    live.forward(product_follows=True)
-    live.cotangents[4] = torch.randn(3, 2)
-    raw = live.input_product(4).clone()
+    live.forward(input_gradient_follows=True)
+    live.output_gradients[4] = torch.randn(3, 2)
+    raw = live.backward_input(4).clone()
     live.update({4: 0.25}, None)
     torch.testing.assert_close(live.input_gradient(0.25), raw)
 
 
 def test_an_output_without_gradient_is_an_error_not_a_hang() -> None:
-    live = LiveMicroBatch(lambda hidden: hidden.detach())
+    live = MicroBatchInFlight(lambda hidden: hidden.detach())
     live.inputs = torch.randn(3, 2).requires_grad_()
-    live.forward(product_follows=True)
-    live.cotangents[0] = torch.randn(3, 2)
+    live.forward(input_gradient_follows=True)
+    live.output_gradients[0] = torch.randn(3, 2)
     with pytest.raises(BoundaryError, match="carries no gradient"):
-        live.input_product(0)
+        live.backward_input(0)

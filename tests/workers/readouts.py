@@ -23,7 +23,7 @@ from ibp_deepspeed import (
     InterlockingError,
     initialize,
 )
-from ibp_deepspeed.stage.readout_copies import shared_readout_path
+from ibp_deepspeed.checkpoint import layout
 from models.build import pipeline_module
 from models.causal_lm import CausalLM
 from tests.launch import report
@@ -80,7 +80,7 @@ def resume(case: dict[str, Any]) -> dict[str, Any]:
     engine, folder = engine_of(case["interlocking"], optimizer="adamw"), case["folder"]
     train(engine, range(6))
     engine.save_checkpoint(folder, tag="middle")
-    path = shared_readout_path(f"{folder}/middle")
+    path = os.path.join(f"{folder}/middle", layout.SHARED_READOUT)
     pending = sorted(torch.load(path)["taken"])
     want = train(engine, range(6, 15))
     other = engine_of(case["interlocking"], optimizer="adamw")

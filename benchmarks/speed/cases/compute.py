@@ -114,12 +114,12 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def _work(name: str, stages: int) -> str:
-    from ibp_deepspeed.schedule.predict import simulate
+    from ibp_deepspeed.schedule.predict import predict
     from ibp_deepspeed.strategy.strategy import Strategy
 
     if not name.startswith("N="):
         return "3.00"
-    return f"{simulate(Strategy(stages, int(name[2:]), 'window'), 4).limit:.2f}"
+    return f"{predict(Strategy(stages, int(name[2:]), 'window'), 4).limit:.2f}"
 
 
 def draw(rows: list[Row], path: Any) -> None:

@@ -112,7 +112,7 @@ def bound(name: str, stages: int, micro_batches: int, stage: int) -> int:
     from ibp_deepspeed.strategy.strategy import Strategy
 
     strategy = Strategy(stages, stages if name == "1F1B" else int(name[2:]))
-    return strategy.live_micro_batches(stage, micro_batches)
+    return strategy.most_in_flight(stage, micro_batches)
 
 
 def draw(rows: list[Row], path: Any) -> None:

@@ -1,0 +1,86 @@
+"""The DeepSpeed configuration, ``ds_config``: read it, find its block, refuse what doesn't combine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ibp_deepspeed.config.auto import refuse_auto
+from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.errors import ConfigError
+
+
+def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Read a DeepSpeed configuration.
+
+    Raises:
+        ConfigError: there is none, or it is no JSON object.
+    """
+    if source is None:
+        raise ConfigError("no DeepSpeed configuration was given: use --deepspeed_config FILE or config=….")
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    try:
+        ds_config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"can't read the configuration {path}: {error.strerror}.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is no JSON: {error.msg} in line {error.lineno}.") from None
+    if not isinstance(ds_config, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(ds_config).__name__}.")
+    return ds_config
+
+
+def resolve_interlocking(ds_config: Mapping[str, Any], given: InterlockingConfig | None = None) -> InterlockingConfig:
+    """The block of the configuration, or the one ``given`` to the module; both, and different, is an error.
+
+    Raises:
+        ConfigError: a block that can't be trained with, or two that differ.
+    """
+    block = ds_config.get("interlocking")
+    if block is None:
+        return given or InterlockingConfig()
+    parsed = InterlockingConfig.parse(block)
+    if given is not None and given != parsed:
+        raise ConfigError(
+            f"the module's interlocking {given.model_dump(exclude_unset=True)} differs from the configuration's "
+            f"{parsed.model_dump(exclude_unset=True)}: give one of them."
+        )
+    return parsed
+
+
+def check_ds_config(ds_config: Mapping[str, Any]) -> None:
+    """Refuse what does not combine with interlocking.
+
+    Raises:
+        ConfigError: fp16, torch_autocast, ZeRO 2 or 3, offloading; or an "auto" that nothing filled in.
+    """
+    refuse_auto(ds_config)
+    if is_enabled(ds_config, "fp16"):
+        raise ConfigError(
+            'fp16 is not supported, because every stage would need a loss scale of its own: use "bf16": '
+            '{"enabled": true} or fp32.'
+        )
+    if is_enabled(ds_config, "torch_autocast"):
+        raise ConfigError('torch_autocast is not supported: use "bf16": {"enabled": true} or fp32.')
+    zero, stage = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
+    if stage not in (0, 1):
+        raise ConfigError(f"ZeRO stage {stage} does not work with pipelines: use stage 0 or 1.")
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(zero, Mapping) and zero.get(key):
+            raise ConfigError(f"zero_optimization.{key} is not supported with pipelines of losses: remove it.")
+
+
+def zero_stage(ds_config: Mapping[str, Any]) -> Any:
+    """The ZeRO stage, 0 where none is given."""
+    zero = ds_config.get("zero_optimization", {})
+    return zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+
+
+def is_enabled(ds_config: Mapping[str, Any], key: str) -> bool:
+    """Whether a block such as "bf16" says ``"enabled": true``."""
+    block = ds_config.get(key, {})
+    return bool(block.get("enabled", False)) if isinstance(block, Mapping) else bool(block)

@@ -1,0 +1,88 @@
+"""What an evaluation reads: samples spread evenly over a whole split, each once, in micro-batches of one shape."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ibp_deepspeed.data.loader import MicroBatch
+from ibp_deepspeed.data.samples import IGNORED, Samples, samples_of
+from ibp_deepspeed.data.token_file import TokenFile
+from ibp_deepspeed.errors import DataError
+
+
+class HeldOut:
+    """The same micro-batches at every iteration, of one data-parallel rank, in the form of the loader's.
+
+    The samples are number 0, n/m, 2n/m, … of the n that the split has, so that no odd document stands for the whole.
+    Which they are depends on their number alone, not on how they are batched: with a loss that weights micro-batches by
+    the labels that count in them, evaluations of other batch sizes and numbers of ranks give the same means. Where
+    the last micro-batches are not full they are filled up with samples without labels that count.
+
+    Args:
+        token_file: the split.
+        sequence_length: S.
+        micro_batch_size: B.
+        data_parallel_rank, data_parallel_size: whose part of each global micro-batch this is.
+        samples: how many, all ranks together; None, or more than there are: all.
+
+    Raises:
+        DataError: there is none.
+    """
+
+    def __init__(
+        self,
+        token_file: TokenFile,
+        sequence_length: int,
+        micro_batch_size: int,
+        *,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        samples: int | None = None,
+    ) -> None:
+        if samples is not None and samples < 1:
+            raise DataError(f"an evaluation on {samples} samples: give 1 or more")
+        self._samples: Samples = samples_of(token_file, sequence_length)
+        self._samples.require(1, "an evaluation")
+        self.available = len(self._samples)
+        self.samples = self.available if samples is None else min(samples, self.available)
+        self._ids = np.arange(self.samples, dtype=np.int64) * self.available // self.samples
+        self._size, self._rank, self._global_size = (
+            micro_batch_size,
+            data_parallel_rank,
+            micro_batch_size * data_parallel_size,
+        )
+
+    def __len__(self) -> int:
+        """Micro-batches of each rank."""
+        return -(-self.samples // self._global_size)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for index in range(len(self)):
+            first = index * self._global_size + self._rank * self._size
+            yield self._micro_batch(self._ids[first : first + self._size])
+
+    @cached_property
+    def tokens(self) -> int:
+        """Labels that count, in the micro-batches of all ranks."""
+        chunks = np.array_split(self._ids, max(1, self.samples // 1024))
+        return sum(int((self._samples.take(chunk)[1] != IGNORED).sum()) for chunk in chunks)
+
+    def remarks(self) -> list[str]:
+        """Sentences on data that are left out or cut off."""
+        return self._samples.remarks()
+
+    def describe(self) -> str:
+        """How much of the split that is, in words."""
+        part = "all" if self.samples == self.available else f"{self.samples:,} of"
+        spread = "" if self.samples == self.available else " spread over the split"
+        return f"{part} {self.available:,} samples{spread}, {self.tokens:,} tokens"
+
+    def _micro_batch(self, ids: npt.NDArray[np.int64]) -> MicroBatch:
+        missing = self._size - len(ids)
+        ids = np.append(ids, np.repeat(self._ids[:1], missing))
+        inputs, labels = self._samples.take(ids)
+        labels[self._size - missing :] = IGNORED
+        return torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(ids)

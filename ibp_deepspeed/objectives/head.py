@@ -1,0 +1,140 @@
+"""The contract of a head and its objective: what engine, one-process pipeline, reference, exits and export ask of it.
+
+An objective is one object: a module on h_k, what it returns, its loss, the part of the positions that the loss takes,
+what it needs from elsewhere, and how it is exported. Nothing outside knows its kind. A plain ``nn.Module`` given as
+``aux_head`` is the simple case: its objective is the pipeline's ``loss_fn`` on what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from torch import Tensor, nn
+
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.objectives.shared_readout import head_readout
+from ibp_deepspeed.objectives.token_sampling import TokenSample
+
+LossFn = Callable[[Any, Any], Tensor]
+"""(outputs, labels) → a scalar, the mean over whatever counts."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective takes from elsewhere.
+
+    Attributes:
+        readout: whether its module has a copy of the last stage's readout, kept up to date or as it was at the start.
+        borrow: layers of the next stage before its module, which then stands there.
+        target: the exit whose outputs, detached, its loss is given as ``target`` (an index of a later stage).
+    """
+
+    readout: Literal["shared", "frozen"] | None = None
+    borrow: int = 0
+    target: int | None = None
+
+
+@dataclass(frozen=True)
+class ExitLayers:
+    """A head as layers of the model, for the export of its exit as a smaller model.
+
+    Attributes:
+        kinds: for each block of the head, the decoder layer of the model that it is of the kind of.
+        states: state dicts of these blocks as pipeline layers, then that of the last layer (norm and readout).
+    """
+
+    kinds: Sequence[int]
+    states: Sequence[Mapping[str, Tensor]]
+
+
+class Objective:
+    """What a stage's loss is made of. Subclass it to change any part.
+
+    Args:
+        module: a_k, applied to h_k (with borrowed layers to what they give).
+        loss_fn: its loss; None: the pipeline's.
+        target: see :class:`Needs`.
+
+    Attributes:
+        needs: from elsewhere.
+        positions: those that the loss takes in training; None: all. Evaluations take all.
+    """
+
+    def __init__(self, module: nn.Module, loss_fn: LossFn | None = None, *, target: int | None = None) -> None:
+        self.module, self.loss_fn = module, loss_fn
+        self.needs = Needs(target=target)
+        self.positions: TokenSample | None = None
+
+    def configured(self, options: AuxHeadConfig | None, loss_fn: LossFn | None) -> Self:
+        """Take over what the configuration says, and the pipeline's loss where the objective has none of its own.
+
+        Called by whoever builds a pipeline, before anything else; again if the configuration changes.
+        """
+        self.loss_fn = self.loss_fn or loss_fn
+        if options is not None:
+            readout = None if options.readout == "private" else options.readout
+            self.needs = Needs(readout, options.borrow, self.needs.target)
+            self.positions = TokenSample.from_options(options)
+        return self
+
+    def outputs(self, hidden: Any) -> Any:
+        """What the loss takes: a tensor, or :class:`~ibp_deepspeed.objectives.cross_entropy.LazyLogits`."""
+        return self.module(hidden)
+
+    def loss(self, outputs: Any, labels: Any, target: Any = None) -> Tensor:
+        """A scalar, with its graph; ``target``: see :class:`Needs`."""
+        return outputs if self.loss_fn is None else self.loss_fn(outputs, labels)
+
+    def training_loss(self, outputs: Any, labels: Any, *, batch: int, index: int, target: Any = None) -> Tensor:
+        """The loss of loss ``index`` in batch ``batch`` (from 0), at the positions that it takes in training."""
+        if self.positions is not None:
+            outputs, labels = self.positions.select(outputs, labels, batch, index)
+        return self.loss(outputs, labels, target)
+
+    def measure(self, outputs: Any, labels: Any) -> Tensor:
+        """What evaluations report, at all positions: a scalar."""
+        return outputs if self.loss_fn is None else self.loss_fn(outputs, labels)
+
+    def weight(self, labels: Any) -> Tensor | float:
+        """How much a micro-batch counts in an evaluation's mean: what ``loss_fn.weight(labels)`` says, or 1."""
+        weigh = getattr(self.loss_fn, "weight", None)
+        return 1.0 if weigh is None else weigh(labels)
+
+    def copied_readout(self) -> list[Tensor]:
+        """The module's copies of the last stage's readout; empty if it needs none.
+
+        Raises:
+            InterlockingError: it needs them and doesn't say where they are.
+        """
+        return head_readout(self.module) if self.needs.readout is not None else []
+
+    def sources(self) -> Mapping[str, str]:
+        """The module's parameters → the trunk's ("layer.name") that they can start from, when a checkpoint has none."""
+        sources = getattr(self.module, "sources", None)
+        return sources() if sources is not None else {}
+
+    @property
+    def inner_layers(self) -> int:
+        """Layers of the model's kinds inside the module."""
+        return 0
+
+    def as_layers(self) -> ExitLayers:
+        """The head as layers of the model.
+
+        Raises:
+            InterlockingError: the model has no layers of its kind.
+        """
+        raise InterlockingError(f"a {type(self.module).__name__} can't be written as layers of the model.")
+
+
+def as_objective(head: nn.Module | Objective) -> Objective:
+    """What a user gave as a head."""
+    return head if isinstance(head, Objective) else Objective(head)
+
+
+def last_objective() -> Objective:
+    """The model's own: the last layer's outputs are its outputs."""
+    return Objective(nn.Identity())

@@ -1,0 +1,48 @@
+"""bf16 weights with fp32 copies, which the optimizer trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ibp_deepspeed.single_process.reference import InterlockedReference
+
+
+class FullPrecisionSums(InterlockedReference):
+    """A reference that sums bf16 gradients in fp32, for fp32 master copies of its bf16 weights."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._masters: dict[nn.Parameter, nn.Parameter] = {}
+        for k in range(len(self.stages)):
+            for parameter in self.parameters(k):
+                if parameter.dtype == torch.bfloat16:
+                    self._masters[parameter] = nn.Parameter(parameter.detach().float())
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether weights have fp32 copies."""
+        return bool(self._masters)
+
+    def masters(self, stage: int) -> list[nn.Parameter]:
+        """What the optimizer of a stage trains: the weights, or their fp32 copies."""
+        return [self._masters.get(p, p) for p in self.parameters(stage)]
+
+    @torch.no_grad()
+    def masters_to_weights(self) -> None:
+        """After a step: round the master weights."""
+        for weight, master in self._masters.items():
+            weight.copy_(master)
+
+    @torch.no_grad()
+    def set_masters(self, stage: int, values: Sequence[Tensor] | None) -> None:
+        """After loading the weights: their fp32 copies as saved, or made of them."""
+        for parameter, value in zip(self.parameters(stage), values or self.parameters(stage), strict=True):
+            self._masters.get(parameter, parameter).copy_(value)
+
+    def _add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        master = self._masters.get(parameter, parameter)
+        super()._add_gradient(master, gradient.to(master.dtype))

@@ -1,0 +1,59 @@
+"""What goes beside a checkpoint's files: enough to build the model again in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from transformers import AutoConfig, PretrainedConfig
+
+from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.errors import first_line
+from models.errors import ModelError
+
+
+class Description(BaseModel):
+    """What a checkpoint holds, beside DeepSpeed's files: enough to rebuild the model in one process."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: dict[str, Any]
+    """The Hugging Face config."""
+    bounds: list[int]
+    """Stage k has layers bounds[k] … bounds[k+1]-1 of embedding, decoder layers, head."""
+    interlocking: dict[str, Any]
+    sequence_length: int
+    data: str | None = None
+    """Folder of the prepared data, with the tokenizer; None: nothing was trained, the weights are ``init_from``'s."""
+    source: str | None = None
+    """What text that is."""
+    init_from: str | None = None
+    """Folder or hub name of the weights that the training began with; None: random ones."""
+    settings: dict[str, Any] = {}
+    """The DeepSpeed configuration, but for the interlocking block."""
+
+    def config(self) -> PretrainedConfig:
+        """The Hugging Face config as an object."""
+        values = dict(self.model)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def files(self) -> dict[str, str]:
+        """What goes beside a checkpoint's files, by name."""
+        return {layout.DESCRIPTION: json.dumps(self.model_dump(), indent=1) + "\n"}
+
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """Read from a checkpoint's folder.
+
+        Raises:
+            ModelError: it is missing or not readable.
+        """
+        path = folder / layout.DESCRIPTION
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelError(f"{folder} is no checkpoint of train_lm.py: it has no {layout.DESCRIPTION}.") from None
+        except ValueError as error:
+            raise ModelError(f"{path} is damaged: {first_line(error)}.") from None

@@ -1,0 +1,145 @@
+"""The command line of train_lm.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+EVAL_MICRO_BATCHES = 16
+
+
+def parse_arguments(description: str | None, words: list[str] | None = None) -> argparse.Namespace:
+    """The command line (or ``words``); every option's help says its default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_what(parser)
+    _add_hyperparameters(parser)
+    _add_evaluation_and_checkpoints(parser)
+    parser.add_argument("--verbose", action="store_true", help="show the log of DeepSpeed and Hugging Face")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--deepspeed_config", required=True, metavar="FILE", help='DeepSpeed JSON with an "interlocking" block')
+    add("--data", required=True, type=Path, metavar="DIR", help="folder written by scripts/prepare_data.py")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--model", metavar="CONFIG", help="Hugging Face config: JSON file, folder or hub name")
+    start.add_argument(
+        "--init-from",
+        metavar="DIR",
+        help="begin with the weights of a Hugging Face folder or hub name, a "
+        "checkpoint or an import (convert_hf.py); each process reads those of its own stage",
+    )
+    add(
+        "--init-heads",
+        choices=["readout", "fresh"],
+        default="readout",
+        help="with --init-from, heads begin as the model's "
+        "own final norm and LM head, or at random (default: %(default)s)",
+    )
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the model's config")
+    add("--stages", type=int, metavar="K", help="pipeline stages (default: the number of processes)")
+    add("--one-process", action="store_true", help="all stages in this process, on one device; needs --stages")
+    add("--partition", metavar="N,N,…", help="decoder layers of each stage (default: balance parameters and heads)")
+    add("--sequence-length", type=int, default=256, metavar="S", help="tokens of a sample (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="initial weights and order of data (default: %(default)s)")
+
+
+def _add_hyperparameters(parser: argparse.ArgumentParser) -> None:
+    text = 'these fill in "auto" in the DeepSpeed JSON'
+    add = parser.add_argument_group("how it is trained", text).add_argument
+    add("--steps", type=int, default=200, metavar="N", help="batches to train (default: %(default)s)")
+    add("--micro-batch-size", type=int, metavar="B", help="samples of a micro-batch (default: 8)")
+    add("--gradient-accumulation-steps", type=int, metavar="M", help="micro-batches of a batch (default: 4)")
+    add(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="the highest of the schedule (default: 0.25 / hidden size, a tenth of that with --init-from)",
+    )
+    add("--warmup-steps", type=int, metavar="N", help="batches of rising rate (default: a 20th, at most 500)")
+
+
+def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("evaluation and checkpoints").add_argument
+    add("--eval-interval", type=int, default=100, metavar="N", help="batches between evaluations, 0: only at the end")
+    add(
+        "--eval-micro-batches",
+        type=int,
+        metavar="N",
+        help="held-out micro-batches of an evaluation, spread over the whole split "
+        f"(default: {EVAL_MICRO_BATCHES}, and the whole split at the end)",
+    )
+    add(
+        "--output", type=Path, default=Path("runs/last"), metavar="DIR", help="checkpoint, history (default: runs/last)"
+    )
+    add("--save-interval", type=int, default=0, metavar="N", help="batches between checkpoints, 0: only at the end")
+    add("--keep", type=int, default=2, metavar="N", help="newest checkpoints that are kept (default: %(default)s)")
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="TAG",
+        help="resume from a checkpoint in --output: the newest if there is one (no TAG, or auto), or that of this name",
+    )
+
+
+def given_hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
+    """Option → value, those that were given."""
+    values = {
+        "--steps": args.steps,
+        "--micro-batch-size": args.micro_batch_size,
+        "--gradient-accumulation-steps": args.gradient_accumulation_steps,
+        "--learning-rate": args.learning_rate,
+        "--warmup-steps": args.warmup_steps,
+    }
+    return {option: value for option, value in values.items() if value is not None}
+
+
+def default_hyperparameters(args: argparse.Namespace, hidden_size: int) -> dict[str, Any]:
+    """Option → value where none was given. Wide models, and weights that have been trained, need smaller rates."""
+    rate = 0.25 / hidden_size / (1 if args.init_from is None else 10)
+    return {
+        "--steps": args.steps,
+        "--micro-batch-size": 8,
+        "--gradient-accumulation-steps": 4,
+        "--learning-rate": float(f"{rate:.3g}"),
+        "--warmup-steps": min(500, max(1, args.steps // 20)),
+    }
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` pairs, values as JSON where they are.
+
+    Raises:
+        ModelError: one without ``=``.
+    """
+    from models.errors import ModelError
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise ModelError(f"--set {pair}: write it as key=value.")
+        try:
+            values[key] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key] = text
+    return values
+
+
+def parse_partition(text: str | None) -> list[int] | None:
+    """``2,2,2,2`` as numbers.
+
+    Raises:
+        ModelError: something else.
+    """
+    from models.errors import ModelError
+
+    try:
+        return [int(n) for n in text.split(",")] if text else None
+    except ValueError:
+        raise ModelError(f"--partition {text}: write decoder layers of each stage as numbers, like 2,2,2,2.") from None

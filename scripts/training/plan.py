@@ -1,0 +1,204 @@
+"""What a training consists of, checked as far as one process can before the processes meet."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from scripts.training.arguments import (
+    default_hyperparameters,
+    given_hyperparameters,
+    parse_overrides,
+    parse_partition,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ibp_deepspeed.config.interlocking import InterlockingConfig
+    from ibp_deepspeed.data import TokenFile
+    from models import CausalLM
+    from models.runs.description import Description
+    from models.runs.start import StartingPoint
+
+
+@dataclass
+class Plan:
+    """What a run consists of.
+
+    Attributes:
+        ds_config: the DeepSpeed configuration, without "auto".
+        interlocking: its block.
+        model: the cut model.
+        num_stages: K.
+        bounds: stage k has layers bounds[k] … bounds[k+1]-1.
+        replicas: data-parallel ranks.
+        train, held_out: the two splits of the data.
+        description: what goes beside a checkpoint's files.
+        resume: the tag of the checkpoint to resume from.
+        files: texts that go into every checkpoint, by file name.
+    """
+
+    ds_config: dict[str, Any]
+    interlocking: InterlockingConfig
+    model: CausalLM
+    num_stages: int
+    bounds: list[int]
+    replicas: int
+    train: TokenFile
+    held_out: TokenFile
+    description: Description
+    resume: str | None
+    files: dict[str, str]
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Check everything that can be checked alone, before the processes meet.
+
+    Raises:
+        InterlockingError: one sentence about the first thing that is wrong.
+    """
+    from ibp_deepspeed.checkpoint import layout
+    from ibp_deepspeed.config.auto import fill_auto
+    from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config, resolve_interlocking
+    from ibp_deepspeed.data import open_tokens
+    from models import CausalLM
+    from models.runs.checkpoint import tokenizer_texts
+    from models.runs.resume import checkpoint_to_resume
+
+    num_stages, replicas = _processes(args)
+    first = os.environ["RANK"] == "0"
+    ds_config = load_ds_config(args.deepspeed_config)
+    interlocking = resolve_interlocking(ds_config)
+    train = open_tokens(args.data, "train", verify=first)
+    held_out = open_tokens(args.data, "heldout", verify=first)
+    begin = _starting_point(args, train.manifest.vocabulary_size)
+    _check_lengths(args, begin.hf_config)
+    model = CausalLM(begin.hf_config, seed=args.seed)
+    train.check_vocabulary(model.vocab_size)
+    defaults = default_hyperparameters(args, model.hidden_size)
+    ds_config = fill_auto(ds_config, given_hyperparameters(args), defaults, replicas)
+    check_ds_config(ds_config)
+    if first:
+        _warn_of_schedule(ds_config, args.steps)
+        _warn_of_mode(interlocking, num_stages)
+    partition = parse_partition(args.partition)
+    bounds = model.partition(num_stages, aux_heads=interlocking.aux_head, manual=partition)
+    description = _description(args, ds_config, model, bounds, interlocking, train)
+    files = {**description.files(), **begin.files, **tokenizer_texts(args.data / layout.TOKENIZER)}
+    resume = checkpoint_to_resume(args.output / "checkpoint", args.resume, description, args.steps)
+    if resume is None and begin.weights is not None:
+        fresh = args.init_heads == "fresh"
+        model = CausalLM(begin.hf_config, seed=args.seed, weights=begin.weights, fresh_heads=fresh)
+    return Plan(
+        ds_config, interlocking, model, num_stages, bounds, replicas, train, held_out, description, resume, files
+    )
+
+
+def _description(
+    args: argparse.Namespace,
+    ds_config: dict[str, Any],
+    model: CausalLM,
+    bounds: list[int],
+    interlocking: InterlockingConfig,
+    train: TokenFile,
+) -> Description:
+    from models.runs.description import Description
+
+    return Description(
+        model=model.config.to_dict(),
+        bounds=bounds,
+        interlocking=interlocking.model_dump(exclude_unset=True),
+        sequence_length=args.sequence_length,
+        data=str(args.data),
+        source=train.manifest.source,
+        init_from=args.init_from,
+        settings={key: value for key, value in ds_config.items() if key != "interlocking"},
+    )
+
+
+def _processes(args: argparse.Namespace) -> tuple[int, int]:
+    """K, and replicas, of the processes that a launcher started, or of this one alone."""
+    from models.errors import ModelError
+
+    if args.one_process:
+        _become_only_process(args.stages)
+        return args.stages, 1
+    if "RANK" not in os.environ:
+        raise ModelError(
+            "train_lm.py needs a launcher (deepspeed --num_accelerators 4 scripts/train_lm.py …) or --one-process."
+        )
+    world = int(os.environ["WORLD_SIZE"])
+    num_stages = args.stages or world
+    if num_stages < 1 or world % num_stages:
+        raise ModelError(f"{world} processes can't be divided into pipelines of {num_stages} stages: start a multiple.")
+    return num_stages, world // num_stages
+
+
+def _become_only_process(num_stages: int | None) -> None:
+    """What a launcher would have said to a single process."""
+    from models.errors import ModelError
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ModelError(f"--one-process was started as {os.environ['WORLD_SIZE']} processes: leave the launcher out.")
+    if num_stages is None:
+        raise ModelError("--one-process needs --stages K, the number of pipeline stages to train.")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", port)
+
+
+def _starting_point(args: argparse.Namespace, vocabulary_size: int) -> StartingPoint:
+    """The config and weights of --model or --init-from."""
+    from ibp_deepspeed.checkpoint import layout
+    from models.runs.start import pretrained_start, random_start
+
+    overrides = parse_overrides(args.set)
+    if args.init_from is None:
+        return random_start(args.model, {"vocab_size": vocabulary_size, **overrides})
+    first = os.environ["RANK"] == "0"
+    return pretrained_start(args.init_from, overrides, args.data / layout.TOKENIZER if first else None)
+
+
+def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> None:
+    from models.errors import ModelError
+
+    if args.sequence_length > getattr(hf_config, "max_position_embeddings", args.sequence_length):
+        raise ModelError(
+            f"--sequence-length {args.sequence_length} is longer than the model's {hf_config.max_position_embeddings} "
+            f"positions: use --set max_position_embeddings={args.sequence_length}."
+        )
+    if args.keep < 1 or args.save_interval < 0:
+        raise ModelError(
+            f"--keep {args.keep} --save-interval {args.save_interval}: keep at least 1, save at least at 0."
+        )
+
+
+def _warn_of_schedule(ds_config: dict[str, Any], steps: int) -> None:
+    """Say it when the learning rate would have reached its end long before the training does."""
+    total = ds_config.get("scheduler", {}).get("params", {}).get("total_num_steps")
+    if isinstance(total, int) and total < steps:
+        print(
+            f"warning: the configuration's learning rate ends at batch {total}, --steps is {steps}: set "
+            f'"scheduler.params.total_num_steps" to "auto".',
+            file=sys.stderr,
+        )
+
+
+def _warn_of_mode(interlocking: InterlockingConfig, num_stages: int) -> None:
+    """Say it when language models are known to learn slowly with these options."""
+    options, width = interlocking.aux_head, interlocking.width_for(num_stages)
+    linear = options is not None and options.blocks == options.borrow == 0
+    if interlocking.mode == "furthest" and 1 < width < num_stages and linear:
+        print(
+            f'warning: mode "furthest" at width {width} with linear heads learns language slowly (docs/learning.md): '
+            'set "mode": "window", or "aux_head": {"blocks": 1}.',
+            file=sys.stderr,
+        )

@@ -1,0 +1,103 @@
+"""From a plan to a pipeline with its data: the processes meet here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from scripts.training.arguments import EVAL_MICRO_BATCHES
+from scripts.training.checkpoints import set_position
+
+if TYPE_CHECKING:
+    from ibp_deepspeed.data import HeldOut, MicroBatchLoader
+    from ibp_deepspeed.pipeline import Pipeline
+    from scripts.training.plan import Plan
+
+
+class Data(NamedTuple):
+    """What this rank's replica reads: training data, and what is evaluated on the way and at the end."""
+
+    train: MicroBatchLoader
+    on_the_way: HeldOut
+    at_the_end: HeldOut
+
+
+def start(plan: Plan, args: argparse.Namespace) -> Pipeline:
+    """Meet the other processes and make the engine, or all stages in this process."""
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    from ibp_deepspeed import init_distributed, initialize
+    from models.build import pipeline_module, virtual_pipeline
+
+    deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
+    with contextlib.ExitStack() as stack:
+        if not args.verbose:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        init_distributed()
+        torch.manual_seed(args.seed + int(os.environ["RANK"]))  # dropout
+        if args.one_process:
+            monitor = MonitorMaster(get_monitor_config(plan.ds_config))
+            device = get_accelerator().current_device_name()
+            return virtual_pipeline(plan.model, plan.ds_config, plan.num_stages, plan.bounds, device, monitor)
+        module = pipeline_module(plan.model, plan.interlocking, plan.num_stages, plan.bounds)
+        return initialize(model=module, config=plan.ds_config)[0]
+
+
+def open_data(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Data:
+    """Training and held-out micro-batches of this rank's replica.
+
+    Raises:
+        DataError: less than one batch of data.
+    """
+    from ibp_deepspeed.data import HeldOut, MicroBatchLoader
+
+    size, count = pipeline.train_micro_batch_size_per_gpu(), pipeline.gradient_accumulation_steps()
+    where: dict[str, Any] = {"data_parallel_rank": pipeline.data_parallel_rank, "data_parallel_size": plan.replicas}
+    position = pipeline.global_steps * count
+    train = MicroBatchLoader(plan.train, args.sequence_length, size, **where, seed=args.seed, start=position)
+    set_position(train, plan, args)
+    train.samples.require(count * size * plan.replicas, "a batch")
+
+    def held_out(micro_batches: int | None) -> HeldOut:
+        samples = None if micro_batches is None else micro_batches * size * plan.replicas
+        return HeldOut(plan.held_out, args.sequence_length, size, **where, samples=samples)
+
+    return Data(train, held_out(args.eval_micro_batches or EVAL_MICRO_BATCHES), held_out(args.eval_micro_batches))
+
+
+def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data) -> None:
+    """Say on rank 0 what is going to be trained, and what of the data is left out."""
+    options, micro_batches = plan.interlocking.aux_head, pipeline.gradient_accumulation_steps()
+    head_parameters = plan.model.aux_head_parameters(options) if options else 0
+    lines = [
+        f"{plan.num_stages} stages × {plan.replicas} replicas, layers {plan.bounds}, "
+        f"{sum(plan.model.parameter_counts()):,} parameters and {head_parameters:,} a head, strategy "
+        f"{plan.interlocking.strategy} ({plan.interlocking.mode}), {micro_batches} micro-batches of "
+        f"{pipeline.train_micro_batch_size_per_gpu()} samples, learning rate {_learning_rate(plan)}"
+    ]
+    if args.init_from and not plan.resume:
+        heads = "at random" if args.init_heads == "fresh" else "as its final norm and LM head"
+        lines.append(f"begins with the weights of {args.init_from}" + (f", heads {heads}" if options else ""))
+    if options and options.readout == "shared":
+        size = "" if args.one_process else f" ({pipeline.refresh_bytes:,} bytes)"
+        lines.append(
+            f"the last stage's LM head{size} goes to all heads every {options.refresh_interval} batches and is used "
+            f"{options.delay(plan.num_stages, micro_batches)} batches later"
+        )
+    if plan.model.was_tied:
+        lines.append("the LM head is not tied to the embedding: they live on different stages.")
+    lines += [*data.train.samples.remarks(), *data.at_the_end.remarks()]
+    if args.eval_interval:
+        lines.append(f"held-out losses every {args.eval_interval} batches on {data.on_the_way.describe()}")
+    print("\n".join(lines), flush=True)
+
+
+def _learning_rate(plan: Plan) -> str:
+    return f"{plan.ds_config.get('optimizer', {}).get('params', {}).get('lr', 'its default')}"
