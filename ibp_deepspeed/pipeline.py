@@ -26,7 +26,7 @@ class Pipeline(Protocol):
 
     @property
     def refresh_bytes(self) -> int:
-        """Bytes of one copy of the last stage's readout that travels to the heads; 0 if none does."""
+        """Bytes of one copy of the last stage's LM head that travels to the heads; 0 if none does."""
 
     @property
     def load_report(self) -> list[str]:
@@ -54,7 +54,7 @@ class Pipeline(Protocol):
         """Write a checkpoint, and texts into it by file name."""
 
     def load_checkpoint(self, load_dir: str | Path, tag: str) -> Any:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
 
     def close(self) -> None:
         """End what runs in the background."""

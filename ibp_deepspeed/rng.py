@@ -29,14 +29,14 @@ class RandomState:
         return made
 
     def set(self) -> None:
-        """Have the generators go on from here."""
+        """Have the generators continue from here."""
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.accelerator)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """A context with these states; the generators go on undisturbed after it."""
+        """A context with these states; the generators continue undisturbed after it."""
         devices = [torch.cuda.current_device()] if self.accelerator is not None else []
         with torch.random.fork_rng(devices=devices):
             self.set()

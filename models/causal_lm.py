@@ -36,7 +36,7 @@ class CausalLM:
     """How one Hugging Face causal language model is cut into pipeline layers.
 
     Layers are built one at a time, on the CPU, with random weights that depend on the seed and the layer's index
-    alone: not on the number of stages, nor on what else was built; or with given weights. The readout has its own
+    alone: not on the number of stages, nor on what else was built; or with given weights. The LM head has its own
     weights even where the model's config ties it to the embedding, which would tie the first stage to the last;
     ``was_tied`` tells.
 
@@ -46,12 +46,12 @@ class CausalLM:
         dtype: of all parameters; initial values are drawn in fp32 and rounded to it.
         weights: of the layers, instead of random ones.
         fresh_heads: draw auxiliary heads at random all the same; otherwise they begin with the given weights' final
-            norm and readout, and blocks as the decoder layers that the model has next.
+            norm and LM head, and blocks as the decoder layers that the model has next.
 
     Attributes:
         num_layers: decoder layers + 2.
         vocab_size, hidden_size: V and H.
-        was_tied: whether the config ties the readout to the embedding.
+        was_tied: whether the config ties the LM head to the embedding.
 
     Raises:
         ModelError: a model that cannot be cut, by name and with the reason.
@@ -100,12 +100,12 @@ class CausalLM:
     def aux_head(self, stage_id: int, options: AuxHeadConfig = PRIVATE, after: int = 0) -> AuxiliaryHead:
         """The auxiliary head of a stage, hidden states [B, S, H] → LazyLogits, on the CPU.
 
-        A norm and a readout of the model's kinds, with decoder blocks before them if the options say so; random ones
-        depend on seed and stage alone. A readout that is not private starts as the model's own.
+        A norm and an LM head of the model's kinds, with decoder blocks before them if the options say so; random ones
+        depend on seed and stage alone. An LM head that is not private starts as the model's own.
 
         Args:
             stage_id: the stage that the head ends.
-            options: kind of readout, number of blocks.
+            options: kind of LM head, number of blocks.
             after: decoder layers of the model before the head, which decides the kind of its blocks.
         """
         head = self._meta_head(options, after)

@@ -49,13 +49,13 @@ class DecoderLayer(nn.Module):
 
 
 class Readout(nn.Module):
-    """Normed hidden states → lazy logits: a readout of the model's own kind.
+    """Normed hidden states → lazy logits: an LM head of the model's own kind.
 
     It is the model's forward with the decoder stubbed, so soft caps, biases and logit scales are the model's.
 
     Args:
         shell: of the model.
-        rank: make the readout's matrix a product of two, of this inner size.
+        rank: make the LM head's matrix a product of two, of this inner size.
     """
 
     def __init__(self, shell: Shell, rank: int | None = None) -> None:
@@ -74,7 +74,7 @@ class Readout(nn.Module):
         return [part for part in linear.modules() if isinstance(part, nn.Linear)]
 
     def readout_tensors(self) -> list[Tensor]:
-        """What heads with a shared readout copy."""
+        """What heads with a shared LM head copy."""
         parts = [part for part in (self.projection, self.readout) if part is not None]
         return [parameter for part in parts for parameter in part.parameters()]
 
@@ -110,7 +110,7 @@ class HeadLayer(Readout):
 
 
 class AuxiliaryHead(nn.Module):
-    """Hidden states [B, S, H] → lazy logits [B, S, V]: decoder blocks, a norm and a readout of the model's kinds.
+    """Hidden states [B, S, H] → lazy logits [B, S, V]: decoder blocks, a norm and an LM head of the model's kinds.
 
     Args:
         shell, recorder: of the model.
@@ -133,7 +133,7 @@ class AuxiliaryHead(nn.Module):
     def sources(self) -> dict[str, str]:
         """Parameter of the head → "layer.parameter" of the pipeline, from which it can start.
 
-        The norm and the readout are the model's own (the logit lens), blocks the decoder layers that follow.
+        The norm and the LM head are the model's own (the logit lens), blocks the decoder layers that follow.
         """
         found = {}
         for name, _ in self.named_parameters():
@@ -161,15 +161,15 @@ class AuxiliaryHead(nn.Module):
         return state
 
     def _divisor(self) -> Tensor | float:
-        """What the readout's input is divided by."""
+        """What the LM head's input is divided by."""
         return 1.0
 
 
 class FollowingHead(AuxiliaryHead):
-    """An auxiliary head whose readout is a copy of the model's own, which no loss trains here.
+    """An auxiliary head whose LM head is a copy of the model's own, which no loss trains here.
 
     Attributes:
-        temperature: learned, [1]; what the logits of a linear readout are divided by.
+        temperature: learned, [1]; what the logits of a linear LM head are divided by.
     """
 
     def __init__(self, shell: Shell, recorder: Recorder, options: AuxHeadConfig, after: int = 0) -> None:

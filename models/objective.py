@@ -17,6 +17,6 @@ class LanguageModelObjective(Objective):
         return len(self.module.kinds)
 
     def as_layers(self) -> ExitLayers:
-        """Its blocks are decoder layers, its norm and readout the model's last layer."""
+        """Its blocks are decoder layers, its norm and LM head the model's last layer."""
         head = self.module
         return ExitLayers(head.kinds, [*(block.state_dict() for block in head.blocks), head.as_last_layer()])

@@ -35,7 +35,7 @@ class Shell:
     """The parts of a causal language model, on meta.
 
     Attributes:
-        config: an own copy of the config: readout untied from the embedding, no cache.
+        config: an own copy of the config: LM head untied from the embedding, no cache.
         was_tied: whether the config given tied them.
         model, decoder: the model and its decoder; decoder_name is the latter's path in the former.
         layers, layers_name: the ModuleList of decoder layers and its name in the decoder.
@@ -128,7 +128,7 @@ class Shell:
 
 
 def untied(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a config whose readout has its own weights, without a cache or other outputs than logits."""
+    """A copy of a config whose LM head has its own weights, without a cache or other outputs than logits."""
     config = copy.deepcopy(config)
     config.tie_word_embeddings = False
     config.use_cache = False

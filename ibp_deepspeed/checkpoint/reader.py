@@ -111,12 +111,12 @@ class CheckpointReader:
         return found
 
     def _read_states(self, stage: int) -> dict[str, dict[str, Any]]:
-        whole, partitions = self._optimizer(stage)
+        complete, partitions = self._optimizer(stage)
         if partitions:
             return self._joined(stage, partitions)
         file = self.stage_file(stage)
         states = dict(enumerate(file[NAMES_KEY]))
-        found = {name: dict(whole["state"].get(index, {})) for index, name in states.items()}
+        found = {name: dict(complete["state"].get(index, {})) for index, name in states.items()}
         for name, master in zip(file[NAMES_KEY], file.get("masters") or [], strict=False):
             found[name][MASTER] = master
         return found

@@ -54,7 +54,7 @@ def head_origin(head: nn.Module, sources: Mapping[str, str], boundary: int, save
             return HeadOrigin(f"head before layer {boundary}: from {where}", names)
     names = fitting(sources)
     drawn = sorted(shapes.keys() - names.keys())
-    begun = f"head before layer {boundary}: from the model's readout" if names else f"head before layer {boundary}: new"
+    begun = f"head before layer {boundary}: from the model's LM head" if names else f"head before layer {boundary}: new"
     return HeadOrigin(begun + (f", {', '.join(drawn)} as in a new head" if names and drawn else ""), names)
 
 

@@ -81,7 +81,7 @@ class CheckpointStore:
         return path, checked(path)
 
     def resume_random_state(self, path: Path) -> None:
-        """Go on with this rank's random states; with other ones if another number of ranks wrote the checkpoint."""
+        """Resume this rank's random states; with other ones if another number of ranks wrote the checkpoint."""
         load_random_state(path, self._rank, self._ranks)
 
 
@@ -139,7 +139,7 @@ def save_random_state(folder: Path, rank: int) -> None:
 
 
 def load_random_state(folder: Path, rank: int, ranks: int) -> None:
-    """Go on with the random states of a checkpoint; with other ones if it was written by another number of ranks."""
+    """Resume the random states of a checkpoint; with other ones if it was written by another number of ranks."""
     if len(list(folder.glob(layout.ANY_RANDOM_STATE))) == ranks:
         RandomState.from_state_dict(torch.load(folder / layout.random_state(rank), weights_only=True)).set()
 

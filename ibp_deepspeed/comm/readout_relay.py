@@ -1,4 +1,4 @@
-"""How copies of the last stage's readout travel to the other stages, while all of them train.
+"""How copies of the last stage's LM head travel to the other stages, while all of them train.
 
 From stage to stage, on the host, in a gloo process group of their own (so that the order of NCCL's operations is not
 touched), moved by one background thread a stage. What a copy is used for is not known here.

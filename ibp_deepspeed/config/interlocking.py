@@ -28,13 +28,13 @@ class AuxHeadConfig(BaseModel):
     """q: the head of stage k stands behind the first q layers of stage k+1, and is computed there: their forward pass
     is needed anyway, and serves as the head's blocks. Every stage but the first needs more than q layers."""
     refresh_interval: int = Field(default=10, ge=1)
-    """R: the last stage's readout is copied as it stands when batch r·R begins, r = 1, 2, …"""
+    """R: the last stage's LM head is copied as it stands when batch r·R begins, r = 1, 2, …"""
     refresh_delay: int | None = Field(default=None, ge=0)
     """Every head uses that copy from batch r·R + delay on; None: max(R, ⌈K/M⌉ + 1)."""
     average: float | None = Field(default=None, gt=0, lt=1)
     """β: heads use the exponential average copy ← β·copy + (1-β)·newest; None uses the newest as it is."""
     rank: int | None = Field(default=None, ge=1)
-    """A private readout H → V as H → rank → V."""
+    """A private LM head H → V as H → rank → V."""
     aux_tokens: float = Field(default=1.0, gt=0, le=1)
     """Fraction of the positions whose loss trains the heads and, through them, the trunks; the last stage uses all."""
     aux_tokens_seed: int = 0
@@ -52,7 +52,7 @@ class AuxHeadConfig(BaseModel):
         return self
 
     def delay(self, stages: int, micro_batches: int) -> int:
-        """Batches between a copy of the last stage's readout and its use, on K stages with M micro-batches."""
+        """Batches between a copy of the last stage's LM head and its use, on K stages with M micro-batches."""
         if self.refresh_delay is not None:
             return self.refresh_delay
         return max(self.refresh_interval, least_refresh_delay(stages, micro_batches))
@@ -72,7 +72,7 @@ class Phase(BaseModel):
     width: int = Field(ge=1)
     """N; K or more is backpropagation (in mode furthest)."""
     mode: Mode | None = None
-    """None: the mode of the whole configuration."""
+    """None: the configuration's mode."""
 
 
 class MixedConfig(BaseModel):
@@ -84,7 +84,7 @@ class MixedConfig(BaseModel):
     fraction: float = Field(gt=0, le=1)
     """Of the micro-batches, rounded up. They come first, so that their gradients travel while the others compute."""
     mode: Mode | None = None
-    """None: the mode of the whole configuration."""
+    """None: the configuration's mode."""
 
 
 class InterlockingConfig(BaseModel):

@@ -27,7 +27,7 @@ class DialogueTokenizer:
         """One row for each dialogue.
 
         Raises DataError, which says where the dialogue is, for messages without a template, or that the template
-        cannot write, or does not write as the beginning of what it writes when they go on.
+        cannot write, or does not write as the beginning of what it writes when they continue.
         """
         return [self._chat(d) if self._tokenizer.has_chat_template else self._joined(d) for d in dialogues]
 
@@ -58,7 +58,7 @@ class DialogueTokenizer:
             if after[: len(before)] != before or ids[: len(after)] != after:
                 raise DataError(
                     f"{dialogue.where}: the tokens of message {turn + 1} cannot be told apart, because the chat "
-                    "template does not write messages as the beginning of what it writes when they go on: "
+                    "template does not write messages as the beginning of what it writes when they continue: "
                     "divide the row at that message, or use another chat template"
                 )
             counts[len(before) : len(after)] = [True] * (len(after) - len(before))

@@ -1,4 +1,4 @@
-"""What an evaluation reads: samples spread evenly over a whole split, each once, in micro-batches of one shape."""
+"""What an evaluation reads: samples spread evenly over a split, each once, in micro-batches of one shape."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -16,7 +16,7 @@ from ibp_deepspeed.errors import DataError
 class HeldOut:
     """The same micro-batches at every iteration, of one data-parallel rank, in the form of the loader's.
 
-    The samples are number 0, n/m, 2n/m, … of the n that the split has, so that no odd document stands for the whole.
+    The samples are number 0, n/m, 2n/m, … of the n that the split has, so that no odd document decides.
     Which they are depends on their number alone, not on how they are batched: with a loss that weights micro-batches by
     the labels that count in them, evaluations of other batch sizes and numbers of ranks give the same means. Where
     the last micro-batches are not full they are filled up with samples without labels that count.

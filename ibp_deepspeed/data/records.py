@@ -92,4 +92,4 @@ def _parquet_records(path: Path, field: str | None) -> Iterator[Record]:
                     number += 1
                     yield f"{path} row {number}", record
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} cannot be read as Parquet ({first_line(error)}): give a whole file") from error
+        raise DataError(f"{path} cannot be read as Parquet ({first_line(error)}): give a complete file") from error

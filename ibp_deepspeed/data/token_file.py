@@ -180,7 +180,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(f"{path} is not a manifest of this version ({place}: {first['msg']}): {_AGAIN}") from error
 
 

@@ -28,7 +28,7 @@ class EngineCheckpoints:
 
     Args:
         engine: whose they are.
-        readouts: the stage's copies of the last readout, some of which may be on their way; None without any.
+        readouts: the stage's copies of the last LM head, some of which may be on their way; None without any.
 
     Attributes:
         load_report: what the last :meth:`load` had to change, for the user; empty if nothing.

@@ -20,6 +20,7 @@ from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.engine.checkpointing import EngineCheckpoints, Loaded
+from ibp_deepspeed.engine.evaluation import evaluate
 from ibp_deepspeed.errors import BatchError, InterlockingError
 from ibp_deepspeed.schedule import instructions
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
@@ -54,7 +55,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         self.interlocking = interlocking
         self.pipe_buffers: dict[str, list[Any]] = {"in_flight": []}
         self.recomputations = 0
-        # The stage is checkpointed by hand (micro_batch.py): DeepSpeed's functions recompute at every product.
+        # The stage is checkpointed by hand (micro_batch.py): DeepSpeed's functions recompute for every gradient.
         self._recompute = self.module.activation_checkpoint_interval > 0
         self.module.activation_checkpoint_interval = 0
         self._trunk_parameters = self.module.trunk_parameters()
@@ -83,7 +84,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         return self._schedules[self.timeline.at(self.global_steps)]
 
     def _exec_schedule(self, pipe_schedule: InterlockedTrainSchedule) -> None:
-        """Overrides PipelineEngine's, which makes the instructions anew and registers each with the module."""
+        """Overrides PipelineEngine's, which makes all instructions in every batch again."""
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         for command in pipe_schedule.program:
             self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
@@ -119,7 +120,7 @@ class InterlockedPipelineEngine(PipelineEngine):
 
         Args:
             data_iter: iterator of micro-batches (inputs, labels) or (inputs, labels, sample ids), the same on every
-                stage; M are taken. None goes on with the last one.
+                stage; M are taken. None continues the last one.
 
         Returns:
             this stage's loss: the mean over its micro-batches and data-parallel ranks, detached (NaN for a stage
@@ -155,7 +156,7 @@ class InterlockedPipelineEngine(PipelineEngine):
 
     @property
     def refresh_bytes(self) -> int:
-        """Bytes of one copy of the last stage's readout that travels to the heads; 0 if none does."""
+        """Bytes of one copy of the last stage's LM head that travels to the heads; 0 if none does."""
         if self._readouts is None or self._readouts.rule is None:
             return 0
         return self._readouts.refresh_bytes
@@ -172,7 +173,7 @@ class InterlockedPipelineEngine(PipelineEngine):
 
     @torch.no_grad()
     def eval_batch(self, data_iter: Any, num_micro_batches: int | None = None) -> Tensor:  # type: ignore[override]
-        """Held-out losses of all exits; a synchronisation of the whole pipeline.
+        """Held-out losses of all exits; a synchronisation of the pipeline.
 
         Args:
             data_iter: as for :meth:`train_batch`; the training iterator is kept.
@@ -186,25 +187,14 @@ class InterlockedPipelineEngine(PipelineEngine):
         self.data_iterator = data_iter
         was_training = self.module.training
         self.module.eval()
-        count = num_micro_batches or self.micro_batches
-        link = self.links.evaluation_link()
-        self._losses.clear()
         try:
-            for m in range(count):
-                self._eval_micro_batch(m, link)
-            losses = torch.zeros(self.num_stages, dtype=torch.float64, device=self.device)
-            for index, loss in self._losses.means(self.module.losses).items():
-                losses[index] = loss
-            dist.all_reduce(losses, group=self.grid.get_pipe_parallel_group())
-            self._ledger.check()
+            return evaluate(self, num_micro_batches or self.micro_batches)
         except BaseException:
             self._failed = True
             raise
         finally:
-            link.close()
             self.data_iterator, self.training_dataloader = training_iterator, training_loader
             self.module.train(was_training)
-        return losses.cpu()
 
     def save_checkpoint(
         self,
@@ -287,7 +277,7 @@ class InterlockedPipelineEngine(PipelineEngine):
             micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute)
         else:
             micro = MicroBatchInFlight(self.module.trunk, recompute=recompute)
-        micro.inputs, micro.labels, micro.sample_checksum = self._load()
+        micro.inputs, micro.labels, micro.sample_checksum = self.load_micro_batch()
         self.pipe_buffers["in_flight"][buffer_id] = micro
 
     def _exec_recv_activations(self, buffer_id: int, micro_batch: int) -> None:
@@ -393,7 +383,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         micro: MicroBatchInFlight = self.pipe_buffers["in_flight"][buffer_id]
         return micro
 
-    def _load(self) -> tuple[Any, Any, int]:
+    def load_micro_batch(self) -> tuple[Any, Any, int]:
         """The next micro-batch: inputs (first stage only), labels (stages with a loss only), sample checksum."""
         if self.data_iterator is None:
             raise BatchError(f"stage {self.stage_id} was given no data: every rank needs a data_iter.")
@@ -420,19 +410,6 @@ class InterlockedPipelineEngine(PipelineEngine):
         yield
         if self.using_bf16_optimizer:
             self.optimizer.update_hp_grads()
-
-    def _eval_micro_batch(self, micro_batch: int, link: Any) -> None:
-        inputs, labels, key = self._load()
-        if not self.is_first_stage():
-            inputs, header = link.receive()
-            self._ledger.add(header, -1, micro_batch, key)
-        read = self.module.borrowed_layers(inputs)
-        outputs = self.module.remaining_layers(read) if self._borrowed else self.module.trunk(inputs)
-        if not self.is_last_stage():
-            link.send(TensorSpec.of(outputs, self.stage_id), outputs, (-1, micro_batch, key))
-        for loss, objective in self.module.objectives.items():
-            made = objective.outputs(outputs if loss == self.stage_id else read)
-            self._losses.add(loss, objective.measure(made, labels), objective.weight(labels))
 
     # Optimizer, reports
 

@@ -96,7 +96,7 @@ def initialize(
 class StageGrid(PipelineParallelGrid):
     """DeepSpeed's grid with each stage alone in its "model-parallel" group.
 
-    The optimizers reduce norms and overflow flags over that group, which in a pipeline is the whole pipeline: a
+    The optimizers reduce norms and overflow flags over that group, which is the whole pipeline: a
     barrier a batch, and one norm for losses that have nothing to do with each other.
     """
 
@@ -150,13 +150,13 @@ def _configure(
 
 
 def _check_aux_head(options: AuxHeadConfig | None, stages: int, micro_batches: int) -> None:
-    """Warn of a readout that stages have to wait for."""
+    """Warn of an LM head that stages have to wait for."""
     if options is None:
         return
     least = least_refresh_delay(stages, micro_batches)
     if options.readout == "shared" and options.delay(stages, micro_batches) < least:
         log_dist(
-            f"refresh_delay {options.refresh_delay} is below {least}: stages will wait for the last one's readout",
+            f"refresh_delay {options.refresh_delay} is below {least}: stages will wait for the last one's LM head",
             ranks=[0],
             level=logging.WARNING,
         )

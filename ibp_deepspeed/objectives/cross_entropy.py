@@ -1,8 +1,8 @@
 """What a language-model head returns, and its loss without the full logits.
 
 A head costs tokens x vocabulary numbers, far more than the hidden states it reads, and here every stage has one.
-So a head returns its normed hidden states together with the readout that would turn them into logits, and the
-loss walks over the tokens in chunks and takes each chunk's gradient at once.
+So a head returns its normed hidden states together with the LM head that would turn them into logits, and the
+loss takes the tokens in chunks and takes each chunk's gradient at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LazyLogits:
     Attributes:
         hidden: states after the final norm, [..., H].
         readout: maps rows [n, H] to logits [n, V]; row by row, so that it may be called in chunks.
-        parameters: every parameter with requires_grad that the readout depends on; others get no gradient.
+        parameters: every parameter with requires_grad that the LM head depends on; others get no gradient.
     """
 
     hidden: Tensor
@@ -54,7 +54,7 @@ def chunked_cross_entropy(logits: LazyLogits, labels: Tensor, *, chunk_tokens: i
     Args:
         logits: of shape [..., V].
         labels: classes, shape [...]; those equal to ``ignore_index`` do not count.
-        chunk_tokens: rows per call of the readout, at least 1.
+        chunk_tokens: rows per call of the LM head, at least 1.
 
     Returns:
         A scalar: fp32 if the logits are fp32 or less, fp64 if they are fp64; 0 with zero gradients if no label

@@ -1,4 +1,4 @@
-"""A fused linear cross-entropy in the place of chunks: on CUDA, for linear readouts, if Liger-Kernel is installed."""
+"""A fused linear cross-entropy in the place of chunks: on CUDA, for linear LM heads, if Liger-Kernel is installed."""
 
 from __future__ import annotations
 

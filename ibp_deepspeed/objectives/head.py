@@ -27,7 +27,7 @@ class Needs:
     """What an objective takes from elsewhere.
 
     Attributes:
-        readout: whether its module has a copy of the last stage's readout, kept up to date or as it was at the start.
+        readout: whether its module has a copy of the last stage's LM head, kept up to date or as it was at the start.
         borrow: layers of the next stage before its module, which then stands there.
         target: the exit whose outputs, detached, its loss is given as ``target`` (an index of a later stage).
     """
@@ -43,7 +43,7 @@ class ExitLayers:
 
     Attributes:
         kinds: for each block of the head, the decoder layer of the model that it is of the kind of.
-        states: state dicts of these blocks as pipeline layers, then that of the last layer (norm and readout).
+        states: state dicts of these blocks as pipeline layers, then that of the last layer (norm and LM head).
     """
 
     kinds: Sequence[int]
@@ -104,7 +104,7 @@ class Objective:
         return 1.0 if weigh is None else weigh(labels)
 
     def copied_readout(self) -> list[Tensor]:
-        """The module's copies of the last stage's readout; empty if it needs none.
+        """The module's copies of the last stage's LM head; empty if it needs none.
 
         Raises:
             InterlockingError: it needs them and doesn't say where they are.

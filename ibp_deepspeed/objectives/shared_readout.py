@@ -1,6 +1,6 @@
 """The rule by which the heads follow the last stage's readout.
 
-The last stage's readout as it stands when batch r·R begins there (r = 1, 2, …) is used by every head from batch
+The last stage's LM head as it stands when batch r·R begins there (r = 1, 2, …) is used by every head from batch
 r·R + delay on. The rule knows batches only, not when messages arrive, so a run repeats exactly.
 """
 
@@ -22,13 +22,13 @@ class HasReadout(Protocol):
     """A model's last layer, or a head with a copy of that layer's readout."""
 
     def readout_tensors(self) -> list[Tensor]:
-        """The readout's tensors, in one order in the last layer and in all heads; empty: nothing is shared."""
+        """The LM head's tensors, in one order in the last layer and in all heads; empty: nothing is shared."""
         ...
 
 
 @dataclass(frozen=True)
 class RefreshRule:
-    """When copies of the last stage's readout are taken and used.
+    """When copies of the last stage's LM head are taken and used.
 
     Attributes:
         interval: R.
@@ -66,7 +66,7 @@ class ReadoutSource:
     """The last stage's side: makes the copies that heads are given.
 
     Args:
-        initial: the readout before the first batch, on the device where copies are made.
+        initial: the LM head before the first batch, on the device where copies are made.
         average: β of the exponential average, or None.
 
     Attributes:
@@ -80,7 +80,7 @@ class ReadoutSource:
             self.average = [t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in initial]
 
     def take(self, readout: Sequence[Tensor]) -> list[Tensor]:
-        """A copy of the readout, or of β·average + (1-β)·readout, which is the average from now on."""
+        """A copy of the LM head, or of β·average + (1-β)·readout, which is the average from now on."""
         if self.average is None or self._beta is None:
             return [tensor.detach().clone() for tensor in readout]
         for mean, new in zip(self.average, readout, strict=True):
@@ -89,7 +89,7 @@ class ReadoutSource:
 
 
 def fill_pending(taken: dict[int, list[Tensor]], pending: Sequence[int], now: Sequence[Tensor]) -> None:
-    """For batches whose copies were never taken, the newest taken before them, or the readout as it is ``now``."""
+    """For batches whose copies were never taken, the newest taken before them, or the LM head as it is ``now``."""
     for lacking in pending:
         if lacking not in taken:
             before = [other for other in taken if other <= lacking]
@@ -104,7 +104,7 @@ def install(copies: Sequence[Tensor], newest: Sequence[Tensor]) -> None:
 
 
 def source_readout(last_stage: nn.Module, but: nn.Module | None = None) -> list[Tensor]:
-    """The readout of the model's last layer; ``but``: a head inside the stage, which is no layer of the model.
+    """The LM head of the model's last layer; ``but``: a head inside the stage, which is no layer of the model.
 
     Raises:
         InterlockingError: no layer of the stage offers one.

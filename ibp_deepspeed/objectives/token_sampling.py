@@ -1,4 +1,4 @@
-"""Auxiliary losses on a part of the positions: what a head costs is the vocabulary product of each of them."""
+"""Auxiliary losses on a part of the positions: a head costs H·V for each of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ibp_deepspeed.objectives.cross_entropy import LazyLogits
 
 
 class TokenSample:
-    """⌈r·T⌉ of the T positions of a micro-batch, drawn anew for each batch and each loss.
+    """⌈r·T⌉ of the T positions of a micro-batch, another draw for each batch and each loss.
 
     The draw depends on the seed, the batch and the loss alone, so that runs repeat, and data-parallel ranks agree;
     all micro-batches of a batch use the same positions.
@@ -43,7 +43,7 @@ class TokenSample:
         """A head's outputs [..., V] and labels [...] at these positions, [n, V] and [n].
 
         Raises:
-            InterlockingError: the head returns full logits, whose product is already paid for.
+            InterlockingError: the head returns full logits, whose cost is already paid.
         """
         if not isinstance(outputs, LazyLogits):
             raise InterlockingError(

@@ -165,7 +165,7 @@ class SingleProcessCheckpoints:
         self._reference.masters_to_weights()
 
     def _rule(self) -> RefreshRule | None:
-        """When copies of the last readout are made; None if none ever is (private, frozen)."""
+        """When copies of the last LM head are made; None if none ever is (private, frozen)."""
         if self._reference.source is None:
             return None
         stages = len(self._reference.stages)

@@ -27,7 +27,7 @@ Weighted = tuple[list[nn.Parameter], float]
 class InterlockedReference:
     """K stages and K-1 heads on one device, differentiated as interlocking backpropagation says.
 
-    With ``aux_head.readout`` shared or frozen the heads' copies are overwritten by the last stage's readout here.
+    With ``aux_head.readout`` shared or frozen the heads' copies are overwritten by the last stage's LM head here.
 
     Args:
         stages: the K trunks; stage k maps h_{k-1} to h_k, the last one to what ``loss_fn`` takes.
@@ -39,7 +39,7 @@ class InterlockedReference:
         placement: where the heads stand.
         objectives: of all K losses.
         batch: the number of the next batch, from 0; strategies and readouts follow it.
-        taken: copies of the last readout that are not used yet, by the batch at whose beginning they were taken.
+        taken: copies of the last LM head that are not used yet, by the batch at whose beginning they were taken.
         source: what makes these copies; None with private readouts.
 
     Raises:
@@ -182,7 +182,7 @@ class InterlockedReference:
                 )
 
     def _refresh_readouts(self, micro_batches: int) -> None:
-        """Take and use copies of the last stage's readout at the beginning of a batch."""
+        """Take and use copies of the last stage's LM head at the beginning of a batch."""
         rule = RefreshRule.from_config(self.interlocking, len(self.stages), micro_batches) if self._copies else None
         if rule is None:
             return

@@ -139,7 +139,7 @@ class VirtualPipeline:
 
     @property
     def refresh_bytes(self) -> int:
-        """0: no copy of a readout travels."""
+        """0: no copy of an LM head travels."""
         return 0
 
     @property

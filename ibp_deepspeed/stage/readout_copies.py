@@ -1,4 +1,4 @@
-"""What one stage does for heads that follow the last stage's readout, or have it as it was at the start."""
+"""What one stage does for heads that follow the last stage's LM head, or have it as it was at the start."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ibp_deepspeed.stage.module import InterlockedPipelineModule
 
 
 class ReadoutCopies:
-    """The readout of the last stage, or a head's copy of it, or with borrowed layers both.
+    """The LM head of the last stage, or a head's copy of it, or with borrowed layers both.
 
-    Made at the same time on all ranks. From then on all copies are equal to the last stage's readout, and the batches
+    Made at the same time on all ranks. From then on all copies are equal to the last stage's LM head, and the batches
     decide alone when they change.
 
     Args:
@@ -40,7 +40,7 @@ class ReadoutCopies:
         refresh_bytes: of one copy.
 
     Raises:
-        ModuleError: on all ranks of the pipeline, a stage without such a readout, or copies that don't fit it or are
+        ModuleError: on all ranks of the pipeline, a stage without such an LM head, or copies that don't fit it or are
             trained.
     """
 
@@ -105,7 +105,7 @@ class ReadoutCopies:
             self._collect(taken)
 
     def load(self, folder: str, batch: int, checkpoint_engine: Any, *, strict: bool = True) -> None:
-        """Have the copies that a run which goes on at ``batch`` needs, and no others, from a checkpoint.
+        """Have the copies that a run which resumes at ``batch`` needs, and no others, from a checkpoint.
 
         Args:
             folder: of the checkpoint.
@@ -133,7 +133,7 @@ class ReadoutCopies:
                 "resume with the readout, refresh_interval and refresh_delay that the checkpoint was trained with."
             )
         self._taken = {taken: saved[taken] for taken in pending}
-        # without one (another configuration, or before the first copy) the average begins at the readout loaded
+        # without one (another configuration, or before the first copy) the average begins at the LM head loaded
         average = state.get("average")
         self._source = ReadoutSource(self._on_host() if average is None else average, self._beta)
 
@@ -149,7 +149,7 @@ class ReadoutCopies:
             self._taken[taken] = self._relay.take(taken)
 
     def _on_host(self) -> list[Tensor]:
-        """A copy of the last stage's readout, there alone."""
+        """A copy of the last stage's LM head, there alone."""
         source = self._tensors.source
         return [t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for t in source]
 
@@ -165,7 +165,7 @@ class _Tensors:
     """The tensors of one stage.
 
     Attributes:
-        source: the last stage's readout, there alone.
+        source: the last stage's LM head, there alone.
         copies: what this stage's head has in its place.
         error: what is wrong with them, for all stages to raise.
     """
@@ -187,7 +187,7 @@ class _Tensors:
             )
 
     def agreed(self, group: dist.ProcessGroup) -> list[Tensor]:
-        """The last stage's readout on the meta device, after all stages have found their tensors fitting."""
+        """The last stage's LM head on the meta device, after all stages have found their tensors fitting."""
         seen: list[Any] = [None] * group.size()
         dist.all_gather_object(seen, (self.error, _shapes(self.source), _shapes(self.copies)), group=group)
         for error, _, _ in seen:

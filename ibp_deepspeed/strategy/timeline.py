@@ -77,7 +77,7 @@ class BatchStrategy:
 
 
 class Timeline:
-    """The strategies of a whole training.
+    """The strategies of a training, batch by batch.
 
     Args:
         interlocking: with its ``schedule``, ``mixed`` and ``global_interval``.

@@ -14,7 +14,7 @@ from models.shell import Shell, meta_model, untied
 
 
 def assemble(config: PretrainedConfig, state: Mapping[int, Mapping[str, Tensor]]) -> PreTrainedModel:
-    """The full model, with a readout of its own, from the state dicts of all pipeline layers.
+    """The full model, with an LM head of its own, from the state dicts of all pipeline layers.
 
     Args:
         config: the config that ``CausalLM`` was given.

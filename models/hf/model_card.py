@@ -64,16 +64,16 @@ def _title(exits: Exits, exit_: int) -> str:
 def _what(exits: Exits, exit_: int) -> str:
     if exits.description.data is None:
         return f"The weights of {exits.description.init_from}, unchanged."
-    whole = (
+    story = (
         f"Trained with interlocking backpropagation in {len(exits)} pipeline stages: each stage has a loss, and its "
         "layers are trained by the losses of the next stages."
     )
     if exit_ == len(exits):
-        return whole
+        return story
     layers = exits.boundary(exit_) - 1
     blocks = exits.depth(exit_) - layers
     more = f", its {blocks} blocks as decoder layers" if blocks else ""
-    return f"{whole} This is a smaller model: the first {layers} decoder layers and the head behind them{more}."
+    return f"{story} This is a smaller model: the first {layers} decoder layers and the head behind them{more}."
 
 
 def _training(exits: Exits) -> dict[str, str]:

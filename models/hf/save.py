@@ -17,7 +17,7 @@ from models.errors import ModelError
 from models.exits.exits import Exits
 from models.hf.model_card import model_card
 
-_TOLERANCE = {torch.float32: 1e-5}  # of the largest logit; a head's temperature is folded into its readout
+_TOLERANCE = {torch.float32: 1e-5}  # of the largest logit; a head's temperature is folded into its LM head
 _COARSE_TOLERANCE = 2e-2  # the same in 16 bits
 _CHECKED_TOKENS = 64
 

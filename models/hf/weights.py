@@ -116,7 +116,7 @@ class PretrainedWeights:
             )
 
     def _stored_key(self, key: str) -> str:
-        """A tied readout is the embedding, whatever else a file may have in its place."""
+        """A tied LM head is the embedding, whatever else a file may have in its place."""
         return self._embedding_key if self._shell.was_tied and key == self._readout_key else key
 
     def _sources_of_targets(self) -> dict[str, list[str]]:

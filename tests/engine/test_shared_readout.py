@@ -177,7 +177,7 @@ REFUSALS = [
     "the copied readout of a Head is trained too: set requires_grad to False",
     r"the head of stage 0 copies a readout of \[\(\(6, 6\), torch.float32\)\], the last stage's is",
     "needs a last layer with a method readout_tensors",
-    '"interlocking.aux_head.borrow" is 1, which decides where heads are built: give the block to Interlocked',
+    '"interlocking.aux_head.borrow" moves the heads, whose parameters were taken from the module before',
     '"interlocking.aux_head.borrow" is 2, but stage 1 has 2 layers: it needs more than are borrowed',
 ]
 

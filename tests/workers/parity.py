@@ -96,7 +96,7 @@ def make_engine(case: dict[str, Any], stages: int, count: int, dtype: torch.dtyp
         "pipeline": {"activation_checkpoint_interval": int(case.get("checkpoint", False))},
         "interlocking": case["interlocking"],
     }
-    module = make_module(stages, case["interlocking"], dtype=dtype, heads=heads, follow=follows(case))
+    module = make_module(stages, dtype=dtype, heads=heads, follow=follows(case))
     if not case.get("staged"):
         return initialize(model=module, config=config)[0]
     with mock.patch.object(Memory, "of", lambda device: Memory(device, staged=True)):  # as for a device behind gloo

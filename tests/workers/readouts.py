@@ -61,7 +61,7 @@ def late(case: dict[str, Any]) -> dict[str, Any]:
         if slow == "stage" and engine.is_last_stage():
             engine.module.forward_funcs[0].register_forward_hook(lambda *_: time.sleep(0.03))
         elif slow == "messages":
-            engine._readout._relay._pass_on = sleeping(engine._readout._relay._pass_on)
+            engine._readouts._relay._pass_on = sleeping(engine._readouts._relay._pass_on)
         results.append(train(engine, range(12)))
         engine.close()
     return {"same": [all(map(torch.equal, results[0], other)) for other in results[1:]]}
@@ -125,9 +125,16 @@ def refusals(case: dict[str, Any]) -> list[str]:
         lambda: module_with(FollowingHead, last=Layer),
     ]
     attempts: list[Callable[[], Any]] = [partial(trained, case["interlocking"], module) for module in modules]
-    attempts.append(lambda: engine_of({"aux_head": {"borrow": 1}}))
+    attempts.append(lambda: taken_before({"aux_head": {"borrow": 1}}))
     attempts.append(lambda: make_module(STAGES, {"aux_head": {"borrow": 2}}))
     return [said(attempt) for attempt in attempts]
+
+
+def taken_before(interlocking: dict[str, Any]) -> None:
+    """An optimizer that has the parameters of heads which the configuration then moves."""
+    module = make_module(STAGES)
+    config = {"train_micro_batch_size_per_gpu": 4, "interlocking": interlocking}
+    initialize(model=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1), config=config)
 
 
 def trained(interlocking: dict[str, Any], module: Callable[[], InterlockedPipelineModule]) -> Any:
