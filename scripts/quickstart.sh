@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # From nothing to a trained model: set up .venv, train a small Llama across four pipeline processes with pairwise
-# interlocking on the Python standard library's sources, evaluate every exit, export to Hugging Face, generate text.
+# interlocking on the Python standard library's sources, evaluate every exit, export to Hugging Face, generate text, and
+# set beside it what backpropagation reaches on the same samples, and what it reaches in the same time.
 #   bash scripts/quickstart.sh [FOLDER]      (default: runs/quickstart)
 set -euo pipefail
 out=$(realpath -m "${1:-runs/quickstart}")
 source "$(dirname "$0")/environment.sh" requirements.txt
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 stages=4
-steps=${QUICKSTART_STEPS:-200}
+steps=${QUICKSTART_STEPS:-1500}
+equal_time=$((steps * 61 / 100)) # batches of backpropagation in the simulated time of pairwise, see the last table
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -15,18 +17,23 @@ if [ "$GPUS" -lt "$stages" ]; then
   export DS_ACCELERATOR=cpu # four processes need four devices, or none
 fi
 
+training() { # OUTPUT PRESET STEPS: a command in $command; the same model, samples and rate for all
+  command=(scripts/train_lm.py --deepspeed_config "ds_configs/$2.json" --model models/configs/llama-nano.json
+    --data "$out/data" --sequence-length 128 --micro-batch-size 8 --gradient-accumulation-steps 1
+    --steps "$3" --eval-interval "$((steps / 3))" --output "$1")
+}
+
 rm -rf "$out"
 mkdir -p "$out"
 
-say "text: the Python standard library's sources, a byte-level BPE of 2048 tokens"
-"$PYTHON" scripts/prepare_data.py --out "$out/data" --vocab-size 2048 --max-bytes 6000000
+say "text: the Python standard library's sources, a byte-level BPE of 512 tokens"
+"$PYTHON" scripts/prepare_data.py --out "$out/data" --vocab-size 512 --max-bytes 6000000
 
-say "training: four pipeline processes, pairwise interlocking, $steps batches"
-deepspeed --num_accelerators "$stages" --master_port "${MASTER_PORT:-29500}" scripts/train_lm.py \
-  --deepspeed_config ds_configs/pairwise_cpu.json --model models/configs/llama-tiny.json --partition 2,2,2,2 --data "$out/data" \
-  --sequence-length 128 --steps "$steps" --eval-interval 100 --output "$out"
+say "training: four pipeline processes, one decoder layer each, pairwise interlocking, $steps batches"
+training "$out" pairwise_cpu "$steps"
+deepspeed --quiet --num_accelerators "$stages" --master_port "${MASTER_PORT:-29500}" "${command[@]}"
 
-say "held-out perplexity of every exit"
+say "held-out perplexity of every exit, from the checkpoint"
 "$PYTHON" scripts/evaluate_lm.py --checkpoint "$out/checkpoint" --json "$out/exits.json"
 
 say "loss curves"
@@ -37,5 +44,19 @@ say "export to Hugging Face"
 
 say "text sampled from the exported model"
 "$PYTHON" scripts/generate.py --model "$out/hf" --prompt "import " --tokens 80
+
+say "backpropagation, for comparison: all four stages in one process, the same numbers as in four"
+for batches in "$steps" "$equal_time"; do
+  training "$out/backpropagation-$batches" global_cpu "$batches"
+  "$PYTHON" "${command[@]}" --one-process --stages "$stages"
+done
+
+say "what it is good for: less waiting, so more batches in the same time"
+"$PYTHON" scripts/compare_runs.py "$out" "$out/backpropagation-$equal_time" "$out/backpropagation-$steps"
+cat <<TEXT
+One micro-batch a batch on four stages: three of four devices wait in backpropagation (1F1B), pairwise interlocking
+waits for the next stage only. In equal time it is ahead; batch for batch backpropagation is. With many micro-batches
+and few stages there is nothing to win: README.md says when it pays. One seed, one small model.
+TEXT
 
 say "done: $out has the checkpoint, history.jsonl, losses.png, exits.json and the Hugging Face folder hf"

@@ -24,7 +24,7 @@ from ibp_deepspeed.engine.evaluation import evaluate
 from ibp_deepspeed.errors import BatchError, InterlockingError
 from ibp_deepspeed.schedule import instructions
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
-from ibp_deepspeed.schedule.validate import validated_timeline
+from ibp_deepspeed.schedule.validate import ScheduleMaker, validated_timeline
 from ibp_deepspeed.stage.losses import StageLosses
 from ibp_deepspeed.stage.micro_batch import MicroBatchInFlight
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
@@ -49,6 +49,8 @@ class InterlockedPipelineEngine(PipelineEngine):
     """
 
     module: InterlockedPipelineModule
+    make_schedule: ScheduleMaker = staticmethod(InterlockedTrainSchedule.for_batch)
+    """What makes the schedule of a batch and a stage; another one is validated as this one is."""
 
     def __init__(self, *args: Any, interlocking: InterlockingConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,7 +78,8 @@ class InterlockedPipelineEngine(PipelineEngine):
     def _set_schedule(self) -> None:
         self.timeline = Timeline(self.interlocking, self.num_stages, self.micro_batches, self.module.has_aux_heads)
         self._channel_depth = self.timeline.channel_depth()
-        self._schedules = {batch: stages[self.stage_id] for batch, stages in validated_timeline(self.timeline).items()}
+        schedules = validated_timeline(self.timeline, self.make_schedule)
+        self._schedules = {batch: stages[self.stage_id] for batch, stages in schedules.items()}
         self._schedule = self._train_schedule()
 
     def _train_schedule(self) -> InterlockedTrainSchedule:

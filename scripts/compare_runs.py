@@ -1,0 +1,105 @@
+"""What runs reached, beside the time that their schedules need on a device for each stage.
+
+    python scripts/compare_runs.py runs/pairwise runs/global
+
+The time is simulated from the schedule (forward pass, input gradient and weight gradient of a stage one unit each, a
+head by its size), without communication; runs are compared with the first one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ibp_deepspeed import cli
+from ibp_deepspeed.errors import InterlockingError
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run: its strategy, stages and micro-batches, batches, last held-out loss, and simulated units a batch."""
+
+    name: str
+    strategy: str
+    num_stages: int
+    micro_batches: int
+    batches: int
+    loss: float
+    batch_time: float
+
+    @property
+    def time(self) -> float:
+        """Units of the whole run."""
+        return self.batches * self.batch_time
+
+
+def read(folder: Path) -> Result:
+    """The newest checkpoint of a run and the last line of its history that has held-out losses.
+
+    Raises:
+        InterlockingError: the run has none.
+    """
+    from ibp_deepspeed.config.interlocking import InterlockingConfig
+    from ibp_deepspeed.schedule.predict import predict_timeline
+    from ibp_deepspeed.schedule.simulator import Costs
+    from ibp_deepspeed.strategy.timeline import Timeline
+    from models import CausalLM
+    from models.costs import head_cost
+    from models.runs.checkpoint import Checkpoint
+
+    description = Checkpoint(folder / "checkpoint").description
+    try:
+        rows = [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise InterlockingError(f"can't read the history of {folder}: {error.strerror}.") from None
+    evaluated = [row for row in rows if "held_out" in row]
+    if not evaluated:
+        raise InterlockingError(f"{folder / 'history.jsonl'} has no held-out losses.")
+    interlocking = InterlockingConfig.parse(description.interlocking)
+    num_stages = len(description.bounds) - 1
+    micro_batches = description.settings.get("gradient_accumulation_steps", 1)
+    options = interlocking.aux_head
+    cost = head_cost(CausalLM(description.config()), options, num_stages, description.sequence_length)
+    timeline = Timeline(interlocking, num_stages, micro_batches, aux_heads=options is not None)
+    prediction = predict_timeline(timeline, Costs(head=cost))
+    name = f"{interlocking.strategy}, N = {interlocking.width_for(num_stages)} of {num_stages}"
+    last = evaluated[-1]
+    return Result(
+        str(folder), name, num_stages, micro_batches, last["step"], last["held_out"][-1], prediction.batch_time
+    )
+
+
+def table(results: list[Result]) -> str:
+    """One line a run."""
+    widest = max(len(r.name) for r in results)
+    names = f"{'strategy':<20} {'batches':>8} {'held-out loss':>14} {'units a batch':>14} {'time':>7}"
+    lines = [f"{'run':<{widest}}  {names}"]
+    for r in results:
+        lines.append(
+            f"{r.name:<{widest}}  {r.strategy:<20} {r.batches:>8,} {r.loss:>14.3f} {r.batch_time:>14.2f} "
+            f"{r.time / results[0].time:>6.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def main(phase: cli.SameOnAllRanks) -> None:
+    """Read, simulate, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folder of train_lm.py")
+    args = parser.parse_args()
+    cli.quiet()
+    results = [read(folder) for folder in args.runs]
+    print(table(results))
+    print(
+        "held-out loss of the last exit, nats per token; time: all batches, one device a stage, simulated "
+        f"(micro-batches a batch: {results[0].micro_batches})"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
