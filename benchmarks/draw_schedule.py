@@ -23,16 +23,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.speed.contenders import make
 from benchmarks.speed.emulated import model, time_batches
 from benchmarks.speed.harness import spawn
+from ibp_deepspeed.schedule.instructions import AuxLoss, BackwardInput, BackwardPass, ForwardPass
 
 STAGES, MICRO_BATCHES, UNIT = 4, 4, 0.1
-COLOURS = {"ForwardPass": "#4c78a8", "AuxLoss": "#e45756", "BackwardInput": "#f2b447", "BackwardPass": "#54a24b"}
-LABELS = {
-    "ForwardPass": "forward",
-    "AuxLoss": "own head: forward and backward",
-    "BackwardInput": "product to the input, for the stage before",
-    "BackwardPass": "update: products to input and weights",
-}
-Stamp = tuple[str, int, int, float, float]  # instruction, batch, micro-batch, start, end
+KINDS = (ForwardPass, AuxLoss, BackwardInput, BackwardPass)
+COLOURS = {"F": "#4c78a8", "L": "#e45756", "B": "#f2b447", "BW": "#54a24b"}  # by an instruction's letter
+Stamp = tuple[str, int, int, float, float]  # the instruction's letter, batch, micro-batch, start, end
 
 
 def record(arguments: dict[str, Any]) -> list[Stamp]:
@@ -55,7 +51,9 @@ def record(arguments: dict[str, Any]) -> list[Stamp]:
 
         return run
 
-    engine._INSTRUCTION_MAP = {kind: stamped(kind.__name__, f) for kind, f in engine._INSTRUCTION_MAP.items()}
+    engine._INSTRUCTION_MAP = {
+        kind: stamped(getattr(kind, "letter", ""), f) for kind, f in engine._INSTRUCTION_MAP.items()
+    }
     time_batches(engine, 2, warm_up=0)
     engine.close()
     return stamps
@@ -88,7 +86,8 @@ def draw(rows: dict[str, list[list[Stamp]]], path: Path) -> None:
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
     panels[-1].set_xlabel("time (1 = a stage's forward pass); the number is the micro-batch, paler is the next batch")
-    handles = [Patch(color=colour, label=LABELS[name]) for name, colour in COLOURS.items()]
+    kinds = {kind.letter: kind.meaning for kind in KINDS}
+    handles = [Patch(color=colour, label=kinds[letter]) for letter, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 

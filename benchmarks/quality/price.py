@@ -13,7 +13,7 @@ from ibp_deepspeed.schedule.predict import Prediction, predict_timeline
 from ibp_deepspeed.schedule.simulator import Costs
 from ibp_deepspeed.strategy.timeline import Timeline
 
-HEAD = 0.1  # forward and both products of a private readout, where a stage's forward is 1
+HEAD = 0.1  # forward, B and W of a private LM head, where a stage's forward is 1
 MICRO_BATCHES = 4
 
 
@@ -48,10 +48,10 @@ def price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float,
 
 
 def _price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float) -> Price:
-    """The price of an interlocking block, M = 4, no latency; products to weights and to inputs cost a forward each.
+    """The price of an interlocking block, M = 4, no latency; B and W cost a forward pass each.
 
-    A head that copies its readout saves the product to its weights; a block in a head is a layer that is computed
-    forward and backward, a borrowed layer one product to its input.
+    A head that copies its LM head saves its W; a block in a head is a layer that is computed
+    forward and backward, a borrowed layer one B.
     """
     config = InterlockingConfig.parse(interlocking)
     options = config.aux_head

@@ -94,7 +94,7 @@ class _Made(nn.Module):
 
 
 class TorchZeroBubble:
-    """``torch.distributed.pipelining``'s ZBV: two chunks of the model a rank, in a V; weight products fill bubbles."""
+    """``torch.distributed.pipelining``'s ZBV: two chunks of the model a rank, in a V; weight gradients fill bubbles."""
 
     def __init__(self, model: Model, stages: int, micro_batches: int) -> None:
         from torch.distributed.pipelining import PipelineStage

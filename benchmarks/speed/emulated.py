@@ -1,6 +1,6 @@
 """The real engines on stages that sleep: time per micro-batch and idle share, beside the limit and the prediction.
 
-A unit of sleep is a stage's forward pass, its product to the input, or its product to the weights; a head costs 0.1
+A unit of sleep is a stage's forward pass, its input gradient (B), or its weight gradient (W); a head costs 0.1
 units. Every stage is two layers of half a unit, so that schedules with two chunks a rank cut it in two.
 """
 

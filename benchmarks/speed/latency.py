@@ -46,9 +46,9 @@ class LateChannel(SendChannel):
 def delay_engine(engine: Any, seconds: float) -> None:
     """Add a latency to all messages of one of our engines, before its first batch."""
     for name in ("down", "up"):
-        channel = getattr(engine.boundaries, name)
+        channel = getattr(engine.links, name)
         if channel is not None:
-            setattr(engine.boundaries, name, LateChannel(channel, seconds))
+            setattr(engine.links, name, LateChannel(channel, seconds))
 
 
 def delay_deepspeed(seconds: float) -> None:

@@ -45,7 +45,7 @@ class _Sleep(torch.autograd.Function):
 
 
 class SleepingLayer(nn.Module):
-    """``seconds`` forward, as much for a product to the input, as much again if the weights' gradient is taken."""
+    """``seconds`` forward, as much for the input gradient, as much again if the weights' gradient is taken."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()

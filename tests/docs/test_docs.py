@@ -51,7 +51,7 @@ def test_files_that_the_readme_names_exist_and_options_too() -> None:
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(((?!http)[\w./-]+)\)", README):
         assert (ROOT / path).exists(), path
-    train = (ROOT / "scripts" / "train_lm.py").read_text(encoding="utf-8")
+    train = (ROOT / "scripts" / "training" / "arguments.py").read_text(encoding="utf-8")
     for option in re.findall(r"train_lm\.py(.*?)(?:\n[a-z]|\Z)", commands, flags=re.DOTALL)[0].split():
         if option.startswith("--"):
             assert f'"{option}"' in train, option

@@ -1,6 +1,6 @@
 """Stages that sleep, on the real engines: how close each comes to its work, and who wastes how much of a stage's time.
 
-A unit is a stage's forward pass, its product to the input, or its product to the weights; a head costs 0.1 units.
+A unit is a stage's forward pass, its input gradient (B), or its weight gradient (W); a head costs 0.1 units.
 DualPipeV and zero bubble (ZBV) need M ≥ 2K and are left out below.
 """
 

@@ -52,7 +52,8 @@ def watch(engine: Any) -> SavedActivations:
     module.trunk = saved.watched("trunk", module.trunk)
     if module.aux_head is not None:
         module.aux_head.forward = saved.watched("head", module.aux_head.forward)
-    module.loss_fn = saved.watched("head", module.loss_fn)
+    for objective in module.objectives.values():
+        objective.loss_fn = saved.watched("head", objective.loss_fn)
     return saved
 
 
@@ -63,7 +64,7 @@ def _mib(value: float) -> str:
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "": lambda row: row["contender"],
     "stage": lambda row: str(row["stage"]),
-    "live micro-batches": lambda row: str(row["live"]),
+    "micro-batches in flight": lambda row: str(row["live"]),
     "bound": lambda row: str(row["bound"]),
     "trunk, MiB": lambda row: _mib(row["trunk_bytes"]),
     "with head, MiB": lambda row: _mib(row["total_bytes"]),
@@ -108,7 +109,7 @@ _ARGUMENTS = ("stages", "micro_batches", "contenders", "width", "tokens", "vocab
 
 
 def bound(name: str, stages: int, micro_batches: int, stage: int) -> int:
-    """The most micro-batches that may be alive."""
+    """The most micro-batches that may be in flight."""
     from ibp_deepspeed.strategy.strategy import Strategy
 
     strategy = Strategy(stages, stages if name == "1F1B" else int(name[2:]))

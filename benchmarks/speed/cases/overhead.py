@@ -1,7 +1,7 @@
 """Stages that do next to nothing: what an engine itself costs for each micro-batch.
 
 ``bare`` is a loop that sends and receives the same tensors with torch.distributed and computes the same losses and
-products: whatever an engine takes beyond it is its own. CPU time is that of the training thread; with fewer cores
+gradients: whatever an engine takes beyond it is its own. CPU time is that of the training thread; with fewer cores
 than stages the wall-clock time also holds the waiting for a core.
 """
 
@@ -39,7 +39,7 @@ MODEL = Model(layers=[], head=Scale, loss_fn=loss_fn)
 
 
 class Bare:
-    """What every pipeline does at least, micro-batch by micro-batch: forward, send, losses, products; no engine.
+    """What every pipeline does at least, micro-batch by micro-batch: forward, send, losses, gradients; no engine.
 
     Args:
         stages: K; this process is the stage of its rank.
@@ -75,14 +75,14 @@ class Bare:
             self._loss(hidden, labels).backward()
         else:
             dist.send(hidden.detach(), self.stage + 1)
-            cotangent = self._head(hidden, labels) if self.heads else None
+            gradient = self._head(hidden, labels) if self.heads else None
             if self.pairwise and self.stage:
-                (product,) = torch.autograd.grad(hidden, inputs, cotangent, retain_graph=True)
-                dist.send(product, self.stage - 1)
+                (upstream,) = torch.autograd.grad(hidden, inputs, gradient, retain_graph=True)
+                dist.send(upstream, self.stage - 1)
             if self.gradients:
-                cotangent = torch.empty_like(hidden)
-                dist.recv(cotangent, self.stage + 1)
-            torch.autograd.backward(hidden, cotangent)
+                gradient = torch.empty_like(hidden)
+                dist.recv(gradient, self.stage + 1)
+            torch.autograd.backward(hidden, gradient)
         if self.stage and self.gradients and not (self.pairwise and self.stage < self.last):
             assert inputs.grad is not None
             dist.send(inputs.grad, self.stage - 1)

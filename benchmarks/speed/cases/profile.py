@@ -1,9 +1,9 @@
 """One stage on one device, in one process: the time of each piece of its work, for a planner to read.
 
-Pieces of one micro-batch: ``forward``; ``input_product``, the vector-Jacobian product to the stage's input, which keeps
+Pieces of one micro-batch: ``forward``; ``input_product``, the input gradient (B), which keeps
 the graph; ``backward``, the update's pass to weights and input; ``head``, an auxiliary head forward and backward. In
 bf16 on a GPU, in fp32 at small shapes without one. MFU: the floating-point operations that the piece needs (2 a weight
-and token forward, as many for each product) divided by its time and the device's peak.
+and token forward, as many for each of B and W) divided by its time and the device's peak.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ class Stage:
         seconds: dict[str, float] = {}
         clock = partial(_timed, seconds, self.inputs.device)
         outputs: Tensor = clock("forward", lambda: self.trunk(self.inputs))
-        cotangent = torch.randn_like(outputs)
-        product = partial(torch.autograd.grad, outputs, self.inputs, cotangent, retain_graph=True)
-        clock("input_product", product)
+        output_gradient = torch.randn_like(outputs)
+        input_gradient = partial(torch.autograd.grad, outputs, self.inputs, output_gradient, retain_graph=True)
+        clock("input_product", input_gradient)
         clock("head", partial(self._head, outputs.detach().requires_grad_()))
-        clock("backward", partial(torch.autograd.backward, outputs, cotangent))
+        clock("backward", partial(torch.autograd.backward, outputs, output_gradient))
         return seconds
 
     def _head(self, hidden: Tensor) -> None:
