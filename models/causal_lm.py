@@ -41,7 +41,7 @@ class CausalLM:
     ``was_tied`` tells.
 
     Args:
-        config: of a type in ``models.shell.PROVEN``; it is copied.
+        hf_config: of a type in ``models.shell.PROVEN``; it is copied.
         seed: of all initial weights.
         dtype: of all parameters; initial values are drawn in fp32 and rounded to it.
         weights: of the layers, instead of random ones.
@@ -59,24 +59,24 @@ class CausalLM:
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        hf_config: PretrainedConfig,
         *,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         weights: Weights | None = None,
         fresh_heads: bool = False,
     ) -> None:
-        self._shell = Shell(config)
+        self._shell = Shell(hf_config)
         self._recorder = Recorder(self._shell)
         self._seed = seed
         self._dtype = dtype
         self._weights = weights
         self._fresh_heads = fresh_heads or weights is None
         self.num_layers = len(self._shell.layers) + 2
-        self.vocab_size: int = self._shell.config.vocab_size
-        self.hidden_size: int = self._shell.config.hidden_size
+        self.vocab_size: int = self._shell.hf_config.vocab_size
+        self.hidden_size: int = self._shell.hf_config.hidden_size
         self.was_tied = self._shell.was_tied
-        self.config: PretrainedConfig = self._shell.config
+        self.hf_config: PretrainedConfig = self._shell.hf_config
 
     def layer_specs(self) -> list[LayerSpec]:
         """[embedding, decoder layers, head] for ``PipelineModule``; each builds its layer with real weights."""
@@ -193,7 +193,7 @@ class CausalLM:
         return module
 
     def __repr__(self) -> str:
-        return f"CausalLM({self._shell.config.model_type})"
+        return f"CausalLM({self._shell.hf_config.model_type})"
 
 
 class _CutLayerSpec(LayerSpec):  # type: ignore[misc]

@@ -31,7 +31,7 @@ class Recorder:
         self._decoder = shell.copy_of(shell.decoder, (shell.layers, nn.ModuleList(self._notes)))
         _remove_weights(self._decoder, keep=shell.layers_name)
         self._decoder.eval()
-        self._is_eager = shell.config._attn_implementation == "eager"
+        self._is_eager = shell.hf_config._attn_implementation == "eager"
         self._cache: dict[tuple[torch.Size, torch.dtype, torch.device], list[LayerInputs]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:

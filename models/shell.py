@@ -35,7 +35,7 @@ class Shell:
     """The parts of a causal language model, on meta.
 
     Attributes:
-        config: an own copy of the config: LM head untied from the embedding, no cache.
+        hf_config: an own copy of the config: LM head untied from the embedding, no cache.
         was_tied: whether the config given tied them.
         model, decoder: the model and its decoder; decoder_name is the latter's path in the former.
         layers, layers_name: the ModuleList of decoder layers and its name in the decoder.
@@ -47,11 +47,11 @@ class Shell:
         ModelError: a model type or a setting that cannot be cut.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        _refuse(config)
-        self.was_tied = bool(getattr(config, "tie_word_embeddings", False))
-        self.model = meta_model(untied(config))
-        self.config = self.model.config
+    def __init__(self, hf_config: PretrainedConfig) -> None:
+        _refuse(hf_config)
+        self.was_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
+        self.model = meta_model(untied(hf_config))
+        self.hf_config = self.model.config
         self.decoder: PreTrainedModel = self.model.get_decoder()
         self.decoder_name = next(name for name, m in self.model.named_modules() if m is self.decoder)
         self.layers_name, self.layers = self._part(_LAYERS, nn.ModuleList, "list of decoder layers")
@@ -62,7 +62,7 @@ class Shell:
         self.projection = projection if isinstance(projection, nn.Module) else None
 
     def __repr__(self) -> str:
-        return f"Shell({self.config.model_type})"
+        return f"Shell({self.hf_config.model_type})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shell:
         return self  # nothing in it changes, so copies of layers share it
@@ -70,7 +70,7 @@ class Shell:
     def copy_of(self, part: M, *swaps: tuple[nn.Module, nn.Module]) -> M:
         """A copy of a part, still on meta, in which the first of each pair of modules is replaced by the second."""
         memo: dict[int, Any] = {id(old): new for old, new in swaps}
-        return copy.deepcopy(part, {**memo, id(self.config): self.config})
+        return copy.deepcopy(part, {**memo, id(self.hf_config): self.hf_config})
 
     def initialise(
         self, module: nn.Module, part: str, seed: int, dtype: torch.dtype, values: Mapping[str, Tensor]
@@ -99,8 +99,8 @@ class Shell:
         for owner, name, parameter in _own_parameters(module):
             if parameter.isnan().any():
                 raise ModelError(
-                    f"model type '{self.config.model_type}' leaves {type(owner).__name__}.{name} of {part} without an "
-                    "initial value (not a number)"
+                    f"model type '{self.hf_config.model_type}' leaves {type(owner).__name__}.{name} of {part} without "
+                    "an initial value (not a number)"
                 )
             parameter.data = parameter.data.to(dtype)
 
@@ -122,33 +122,33 @@ class Shell:
             if isinstance(part, kind):
                 return name, part
         raise ModelError(
-            f"{type(self.decoder).__name__} of model type '{self.config.model_type}' has no {what} "
+            f"{type(self.decoder).__name__} of model type '{self.hf_config.model_type}' has no {what} "
             f"({' or '.join(names)}), so it cannot be cut into pipeline layers"
         )
 
 
-def untied(config: PretrainedConfig) -> PretrainedConfig:
+def untied(hf_config: PretrainedConfig) -> PretrainedConfig:
     """A copy of a config whose LM head has its own weights, without a cache or other outputs than logits."""
-    config = copy.deepcopy(config)
-    config.tie_word_embeddings = False
-    config.use_cache = False
-    config.output_hidden_states = False
-    config.output_attentions = False
-    return config
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.tie_word_embeddings = False
+    hf_config.use_cache = False
+    hf_config.output_hidden_states = False
+    hf_config.output_attentions = False
+    return hf_config
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+def meta_model(hf_config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config with its parameters on meta and its buffers real, in fp32.
 
     ``from_config`` chooses the attention: sdpa where the model has it. (A decoder layer built on its own would
     silently get eager attention, which without a mask is not causal.)
     """
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
 
 
-def _refuse(config: PretrainedConfig) -> None:
-    kind = config.model_type
+def _refuse(hf_config: PretrainedConfig) -> None:
+    kind = hf_config.model_type
     if kind not in PROVEN:
         raise ModelError(
             f"model type '{kind}' has not been proven to give the same logits cut and uncut; "
@@ -160,12 +160,12 @@ def _refuse(config: PretrainedConfig) -> None:
         "add_cross_attention": "cross attention",
     }
     for name, meaning in wrong.items():
-        if getattr(config, name, None):
+        if getattr(hf_config, name, None):
             raise ModelError(
-                f"{name}={getattr(config, name)} in the config of model type '{kind}' asks for {meaning}, "
-                f"which a cut model does not do: set it to {type(getattr(config, name))()}"
+                f"{name}={getattr(hf_config, name)} in the config of model type '{kind}' asks for {meaning}, "
+                f"which a cut model does not do: set it to {type(getattr(hf_config, name))()}"
             )
-    if getattr(config, "is_causal", True) is False:
+    if getattr(hf_config, "is_causal", True) is False:
         raise ModelError(f"is_causal=False in the config of model type '{kind}': only causal models are cut")
 
 

@@ -64,7 +64,7 @@ def read(folder: Path) -> Result:
     num_stages = len(description.bounds) - 1
     micro_batches = description.settings.get("gradient_accumulation_steps", 1)
     options = interlocking.aux_head
-    cost = head_cost(CausalLM(description.config()), options, num_stages, description.sequence_length)
+    cost = head_cost(CausalLM(description.hf_config()), options, num_stages, description.sequence_length)
     timeline = Timeline(interlocking, num_stages, micro_batches, aux_heads=options is not None)
     prediction = predict_timeline(timeline, Costs(head=cost))
     name = f"{interlocking.strategy}, N = {interlocking.width_for(num_stages)} of {num_stages}"

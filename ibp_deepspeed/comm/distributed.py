@@ -67,13 +67,13 @@ def has_compiler() -> bool:
     return shutil.which("ninja") is not None and bool(shutil.which(compiler) or shutil.which("g++"))
 
 
-def check_compiler(settings: Mapping[str, Any]) -> None:
+def check_compiler(ds_config: Mapping[str, Any]) -> None:
     """Refuse an optimizer that DeepSpeed would have to compile where it can't.
 
     Raises:
         ConfigError: on CPU without a compiler, with the setting that needs none.
     """
-    optimizer = settings.get("optimizer", {})
+    optimizer = ds_config.get("optimizer", {})
     name = str(optimizer.get("type", "")).lower()
     if _needs_no_compiler() or has_compiler() or name not in _COMPILED_ON_CPU:
         return

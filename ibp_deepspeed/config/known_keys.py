@@ -99,12 +99,12 @@ NESTED: dict[str, set[str]] = {
 }
 
 
-def unknown_keys(settings: Mapping[str, Any]) -> list[str]:
+def unknown_keys(ds_config: Mapping[str, Any]) -> list[str]:
     """Keys nobody reads, each with the nearest known one; ``interlocking`` is checked by its own model."""
-    found = _unknown("", settings, TOP_LEVEL | {"interlocking"})
+    found = _unknown("", ds_config, TOP_LEVEL | {"interlocking"})
     for block, known in NESTED.items():
-        if isinstance(settings.get(block), Mapping):
-            found += _unknown(f"{block}.", settings[block], known)
+        if isinstance(ds_config.get(block), Mapping):
+            found += _unknown(f"{block}.", ds_config[block], known)
     return found
 
 

@@ -41,9 +41,9 @@ class RefreshRule:
     average: float | None = None
 
     @classmethod
-    def from_config(cls, config: InterlockingConfig, stages: int, micro_batches: int) -> RefreshRule | None:
+    def from_config(cls, interlocking: InterlockingConfig, stages: int, micro_batches: int) -> RefreshRule | None:
         """The rule of a configuration; None if no head is refreshed."""
-        head = config.aux_head
+        head = interlocking.aux_head
         if head is None or head.readout != "shared":
             return None
         return cls(head.refresh_interval, head.delay(stages, micro_batches), head.average)

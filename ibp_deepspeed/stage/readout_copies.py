@@ -66,13 +66,18 @@ class ReadoutCopies:
 
     @classmethod
     def from_config(
-        cls, config: InterlockingConfig, module: InterlockedPipelineModule, grid: Any, micro_batches: int
+        cls, interlocking: InterlockingConfig, module: InterlockedPipelineModule, grid: Any, micro_batches: int
     ) -> ReadoutCopies | None:
         """What a configuration asks for; None if the heads have private readouts, or there are none."""
         stages = grid.pipe_parallel_size
-        if not module.has_aux_heads or stages == 1 or config.aux_head is None or config.aux_head.readout == "private":
+        if (
+            not module.has_aux_heads
+            or stages == 1
+            or interlocking.aux_head is None
+            or interlocking.aux_head.readout == "private"
+        ):
             return None
-        return cls(module, grid, RefreshRule.from_config(config, stages, micro_batches))
+        return cls(module, grid, RefreshRule.from_config(interlocking, stages, micro_batches))
 
     def begin_batch(self, batch: int) -> None:
         """Take the copy, and use the copy, that the rule names for the beginning of ``batch`` (from 0).

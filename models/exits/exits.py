@@ -39,7 +39,7 @@ class Exits:
         self.folder, self.description = self.checkpoint.folder, self.checkpoint.description
         self.interlocking = InterlockingConfig.parse(self.description.interlocking)
         self.placement = HeadPlacement.from_config(self.interlocking, len(self), self.interlocking.aux_head is not None)
-        self.hf_config = self.description.config()
+        self.hf_config = self.description.hf_config()
         self.model = CausalLM(self.hf_config, weights=self.checkpoint)
         self.device = torch.device(device)
 

@@ -13,11 +13,11 @@ from models.errors import ModelError
 from models.shell import Shell, meta_model, untied
 
 
-def assemble(config: PretrainedConfig, state: Mapping[int, Mapping[str, Tensor]]) -> PreTrainedModel:
+def assemble(hf_config: PretrainedConfig, state: Mapping[int, Mapping[str, Tensor]]) -> PreTrainedModel:
     """The full model, with an LM head of its own, from the state dicts of all pipeline layers.
 
     Args:
-        config: the config that ``CausalLM`` was given.
+        hf_config: the config that ``CausalLM`` was given.
         state: index in ``layer_specs`` → ``state_dict()`` of that layer; the tensors are copied.
 
     Returns:
@@ -26,7 +26,7 @@ def assemble(config: PretrainedConfig, state: Mapping[int, Mapping[str, Tensor]]
     Raises:
         ModelError: a layer or a weight that is missing, unknown or of another shape; named.
     """
-    shell = Shell(config)
+    shell = Shell(hf_config)
     expected = set(range(len(shell.layers) + 2))
     if set(state) != expected:
         raise ModelError(
@@ -38,7 +38,7 @@ def assemble(config: PretrainedConfig, state: Mapping[int, Mapping[str, Tensor]]
         for key, tensor in layer_state.items():
             # copied, because loading below adopts the tensors and training may go on
             weights[model_key(shell, index, key)] = tensor.detach().to("cpu", copy=True)
-    return _loaded(config, weights)
+    return _loaded(hf_config, weights)
 
 
 def exit_parts(
@@ -74,8 +74,8 @@ def model_key(shell: Shell, index: int, key: str) -> str:
     return prefixes[part] + rest
 
 
-def _loaded(config: PretrainedConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
-    model = meta_model(untied(config))
+def _loaded(hf_config: PretrainedConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
+    model = meta_model(untied(hf_config))
     wanted = model.state_dict()
     missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     misfits = [
@@ -85,7 +85,7 @@ def _loaded(config: PretrainedConfig, weights: dict[str, Tensor]) -> PreTrainedM
     ]
     if missing or unknown or misfits:
         raise ModelError(
-            f"the weights do not fit a model of type '{config.model_type}': missing {missing}, unknown {unknown}, "
+            f"the weights do not fit a model of type '{hf_config.model_type}': missing {missing}, unknown {unknown}, "
             f"of another shape {misfits}"
         )
     model.load_state_dict(weights, assign=True)

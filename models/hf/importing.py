@@ -30,14 +30,14 @@ def import_model(path_or_name: str, out: Path) -> Path:
         OutputError: a folder that exists or can't be written.
     """
     folder = local_folder(path_or_name)
-    config = load_config(folder)
-    weights = PretrainedWeights(folder, config)
+    hf_config = load_config(folder)
+    weights = PretrainedWeights(folder, hf_config)
     weights.check()
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model = CausalLM(config, dtype=dtype, weights=weights)
-    length = getattr(config, "max_position_embeddings", None) or 2048
+    dtype = hf_config.dtype if isinstance(hf_config.dtype, torch.dtype) else torch.float32
+    model = CausalLM(hf_config, dtype=dtype, weights=weights)
+    length = getattr(hf_config, "max_position_embeddings", None) or 2048
     description = Description(
-        model=model.config.to_dict(),
+        model=model.hf_config.to_dict(),
         bounds=[0, model.num_layers],
         interlocking={"strategy": "global"},
         sequence_length=min(length, 2048),

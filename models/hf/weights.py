@@ -63,16 +63,16 @@ class PretrainedWeights:
 
     Args:
         folder: with safetensors or ``pytorch_model.bin`` files, and an index if there are several.
-        config: of the model.
+        hf_config: of the model.
 
     Raises:
         ModelError: no weights, a damaged file, or weights of another model; named.
     """
 
-    def __init__(self, folder: str | Path, config: PretrainedConfig) -> None:
+    def __init__(self, folder: str | Path, hf_config: PretrainedConfig) -> None:
         self.folder = Path(folder)
-        self._shell = Shell(config)
-        self._model = meta_model(untied(config))
+        self._shell = Shell(hf_config)
+        self._model = meta_model(untied(hf_config))
         self._files = _files_of_keys(self.folder)
         self._rules = get_model_conversion_mapping(self._model)
         self._sources = self._sources_of_targets()

@@ -34,7 +34,7 @@ class Description(BaseModel):
     settings: dict[str, Any] = {}
     """The DeepSpeed configuration, but for the interlocking block."""
 
-    def config(self) -> PretrainedConfig:
+    def hf_config(self) -> PretrainedConfig:
         """The Hugging Face config as an object."""
         values = dict(self.model)
         return AutoConfig.for_model(values.pop("model_type"), **values)

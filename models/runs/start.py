@@ -45,19 +45,19 @@ def pretrained_start(path_or_name: str, overrides: Mapping[str, Any], data_token
     weights: PretrainedWeights | Checkpoint
     if Checkpoint.is_in(path_or_name):
         weights = Checkpoint(path_or_name)
-        config, folder = overridden(weights.description.config(), overrides), weights.folder
+        hf_config, folder = overridden(weights.description.hf_config(), overrides), weights.folder
         tokenizer = weights.tokenizer
     else:
         folder = local_folder(path_or_name)
-        config = load_config(folder, **overrides)
-        weights = PretrainedWeights(folder, config)
+        hf_config = load_config(folder, **overrides)
+        weights = PretrainedWeights(folder, hf_config)
         weights.check()
         tokenizer = folder if (folder / "tokenizer.json").exists() else None
     if tokenizer is not None and data_tokenizer is not None:
         check_same_tokenizer(tokenizer, data_tokenizer)
     generation = folder / layout.GENERATION
     files = {layout.GENERATION: generation.read_text(encoding="utf-8")} if generation.exists() else {}
-    return StartingPoint(config, weights, files)
+    return StartingPoint(hf_config, weights, files)
 
 
 def check_same_tokenizer(of_model: Path, of_data: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ class Run:
         evaluation = evaluate(self.pipeline, held_out)
         if self.first:
             self.write({"step": step, "held_out": evaluation.losses, "tokens": evaluation.tokens})
-            text = " ".join(f"{loss:.3f}" for loss in evaluation.losses)
+            text = in_words(evaluation.losses)
             self.bar.write(f"batch {step}: held-out losses of the exits {text} ({evaluation.tokens:,} tokens)")
             monitor = self.pipeline.monitor
             if monitor is not None and monitor.enabled:
@@ -85,7 +86,7 @@ class Run:
         self.write({"step": self.logged, "train": losses.tolist()})
         seconds = (time.perf_counter() - self.began) / (step - self.start)
         rate = f"{self.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
-        text = " ".join(f"{loss:.3f}" for loss in losses.tolist())
+        text = in_words(losses.tolist())
         self.bar.set_postfix_str(f"losses {text}, {rate}")
         if self.bar.disable and step >= self.printed + max(1, self.args.steps // 20):
             self.printed = step
@@ -98,6 +99,11 @@ class Run:
         assert self.history is not None
         self.history.write(json.dumps(row) + "\n")
         self.history.flush()
+
+
+def in_words(losses: Sequence[float]) -> str:
+    """Of the exits that have one."""
+    return " ".join(f"{loss:.3f}" for loss in losses if not math.isnan(loss))
 
 
 def open_history(path: Path, batches: int) -> IO[str]:

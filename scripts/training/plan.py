@@ -110,7 +110,7 @@ def _description(
     from models.runs.description import Description
 
     return Description(
-        model=model.config.to_dict(),
+        model=model.hf_config.to_dict(),
         bounds=bounds,
         interlocking=interlocking.model_dump(exclude_unset=True),
         sequence_length=args.sequence_length,
