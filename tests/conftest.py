@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,18 @@ import pytest
 
 if TYPE_CHECKING:
     from ibp_deepspeed.data.tokenizer import TextTokenizer
+    from tests.shared import Shared
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The environment's own ninja: another one would build DeepSpeed's extension anew, and again for the next process.
+# The environment's own ninja, and a place for DeepSpeed's extension that is this path's alone: another ninja, or the
+# same environment under another path, would build it anew, and again for the next process.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions/{zlib.crc32(sys.prefix.encode()):08x}")
+ROOT = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, ROOT)
+os.environ["PYTHONPATH"] = ROOT  # the fork server imports tests.preload
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +33,12 @@ def tokenizer() -> TextTokenizer:
     from tests.prepared_data import DOCUMENTS
 
     return train_tokenizer(DOCUMENTS, 300)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Folders that are made once in a run, whichever of pytest-xdist's workers needs them first."""
+    from tests.shared import Shared
+
+    own = tmp_path_factory.getbasetemp()
+    return Shared(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)

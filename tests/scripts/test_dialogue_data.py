@@ -21,7 +21,9 @@ from ibp_deepspeed.data import DataError, open_tokens
 from ibp_deepspeed.data.token_file import COUNTS, FIRST, read_manifest
 from ibp_deepspeed.data.tokenizer import train_tokenizer
 from scripts.train_lm import Plan, loaders
-from tests.scripts.test_scripts import ROOT, SMALL, script
+from tests.commands import script
+from tests.forks import ROOT
+from tests.scripts.settings import SMALL
 
 pytestmark = pytest.mark.xdist_group("test_dialogues")  # one worker: they share fixtures of the module
 
