@@ -6,12 +6,13 @@ import os
 import sys
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from ibp_deepspeed.data.tokenizer import TextTokenizer
+    from tests.scheduling import Scheduling
     from tests.shared import Shared
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -42,3 +43,25 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
     own = tmp_path_factory.getbasetemp()
     return Shared(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether each matrix is to run whole (``--full``) or thinned (see :mod:`tests.covering`)."""
+    return bool(request.config.getoption("--full"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the whole of each matrix of cases")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from tests.scheduling import longest_first
+
+    longest_first(items)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    from tests.scheduling import Scheduling
+
+    return Scheduling(config, log)

@@ -25,8 +25,6 @@ from tests.commands import script
 from tests.forks import ROOT
 from tests.scripts.settings import SMALL
 
-pytestmark = pytest.mark.xdist_group("test_dialogues")  # one worker: they share fixtures of the module
-
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}\n{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant\n{% endif %}"

@@ -15,8 +15,6 @@ from tests.commands import assert_one_sentence, ranks, script
 from tests.forks import ROOT
 from tests.models.test_causal_lm import perturbed
 
-pytestmark = pytest.mark.xdist_group("test_fine_tuning")  # one worker: they share fixtures of the module
-
 SEQUENCE = 32
 
 
