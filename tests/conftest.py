@@ -22,9 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # same environment under another path, would build it anew, and again for the next process.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions/{zlib.crc32(sys.prefix.encode()):08x}")
-ROOT = str(Path(__file__).resolve().parents[1])
-sys.path.insert(0, ROOT)
-os.environ["PYTHONPATH"] = ROOT  # the fork server imports tests.preload
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +51,17 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the whole of each matrix of cases")
+    parser.addoption("--full-if-changed", action="store_true", help="--full if its files are not those of the last")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    from tests import full_run
+
+    if config.option.full_if_changed and full_run.is_due():
+        config.option.full = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from tests.scheduling import longest_first
 
     longest_first(items)
@@ -65,3 +71,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
     from tests.scheduling import Scheduling
 
     return Scheduling(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    how = "whole" if config.option.full else "thinned to all pairs of values (--full runs them whole)"
+    terminalreporter.write_line(f"Matrices of cases: {how}.")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    from tests import full_run
+
+    config = session.config
+    everything = config.args_source is config.ArgsSource.TESTPATHS and not (
+        config.option.keyword or config.option.markexpr or config.option.deselect or config.option.lf
+    )
+    if config.option.full and everything and exitstatus == 0 and not hasattr(config, "workerinput"):
+        full_run.was_green()

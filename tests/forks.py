@@ -6,16 +6,19 @@ of a testing process, with torch's threads in it, are not.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):
+        forkserver.ensure_running()
     return context
 
 
@@ -55,6 +60,7 @@ def _begin(
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, number)
         os.close(file)
+    importlib.import_module("tests.preload")  # done, unless it failed in the server, which would not say so
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -41,7 +41,6 @@ def launch(
     After ``timeout`` seconds the rest is killed (exit code None); with ``end_with_first_failure`` that happens as soon
     as one fails, which is what launchers do.
     """
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as name, rendezvous() as meeting:
         folder = Path(name)
         logs = [folder / f"{rank}.log" for rank in range(world_size)]
@@ -53,6 +52,7 @@ def launch(
             )
             for rank, log in enumerate(logs)
         ]  # fmt: skip
+        started = time.monotonic()  # now: the first fork waits for its server
         codes = end(processes, timeout, with_first_failure=end_with_first_failure)
         output = [log.read_text() if log.exists() else "" for log in logs]
         reports = [json.loads(path.read_text()) if path.exists() else None for path in paths]

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import covering
+from tests.prepared_data import UNHURRIED
 
 
-@given(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+@UNHURRIED
+@given(st.lists(st.integers(1, 3), min_size=2, max_size=4))
 def test_each_pair_of_values_is_in_a_row(sizes: list[int]) -> None:
     axes = [range(size) for size in sizes]
     rows = covering.cases(*axes, full=False)
