@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
+from tests.forks import end, fork
 from tests.launch import launch
 
 
@@ -15,3 +19,14 @@ def test_a_rank_that_misbehaves_fails_the_test_with_its_output(case: str, code: 
         run.check()
     assert "rank 1 was here" in str(failed.value)
     assert case != "raises" or "ValueError: this rank broke" in str(failed.value)
+
+
+def _count_threads_of_the_server() -> None:
+    print(len(os.listdir(f"/proc/{os.getppid()}/task")))
+
+
+def test_what_is_forked_has_one_thread(tmp_path: Path) -> None:
+    """Nothing that the server imports has begun to compute: its children would miss the threads."""
+    path = tmp_path / "threads"
+    process = fork(_count_threads_of_the_server, environment=os.environ, stdout=path, stderr=path)
+    assert end([process], 60) == [0] and path.read_text() == "1\n"
