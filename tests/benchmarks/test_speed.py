@@ -7,8 +7,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,14 @@ from benchmarks.speed.cases import links, profile
 from benchmarks.speed.contenders import applies
 from benchmarks.speed.harness import Spread, table
 from benchmarks.speed.namespaces import missing
+from tests.commands import Done, real, speed_benchmark
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def benchmark(case: str, folder: Path, *options: str) -> dict[str, dict[str, object]]:
+def benchmark(
+    case: str, folder: Path, *options: str, start: Callable[..., Done] = speed_benchmark
+) -> dict[str, dict[str, object]]:
     """Rows of a record, by contender."""
-    command = [sys.executable, "-m", "benchmarks.speed", case, *options, "--repeats", "1", "--out", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = start(case, *options, "--repeats", "1", "--out", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((folder / f"{case}.json").read_text())
     assert record["command"].endswith(f"--out {folder}") and record["machine"]["torch"]
@@ -55,7 +56,8 @@ def test_a_latency_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_overhead_has_a_row_for_each_engine_and_bare_loop(tmp_path: Path) -> None:
-    rows = benchmark("overhead", tmp_path, "--stages", "2", "--micro-batches", "2", "--batches", "4")
+    command = partial(real, sys.executable, "-m", "benchmarks.speed")  # its own way of starting processes
+    rows = benchmark("overhead", tmp_path, "--stages", "2", "--micro-batches", "2", "--batches", "4", start=command)
     assert list(rows) == ["bare N=1", "N=1", "bare N=2", "N=2", "bare 1F1B", "1F1B"]
     assert rows["bare 1F1B"]["beyond_bare_ms"] == 0
     assert {"ForwardPass", "RecvActivation", "BackwardPass"} <= set(rows["N=1"]["instruction_ms"])  # type: ignore[call-overload]
@@ -64,8 +66,7 @@ def test_overhead_has_a_row_for_each_engine_and_bare_loop(tmp_path: Path) -> Non
 def test_saved_activations_reach_their_bound_and_no_more(tmp_path: Path) -> None:
     """A real Llama, K = 3, M = 4: live micro-batches of every stage, over batches that follow each other at once."""
     small = ("--width", "32", "--tokens", "16", "--vocabulary", "64", "--contenders", "N=1", "N=2", "1F1B")
-    command = [sys.executable, "-m", "benchmarks.speed", "memory", "--stages", "3", "--micro-batches", "4", *small]
-    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = speed_benchmark("memory", "--stages", "3", "--micro-batches", "4", *small, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     assert [row["live"] for row in rows] == [row["bound"] for row in rows] == [1, 1, 1, 2, 2, 1, 3, 2, 1]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from ibp_deepspeed.data import HeldOut, open_tokens
 from models.exits.evaluation import evaluate
 from models.exits.exits import Exits
-from tests.scripts.test_scripts import run
+from tests.commands import Done, ranks, script
 
 FOLDER = Path(__file__).resolve().parent / "earlier_run"
 NUMBERS: dict[str, Any] = json.loads((FOLDER / "numbers.json").read_text())
@@ -46,10 +45,12 @@ def test_its_exports_have_the_same_logits(exit_: int) -> None:
     assert logits == pytest.approx(NUMBERS["logits"][str(exit_)], abs=1e-6)
 
 
-def train(config: str, out: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def train(config: str, out: Path, *words: str, processes: int = 0) -> Done:
+    """In processes of a job, or in one."""
     where = ("--deepspeed_config", FOLDER / config, "--data", FOLDER / "data", "--output", out)
     what = ("--model", "models/configs/llama-tiny.json", "--set", *SIZES, "--partition", "0,2,4,6")
-    done = run(sys.executable, *launcher, "scripts/train_lm.py", *where, *what, "--sequence-length", "16", *words)
+    start = partial(ranks, processes) if processes else script
+    done = start("train_lm.py", *where, *what, "--sequence-length", "16", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -68,10 +69,8 @@ def check(out: Path, expected: dict[str, Any], steps: range, tag: str) -> None:
 def test_it_resumes_as_it_would_have(tmp_path: Path, one_process: bool) -> None:
     """In processes, whose optimizer files are DeepSpeed's, and in one."""
     shutil.copytree(FOLDER / "checkpoint", tmp_path / "checkpoint")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3")
     how = ("--one-process", "--stages", "3") if one_process else ()
-    launcher = () if one_process else torchrun
-    done = train("shared.json", tmp_path, "--steps", "6", "--resume", *how, launcher=launcher)
+    done = train("shared.json", tmp_path, "--steps", "6", "--resume", *how, processes=0 if one_process else 3)
     assert "resumes from global_step3" in done.stdout
     check(tmp_path, NUMBERS["shared"], range(4, 6), "global_step6")
 

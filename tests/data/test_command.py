@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from ibp_deepspeed.data.corpus import standard_library
 from ibp_deepspeed.data.token_file import read_manifest
 from ibp_deepspeed.data.tokenizer import TextTokenizer
+from tests.commands import script
 from tests.prepared_data import DOCUMENTS, decoded, files
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
@@ -111,7 +112,7 @@ def test_command_trains_the_tokenizer_without_held_out_text(tmp_path: Path, monk
 
 
 def test_command_says_a_user_error_in_one_line(tmp_path: Path) -> None:
-    run = _run("--input", tmp_path / "absent", "--out", tmp_path / "out")
+    run = script("prepare_data.py", "--input", tmp_path / "absent", "--out", tmp_path / "out")
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'absent'} does not exist: give")
     assert "Traceback" not in run.stderr

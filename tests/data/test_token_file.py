@@ -214,7 +214,7 @@ def test_missing_parts_are_named(prepared: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[:50], r"manifest\.json is not a manifest .*the whole file"),
+        (lambda text: text[:50], r"manifest\.json is not a manifest .*the file"),
         (
             lambda text: text.replace('"format_version": 1', '"format_version": 2'),
             "format_version: Input should be 1",

@@ -10,8 +10,6 @@ import pytest
 from tests.launch import launch
 from tests.single_process.test_reference import gradients as reference_gradients
 
-pytestmark = pytest.mark.xdist_group("test_engine")  # one worker: they share fixtures of the module
-
 
 def test_equals_deepspeed_at_full_width() -> None:
     """N = K, mode furthest, is PipelineEngine's backpropagation, step by step."""

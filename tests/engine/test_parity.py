@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests import covering
 from tests.launch import launch
 
+MODES = ("furthest", "window")
 STRATEGIES = {1: {"strategy": "local"}, 2: {"strategy": "pairwise"}}
 
 
@@ -27,8 +29,8 @@ def run(world_size: int, cases: list[dict[str, Any]], tolerance: float) -> list[
     return reports
 
 
-def matrix(stages: int) -> list[dict[str, Any]]:
-    axes = itertools.product(range(1, stages + 1), (1, 2, 5), ("furthest", "window"), (True, False), (0, 1))
+def matrix(stages: int, full: bool) -> list[dict[str, Any]]:
+    axes = covering.cases(range(1, stages + 1), (1, 2, 5), MODES, (True, False), (0, 1), full=full)
     return [
         {
             "stages": stages,
@@ -41,9 +43,9 @@ def matrix(stages: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
-def test_every_strategy_equals_the_reference(stages: int) -> None:
+def test_every_strategy_equals_the_reference(stages: int, full: bool) -> None:
     """Gradients of the first step, parameters after 5 steps of SGD with momentum, losses: 1e-5 relative in fp32."""
-    run(stages, matrix(stages), 1e-5)
+    run(stages, matrix(stages, full), 1e-5)
 
 
 def timelines(stages: int) -> list[dict[str, Any]]:
@@ -84,7 +86,7 @@ def test_timelines_equal_the_reference(stages: int) -> None:
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
-def test_borrowed_layers_equal_the_reference(stages: int) -> None:
+def test_borrowed_layers_equal_the_reference(stages: int, full: bool) -> None:
     """Heads behind a layer of the next stage: readouts private and shared, slack, recomputation: 1e-5."""
     plain: dict[str, Any] = {"borrow": 1}
     shared = {"borrow": 1, "readout": "shared", "refresh_interval": 1}
@@ -96,13 +98,20 @@ def test_borrowed_layers_equal_the_reference(stages: int) -> None:
             "checkpoint": count == 5,
             "interlocking": interlocking(width, mode=mode, hop_slack=slack, aux_head=head),
         }
-        for width, mode in itertools.product(range(1, stages + 1), ("furthest", "window"))
-        for count, slack, head in ((1, 0, plain), (2, 1, shared), (5, 0, plain))
+        for width, mode, (count, slack, head) in covering.cases(
+            range(1, stages + 1),
+            MODES,
+            ((1, 0, plain), (2, 1, shared), (5, 0, plain)),
+            full=full,
+            always=[(1, "furthest", (5, 0, plain))],  # whose recomputations are counted
+        )
     ]
     mixed = {"strategy": "local", "mode": "window", "mixed": {"width": 2, "fraction": 0.5}, "aux_head": plain}
     cases += [{"stages": stages, "micro_batches": 3, "steps": 7, "interlocking": {**mixed, "global_interval": 3}}]
     reports = run(stages, cases, 1e-5)
-    assert all(rows[2]["recomputations"] == 25 for rows in reports[:-1]), "local learning waits for a gradient too"
+    waiting = interlocking(1, mode="furthest", hop_slack=0, aux_head=plain)
+    local = next(i for i, each in enumerate(cases) if each["micro_batches"] == 5 and each["interlocking"] == waiting)
+    assert all(rows[local]["recomputations"] == 25 for rows in reports[:-1]), "local learning waits for a gradient too"
 
 
 def test_one_stage_is_plain_training() -> None:
@@ -159,7 +168,7 @@ def test_adamw_losses() -> None:
         print("AdamW, 20 steps:", [(f"{row['loss']:.1e}", f"{row['parameter']:.1e}") for row in rows])
 
 
-def test_data_parallel() -> None:
+def test_data_parallel(full: bool) -> None:
     """2 stages × 2 replicas, ZeRO 0 and 1."""
     cases = [
         {
@@ -171,9 +180,12 @@ def test_data_parallel() -> None:
             "eval": True,
             "interlocking": interlocking(width, mode=mode),
         }
-        for zero in (0, 1)
-        for width, mode in ((1, "furthest"), (2, "furthest"), (2, "window"))
-        for count, optimizer, clip in ((1, "sgd", 0.0), (5, "sgd", 0.05), (2, "adamw", 0.0))
+        for zero, (width, mode), (count, optimizer, clip) in covering.cases(
+            (0, 1),
+            ((1, "furthest"), (2, "furthest"), (2, "window")),
+            ((1, "sgd", 0.0), (5, "sgd", 0.05), (2, "adamw", 0.0)),
+            full=full,
+        )
     ]
     cases += [
         {

@@ -15,8 +15,6 @@ from tests.engine.test_parity import interlocking
 from tests.launch import launch
 from tests.toys import make_reference, micro_batches
 
-pytestmark = pytest.mark.xdist_group("test_readouts")  # one worker: they share fixtures of the module
-
 
 def case(
     stages: int,

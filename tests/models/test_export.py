@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.data.tokenizer import train_tokenizer
+from ibp_deepspeed.errors import OutputError
 from models import CausalLM, ModelError
 from models.exits.exits import Exits
 from models.hf.importing import import_model
@@ -134,7 +135,7 @@ def test_tokenizer_generation_config_and_card_are_there(tmp_path: Path) -> None:
 def test_what_stops_an_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(tmp_path / "run", "llama")
     exits = Exits(tmp_path / "run")
-    with full_device(), pytest.raises(ModelError, match="can't write .*first: "):
+    with full_device(), pytest.raises(OutputError, match="can't write .*first: "):
         write(exits, tmp_path / "first", 1)
     with pytest.raises(ModelError, match=r"has no exit 3: its exits are 1, 2 \(the last one is the model\)"):
         write(exits, tmp_path / "first", 3)
@@ -162,7 +163,7 @@ def test_there_and_back(model_type: str, tmp_path: Path) -> None:
     write(exits, tmp_path / "back")
     with torch.no_grad():
         assert (logits(tmp_path / "back") - want(tokens()).logits).abs().max() <= 1e-6
-    with pytest.raises(ModelError, match="exists already"):
+    with pytest.raises(OutputError, match="exists already"):
         import_model(str(tmp_path / "back"), tmp_path / "imported")
 
 

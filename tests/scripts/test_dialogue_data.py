@@ -22,9 +22,9 @@ from ibp_deepspeed.data.token_file import COUNTS, FIRST, read_manifest
 from ibp_deepspeed.data.tokenizer import train_tokenizer
 from ibp_deepspeed.errors import DataError
 from scripts.training.start import open_data
-from tests.scripts.test_scripts import ROOT, SMALL, script
-
-pytestmark = pytest.mark.xdist_group("test_dialogues")  # one worker: they share fixtures of the module
+from tests.commands import script
+from tests.forks import ROOT
+from tests.scripts.settings import SMALL
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}\n{{ m.content }}{{ eos_token }}{% endfor %}"

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ibp_deepspeed.data import MicroBatchLoader, open_tokens
+from ibp_deepspeed.data import HeldOut, open_tokens
 from models import load_config
+from tests.commands import assert_one_sentence, ranks, script
+from tests.forks import ROOT
 from tests.models.test_causal_lm import perturbed
-from tests.scripts.test_scripts import ROOT, assert_one_sentence, run, script
-
-pytestmark = pytest.mark.xdist_group("test_fine_tuning")  # one worker: they share fixtures of the module
 
 SEQUENCE = 32
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared") / "data"
-    done = script("prepare_data.py", "--out", folder, "--vocab-size", "512", "--max-bytes", "400000")
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -53,27 +43,24 @@ def config(folder: Path, rate: float) -> Path:
 
 
 def held_out_loss(model: PreTrainedModel, data: Path, micro_batches: int) -> float:
-    loader = MicroBatchLoader(open_tokens(data, "heldout"), SEQUENCE, 2, shuffle=False)
+    held_out = HeldOut(open_tokens(data, "heldout"), SEQUENCE, 2, samples=2 * micro_batches)
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten()).item()
-            for ids, labels, _ in loader.held_out(micro_batches)
+            for ids, labels, _ in held_out
         ]
     return sum(losses) / len(losses)
 
 
 def test_processes_read_their_own_layers_and_change_nothing_at_rate_zero(hub: Path, data: Path, tmp_path: Path) -> None:
     """Two real stages: the last exit has the loss of the model in the folder, and the export its weights."""
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     words = ["--init-from", hub, "--data", data, "--sequence-length", str(SEQUENCE), "--eval-micro-batches", "4"]
     out = tmp_path / "run"
-    done = run(
-        *torchrun, "scripts/train_lm.py", "--deepspeed_config", config(tmp_path, 0.0), *words, "--steps", "1",
-        "--output", out,
-    )  # fmt: skip
+    where = ("--deepspeed_config", config(tmp_path, 0.0), "--output", out)
+    done = ranks(2, "train_lm.py", *where, *words, "--steps", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"begins with the weights of {hub}, heads as its final norm and readout" in done.stdout
-    assert "the readout is not tied to the embedding" in done.stdout
+    assert f"begins with the weights of {hub}, heads as its final norm and LM head" in done.stdout
+    assert "the LM head is not tied to the embedding" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(hub).eval()
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     held_out = next(row["held_out"] for row in rows if "held_out" in row)

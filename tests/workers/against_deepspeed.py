@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import deepspeed
@@ -11,7 +9,6 @@ import torch
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 
 from ibp_deepspeed import InterlockedPipelineModule, initialize
-from tests.launch import report
 from tests.toys import Layer, layer_specs, loss_fn, micro_batches
 from tests.workers.parity import OPTIMIZERS, compare
 
@@ -46,9 +43,3 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         rows.append(row)
     ours.close()
     return {"worst": {key: max(r.get(key, 0.0) for r in rows) for key in ("parameter", "loss")}}
-
-
-if __name__ == "__main__":
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
-    report([run_case(case) for case in json.loads(sys.argv[1])])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
-import deepspeed
 import torch
 
 from ibp_deepspeed import initialize
-from tests.launch import report
 from tests.toys import make_module, micro_batches
 from tests.workers.parity import compare
 
@@ -32,7 +28,7 @@ def engine_of(case: dict[str, Any]) -> Any:
     return initialize(model=make_module(2), config=config)[0]
 
 
-def run(case: dict[str, Any]) -> dict[str, float]:
+def run_case(case: dict[str, Any]) -> dict[str, float]:
     engine = engine_of(case)
     rank = engine.grid.get_data_parallel_rank()
     rates = []
@@ -54,9 +50,3 @@ def run(case: dict[str, Any]) -> dict[str, float]:
     engine.close()
     other.close()
     return {"difference": difference, "rates": rates, "newest": None if newest is None else newest[1]}  # type: ignore[dict-item]
-
-
-if __name__ == "__main__":
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
-    report([run(case) for case in json.loads(sys.argv[1])])

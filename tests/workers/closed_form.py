@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec
 
 from ibp_deepspeed import InterlockedPipelineModule, initialize
-from tests.launch import report
 from tests.single_process.test_reference import XS, A, B, C, M, P, Q, Scale, linear_loss
 
 
-def gradients(interlocking: dict[str, Any]) -> dict[str, float]:
+def run_case(interlocking: dict[str, Any]) -> dict[str, float]:
     module = InterlockedPipelineModule(
         [LayerSpec(Scale, value) for value in (A, B, C)],
         num_stages=3,
@@ -37,9 +33,3 @@ def gradients(interlocking: dict[str, Any]) -> dict[str, float]:
     engine.close()
     named = {"head" if "aux" in name else "trunk": before[name] - p.item() for name, p in module.named_parameters()}
     return {**named, "loss": loss.item()}
-
-
-if __name__ == "__main__":
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
-    report([gradients(block) for block in json.loads(sys.argv[1])])

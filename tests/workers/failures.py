@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -127,11 +125,5 @@ class Scalar(nn.Module):
         return hidden * self.scale
 
 
-def main(phase: cli.SameOnAllRanks) -> None:
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
-    cases(phase)[json.loads(sys.argv[1])]()
-
-
-if __name__ == "__main__":
-    cli.run(main)
+def main(phase: cli.SameOnAllRanks, case: str) -> None:
+    cases(phase)[case]()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
 from ibp_deepspeed import InterlockedReference, initialize
 from ibp_deepspeed.comm.message import Memory
-from tests.launch import report
 from tests.toys import make_module, make_reference, micro_batches
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
@@ -61,7 +57,6 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     worst["parameter"] = compare(list(engine.module.parameters()), stage_parameters(reference, engine.stage_id))
     worst["recomputations"] = float(engine.recomputations)
     engine.close()
-    destroy_groups()
     return worst
 
 
@@ -73,14 +68,6 @@ def follows(case: dict[str, Any]) -> bool:
 def stage_parameters(reference: InterlockedReference, stage: int) -> list[torch.Tensor]:
     """All of a stage, a head's copy included, in the order of the engine's module."""
     return [p for module in reference.modules(stage) for p in module.parameters()]
-
-
-def destroy_groups() -> None:
-    """Give back the threads and sockets of a case before the next one."""
-    dist.barrier()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 def make_engine(case: dict[str, Any], stages: int, count: int, dtype: torch.dtype, heads: bool, replicas: int) -> Any:
@@ -149,9 +136,3 @@ def compare_evaluation(engine: Any, reference: Any, count: int, dtype: torch.dty
     want = reference.evaluate([pair for row in rows for pair in row])
     assert got.shape == want.shape and torch.equal(got.isnan(), want.isnan())
     return float(((got - want).abs() / want.abs()).nan_to_num().max())
-
-
-if __name__ == "__main__":
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
-    report([run_case(case) for case in json.loads(sys.argv[1])])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from typing import Any
 
@@ -11,11 +9,10 @@ import deepspeed
 from torch import Tensor
 
 from ibp_deepspeed import initialize
-from tests.launch import report
 from tests.toys import make_module, micro_batches
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
     count = case["micro_batches"]
     module = make_module(4)
     config = {
@@ -46,9 +43,3 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         batches.append(time.time())
     engine.close()
     return {"forwards": forwards, "batches": batches, "pause": pause}
-
-
-if __name__ == "__main__":
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
-    report([run(case) for case in json.loads(sys.argv[1])])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec
@@ -26,10 +23,10 @@ from ibp_deepspeed import (
 from ibp_deepspeed.checkpoint import layout
 from models.build import pipeline_module
 from models.causal_lm import CausalLM
-from tests.launch import report
 from tests.models.test_causal_lm import SEQUENCE, shifted, tiny
 from tests.toys import FollowingHead, Head, Layer, loss_fn, make_module, micro_batches
-from tests.workers.parity import OPTIMIZERS, compare, run_case, stage_parameters
+from tests.workers import parity
+from tests.workers.parity import OPTIMIZERS, compare, stage_parameters
 
 STAGES, COUNT = 3, 2
 
@@ -201,15 +198,15 @@ def tokens(step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
     return input_ids, shifted(input_ids)
 
 
-if __name__ == "__main__":
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
-    tasks: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "parity": run_case,
-        "late": late,
-        "resume": resume,
-        "refusals": refusals,
-        "average": average,
-        "real": real_model,
-    }
-    report([tasks[case["task"]](case) for case in json.loads(sys.argv[1])])
+_TASKS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "parity": parity.run_case,
+    "late": late,
+    "resume": resume,
+    "refusals": refusals,
+    "average": average,
+    "real": real_model,
+}
+
+
+def run_case(case: dict[str, Any]) -> Any:
+    return _TASKS[case["task"]](case)

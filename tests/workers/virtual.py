@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any, cast
 
-import deepspeed
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from ibp_deepspeed import initialize
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
-from tests.launch import report
 from tests.toys import loss_fn, make_module, make_reference, micro_batches
-from tests.workers.parity import compare, destroy_groups, stage_parameters
+from tests.workers.parity import compare, stage_parameters
 
 STAGES, COUNT = 3, 2
 
@@ -49,7 +44,7 @@ def difference(virtual: VirtualPipeline, engine: Any) -> float:
     return compare(list(engine.module.parameters()), stage_parameters(virtual.reference, engine.stage_id))
 
 
-def run(case: dict[str, Any]) -> dict[str, float]:
+def run_case(case: dict[str, Any]) -> dict[str, float]:
     engine, virtual, folder = make_engine(case), make_virtual(case), Path(case["folder"])
     worst: dict[str, float] = {"loss": 0.0}
     for step in range(5):
@@ -86,14 +81,3 @@ def exchange(case: dict[str, Any], engine: Any, virtual: VirtualPipeline, folder
     }
     loaded_engine.close()
     return result
-
-
-if __name__ == "__main__":
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
-    torch.set_num_threads(1)
-    results = []
-    for each in json.loads(sys.argv[1]):
-        results.append(run(each))
-        destroy_groups()
-    report(results)

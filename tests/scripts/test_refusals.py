@@ -1,0 +1,124 @@
+"""What the training script refuses: a sentence before the processes meet, or one from all of them together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ibp_deepspeed import InterlockingError
+from scripts.training.arguments import parse_arguments
+from scripts.training.plan import make_plan
+from tests.commands import assert_one_sentence, deepspeed, real
+from tests.forks import ROOT
+from tests.scripts.settings import SMALL, changed
+
+
+def wrong(tmp_path: Path, data: Path, config: Path, **changes: Any) -> list[str | Path]:
+    """Arguments with one thing wrong; ``interlocking`` changes the configuration's block, ``settings`` the rest."""
+    settings = json.loads(config.read_text())
+    settings["interlocking"] = changes.pop("interlocking", settings["interlocking"])
+    settings.update(changes.pop("settings", {}))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    options = {"--deepspeed_config": tmp_path / "config.json", "--data": data, "--output": tmp_path / "out"}
+    options |= dict(zip(SMALL[:4:2], SMALL[1:4:2], strict=True)) | changes
+    return [word for pair in options.items() for word in pair] + SMALL[4:]
+
+
+def truncated(data: Path, tmp_path: Path, keep: int | None) -> Path:
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    if keep is None:
+        (copy / "train.bin").unlink()
+    else:
+        os.truncate(copy / "train.bin", keep)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"interlocking": {"stratgy": "local"}}, 'unknown key "interlocking.stratgy" (did you mean "strategy"?)'),
+        ({"interlocking": {"strategy": "nwise", "width": 0}}, "greater than or equal to 1, got 0"),
+        ({"interlocking": {"strategy": "nwise", "width": -1}}, "got -1"),
+        ({"settings": {"fp16": {"enabled": True}}}, "fp16 is not supported"),
+        ({"settings": {"zero_optimization": {"stage": 3}}}, "ZeRO stage 3 does not work with pipelines"),
+        ({"--stages": "3"}, "4 processes can't be divided into pipelines of 3 stages"),
+        ({"--partition": "1,1,1"}, "[1, 1, 1]"),
+        ({"--model": "nowhere.json"}, "no model config in 'nowhere.json'"),
+        ({"--sequence-length": "100000"}, "is longer than the model's"),
+        ({"--data": "nowhere"}, "nowhere"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_are_refused_before_the_processes_meet(
+    changes: dict[str, Any], sentence: str, data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sentence in refusal(wrong(tmp_path, data, config, **changes), monkeypatch)
+
+
+def refusal(words: list[str | Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What rank 0 of 4 would say about a command line, in one sentence."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InterlockingError) as caught:
+        make_plan(parse_arguments(None, [str(word) for word in words]))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_damaged_data_and_too_small_vocabularies(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for keep, sentence in ((100, "truncated"), (None, "train.bin")):
+        copy = truncated(data, tmp_path, keep)
+        assert sentence in refusal(wrong(tmp_path, copy, config), monkeypatch)
+        shutil.rmtree(copy)
+    copy = truncated(data, tmp_path, (data / "train.bin").stat().st_size)
+    with (copy / "train.bin").open("r+b") as file:
+        file.write(b"\x01\x01\x01\x01")
+    assert "content changed" in refusal(wrong(tmp_path, copy, config), monkeypatch)
+    small = [*wrong(tmp_path, data, config), "vocab_size=300"]  # the words end with those of --set
+    assert "300" in refusal(small, monkeypatch)
+    shallow = [*wrong(tmp_path, data, config), "num_hidden_layers=3"]
+    assert "4 stages do not fit a model with 3 decoder layers" in refusal(shallow, monkeypatch)
+
+
+def test_a_learning_rate_that_ends_too_early_is_named(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduler = {"type": "WarmupCosineLR", "params": {"total_num_steps": 400}}
+    words = {"settings": {"scheduler": scheduler}, "--steps": "401", "--partition": "9"}
+    refusal(wrong(tmp_path, data, config, **words), monkeypatch)
+    assert "learning rate ends at batch 400, --steps is 401" in capsys.readouterr().err
+
+
+def test_a_slow_mode_is_named(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mode, warned in (("furthest", True), ("window", False)):
+        slow = str(changed(config, tmp_path / "slow.json", mode=mode, aux_head={}))
+        refusal(wrong(tmp_path, data, config, **{"--deepspeed_config": slow, "--partition": "9"}), monkeypatch)
+        assert ('mode "furthest" at width 2 with linear heads' in capsys.readouterr().err) == warned
+
+
+def test_an_error_is_printed_once_and_ends_the_process(data: Path, config: Path, tmp_path: Path) -> None:
+    arguments = wrong(tmp_path, data, config, interlocking={"stratgy": "local"})
+    done = real(sys.executable, "scripts/train_lm.py", *arguments, environment={"RANK": "0", "WORLD_SIZE": "4"})
+    assert_one_sentence(done, 'unknown key "interlocking.stratgy"')
+
+
+def test_the_launcher_ends_with_one_sentence(data: Path, config: Path, tmp_path: Path) -> None:
+    """Data shorter than one batch is known when the processes have met: rank 0 speaks, everybody ends."""
+    huge = {"settings": {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 5000}}
+    arguments = wrong(tmp_path, data, config, **huge)
+    done = deepspeed(2, "scripts/train_lm.py", *arguments, timeout=120)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert done.returncode != 0 and len(said) == 1 and "a batch needs" in said[0], done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
