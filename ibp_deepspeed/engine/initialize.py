@@ -141,12 +141,14 @@ def _configure(
             '"interlocking.aux_head.borrow" moves the heads, whose parameters were taken from the module before: give '
             "the interlocking block to InterlockedPipelineModule."
         )
-    for loss, objective in model.objectives.items():
-        if objective.needs.target is not None:
-            raise ModuleError(
-                f"the objective of stage {loss} needs exit {objective.needs.target} as a target, which no schedule "
-                "sends: train it in one process (VirtualPipeline)."
-            )
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, {loss: objective.needs.target for loss, objective in model.objectives.items()})
+    wanted = {loss: target for row in seen for loss, target in row.items() if target is not None}
+    for loss, target in sorted(wanted.items()):  # the same sentence on all ranks
+        raise ModuleError(
+            f"the objective of stage {loss} needs exit {target} as a target, which no schedule sends: train it in one "
+            "process (VirtualPipeline)."
+        )
 
 
 def _check_aux_head(options: AuxHeadConfig | None, stages: int, micro_batches: int) -> None:

@@ -1,0 +1,24 @@
+"""An objective of a user's own trains in real processes as the contract says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.launch import launch
+
+CASES: list[dict[str, Any]] = [
+    {"interlocking": {"strategy": "local"}},
+    {"interlocking": {"strategy": "pairwise", "mode": "window"}},
+    {"interlocking": {"strategy": "pairwise", "mode": "window", "aux_head": {"borrow": 1}}},
+    {"interlocking": {"strategy": "pairwise"}, "target": 2},
+]
+
+
+def test_an_objective_with_a_loss_and_weights_of_its_own() -> None:
+    """Equal to the reference, 1e-5; evaluations weight micro-batches; a target of a later exit is refused by name."""
+    for rank, rows in enumerate(launch("objectives", 3, CASES).check().reports):
+        for row in rows[:3]:
+            assert row["parameter"] <= 1e-5 and row["loss"] <= 1e-5 and row["eval"] <= 1e-5, row
+            assert row["unweighted"] > 1e-3, "the weights matter here"
+        sentence = "the objective of stage 0 needs exit 2 as a target, which no schedule sends"
+        assert sentence in rows[3]["refusal"], f"rank {rank}"
