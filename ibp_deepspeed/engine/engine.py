@@ -79,7 +79,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         self.timeline = Timeline(self.interlocking, self.num_stages, self.micro_batches, self.module.has_aux_heads)
         self._channel_depth = self.timeline.channel_depth()
         schedules = validated_timeline(self.timeline, self.make_schedule)
-        self._schedules = {batch: stages[self.stage_id] for batch, stages in schedules.items()}
+        self._schedules = {strategies: stages[self.stage_id] for strategies, stages in schedules.items()}
         self._schedule = self._train_schedule()
 
     def _train_schedule(self) -> InterlockedTrainSchedule:
@@ -391,12 +391,12 @@ class InterlockedPipelineEngine(PipelineEngine):
         if self.data_iterator is None:
             raise BatchError(f"stage {self.stage_id} was given no data: every rank needs a data_iter.")
         try:
-            batch = self._next_batch()
+            row = self._next_batch()
         except StopIteration:
             raise BatchError(
                 f"the data of stage {self.stage_id} ended in batch {self.global_steps + 1}: give a repeating iterator."
             ) from None
-        inputs, labels, key = unpack(batch)
+        inputs, labels, key = unpack(row)
         has_loss = bool(self.module.objectives)
         return (
             to_device(inputs, self.device) if self.is_first_stage() else None,

@@ -59,14 +59,14 @@ class InterlockedTrainSchedule(PipeSchedule):
     ) -> None:
         super().__init__(micro_batches, stages, stage_id)
         strategy = Strategy(stages, width, mode, hop_slack, aux_heads=aux_heads, borrow=borrow)
-        self.batch = BatchStrategy.uniform(strategy, micro_batches)
+        self.batch_strategy = BatchStrategy.uniform(strategy, micro_batches)
 
     @classmethod
-    def for_batch(cls, batch: BatchStrategy, stage_id: int) -> Self:
+    def for_batch(cls, batch_strategy: BatchStrategy, stage_id: int) -> Self:
         """The schedule of a batch whose micro-batches have strategies of their own."""
-        first = batch[0]
+        first = batch_strategy[0]
         schedule = cls(
-            len(batch),
+            len(batch_strategy),
             first.stages,
             stage_id,
             first.width,
@@ -75,12 +75,12 @@ class InterlockedTrainSchedule(PipeSchedule):
             aux_heads=first.aux_heads,
             borrow=first.borrow,
         )
-        schedule.batch = batch
+        schedule.batch_strategy = batch_strategy
         return schedule
 
     def num_pipe_buffers(self) -> int:
         """Places for micro-batches in flight, which are told apart by their number modulo this."""
-        return self.batch.buffers(self.stage_id)
+        return self.batch_strategy.buffers(self.stage_id)
 
     @cached_property
     def program(self) -> list[PipeInstruction]:
@@ -90,8 +90,8 @@ class InterlockedTrainSchedule(PipeSchedule):
     @cached_property
     def tables(self) -> list[StageStrategy]:
         """What the strategy of each micro-batch means on this stage."""
-        table = {strategy: StageStrategy.of(strategy, self.stage_id) for strategy in self.batch.strategies}
-        return [table[strategy] for strategy in self.batch.strategies]
+        table = {strategy: StageStrategy.of(strategy, self.stage_id) for strategy in self.batch_strategy.strategies}
+        return [table[strategy] for strategy in self.batch_strategy.strategies]
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Yield the instructions of slot 0, 1, … until every micro-batch is updated, then the optimizer step.
@@ -99,13 +99,14 @@ class InterlockedTrainSchedule(PipeSchedule):
         A stage and the next one order their messages alike, by (slot, distance), whatever the strategies: what one
         sends at (s, i) the other expects at (s + hop_slots, i + 1).
         """
-        k, hop_slots = self.stage_id, self.batch.hop_slots
-        slots = max(m + strategy.distance(k) * hop_slots for m, strategy in enumerate(self.batch.strategies)) + 1
+        k, hop_slots = self.stage_id, self.batch_strategy.hop_slots
+        strategies = enumerate(self.batch_strategy.strategies)
+        slots = max(m + strategy.distance(k) * hop_slots for m, strategy in strategies) + 1
         for slot in range(slots):
             commands: list[PipeInstruction] = []
             if slot < self.micro_batches:
                 commands += self._forward(slot)
-            for distance in range(1, self.batch.distance(k) + 1):
+            for distance in range(1, self.batch_strategy.distance(k) + 1):
                 micro_batch = slot - distance * hop_slots
                 if self._valid_micro_batch(micro_batch):
                     commands += self._backward(micro_batch, distance)
@@ -115,7 +116,7 @@ class InterlockedTrainSchedule(PipeSchedule):
 
     def _forward(self, micro_batch: int) -> list[PipeInstruction]:
         """Forward, the losses computed here, their input gradients upstream; without a reach, the update too."""
-        k, strategy = self.stage_id, self.batch[micro_batch]
+        k, strategy = self.stage_id, self.batch_strategy[micro_batch]
         at = self._at(micro_batch)
         commands: list[PipeInstruction] = [LoadMicroBatch(**at)]
         if not self.is_first_stage:
@@ -137,7 +138,7 @@ class InterlockedTrainSchedule(PipeSchedule):
 
     def _backward(self, micro_batch: int, distance: int) -> list[PipeInstruction]:
         """What the losses computed ``distance`` stages further ask for: nothing beyond the micro-batch's own reach."""
-        k, strategy = self.stage_id, self.batch[micro_batch]
+        k, strategy = self.stage_id, self.batch_strategy[micro_batch]
         commands: list[PipeInstruction] = []
         for loss in strategy.placement.losses_at(k + distance):
             commands += self._update(micro_batch) if loss == strategy.reach(k) else self._relay(micro_batch, loss)
@@ -145,7 +146,7 @@ class InterlockedTrainSchedule(PipeSchedule):
 
     def _relay(self, micro_batch: int, loss: int) -> list[PipeInstruction]:
         """Receive the gradient of another loss and pass it on, if anybody here or upstream uses it."""
-        at, strategy = self._at(micro_batch), self.batch[micro_batch]
+        at, strategy = self._at(micro_batch), self.batch_strategy[micro_batch]
         if not strategy.crosses(loss, self.stage_id + 1):
             return []
         commands: list[PipeInstruction] = [RecvGrad(**at, loss=loss)]
@@ -155,7 +156,7 @@ class InterlockedTrainSchedule(PipeSchedule):
 
     def _update(self, micro_batch: int) -> list[PipeInstruction]:
         """The trunk's one update gradient of a micro-batch; what upstream uses is sent as early as it exists."""
-        k, strategy, at = self.stage_id, self.batch[micro_batch], self._at(micro_batch)
+        k, strategy, at = self.stage_id, self.batch_strategy[micro_batch], self._at(micro_batch)
         reach = strategy.reach(k)
         commands: list[PipeInstruction] = [] if strategy.distance(k) == 0 else [RecvGrad(**at, loss=reach)]
         send = [SendGrad(**at, loss=reach)] if strategy.crosses(reach, k) else []

@@ -42,11 +42,11 @@ def predict(
     batches: int = 0,
 ) -> Prediction:
     """Simulate enough batches for a steady state (or ``batches`` of them) and measure the last half."""
-    batch = BatchStrategy.uniform(strategy, micro_batches)
-    depth = batch.channel_depth(channel_depth)
-    batches = batches or 2 * _settling_batches(batch, depth)
+    batch_strategy = BatchStrategy.uniform(strategy, micro_batches)
+    depth = batch_strategy.channel_depth(channel_depth)
+    batches = batches or 2 * _settling_batches(batch_strategy, depth)
     simulator = Simulator(
-        [validated_schedules(batch, depth)] * batches,
+        [validated_schedules(batch_strategy, depth)] * batches,
         channel_depth=depth,
         costs=costs,
         streaming=streaming,
@@ -80,9 +80,9 @@ def predict_timeline(
     return _measure(simulator, warm_up, len(timeline.at(0)))
 
 
-def _settling_batches(batch: BatchStrategy, depth: int) -> int:
+def _settling_batches(batch_strategy: BatchStrategy, depth: int) -> int:
     """Batches after which the start of a run is forgotten: the pipeline and its channels are full."""
-    return batch.stages * (2 + depth // len(batch)) + 4
+    return batch_strategy.stages * (2 + depth // len(batch_strategy)) + 4
 
 
 def _measure(simulator: Simulator, warm_up: int, micro_batches: int) -> Prediction:

@@ -37,14 +37,14 @@ def validated_timeline(
         ConfigError: the configured channel depth is too small.
     """
     depth = timeline.channel_depth()
-    valid = {batch: validated_schedules(batch, depth, make) for batch in timeline.distinct()}
+    valid = {batch_strategy: validated_schedules(batch_strategy, depth, make) for batch_strategy in timeline.distinct()}
     for pair in itertools.permutations(valid.values(), 2):
         Simulator(pair, channel_depth=depth).run()
     return valid
 
 
 def validated_schedules(
-    batch: BatchStrategy,
+    batch_strategy: BatchStrategy,
     channel_depth: int | None = None,
     make: ScheduleMaker = InterlockedTrainSchedule.for_batch,
 ) -> list[InterlockedTrainSchedule]:
@@ -54,12 +54,12 @@ def validated_schedules(
         ScheduleError: what is wrong, with the grid of stages × time.
         ConfigError: the depth is too small.
     """
-    schedules = [make(batch, k) for k in range(batch.stages)]
-    validate(schedules, batch, batch.channel_depth(channel_depth))
+    schedules = [make(batch_strategy, k) for k in range(batch_strategy.stages)]
+    validate(schedules, batch_strategy, batch_strategy.channel_depth(channel_depth))
     return schedules
 
 
-def validate(schedules: Sequence[Schedule], batch: BatchStrategy, channel_depth: int | None) -> None:
+def validate(schedules: Sequence[Schedule], batch_strategy: BatchStrategy, channel_depth: int | None) -> None:
     """Check the schedules of K stages, however they were made, against the strategies of a batch.
 
     Proved: every send meets its receive in order on its channel; no deadlock with channels of this depth, also from
@@ -73,18 +73,18 @@ def validate(schedules: Sequence[Schedule], batch: BatchStrategy, channel_depth:
     Simulator([schedules] * 2, channel_depth=channel_depth).run()
     simulator = Simulator([schedules], channel_depth=channel_depth)
     simulator.run()
-    for stage in range(batch.stages):
-        _StageCheck(simulator, batch, stage).run()
+    for stage in range(batch_strategy.stages):
+        _StageCheck(simulator, batch_strategy, stage).run()
 
 
 class _StageCheck:
     """Symbolic execution of one stage: which values exist when an instruction uses them."""
 
-    def __init__(self, simulator: Simulator, batch: BatchStrategy, stage: int) -> None:
-        self.simulator, self.batch, self.stage = simulator, batch, stage
+    def __init__(self, simulator: Simulator, batch_strategy: BatchStrategy, stage: int) -> None:
+        self.simulator, self.batch_strategy, self.stage = simulator, batch_strategy, stage
         self.program = simulator.programs[stage]
-        self.tables = [StageStrategy.of(strategy, stage) for strategy in batch.strategies]
-        self.bound = batch.most_in_flight(stage)
+        self.tables = [StageStrategy.of(strategy, stage) for strategy in batch_strategy.strategies]
+        self.bound = batch_strategy.most_in_flight(stage)
         self.there: set[Value] = set()
         self.made: set[Value] = set()
         self.buffers: dict[int, int] = {}  # buffer → the micro-batch in flight that has it
@@ -102,8 +102,9 @@ class _StageCheck:
             else:
                 self._end_of_batch(instruction)
         self._require(self.steps == 1, f"the optimizer steps {self.steps} times")
-        heads = [loss for loss in self.batch[0].placement.losses_at(self.stage) if loss < self.batch.stages - 1]
-        wanted = [(m, loss) for m in range(len(self.batch)) for loss in heads]
+        first, last = self.batch_strategy[0], self.batch_strategy.stages - 1
+        heads = [loss for loss in first.placement.losses_at(self.stage) if loss < last]
+        wanted = [(m, loss) for m in range(len(self.batch_strategy)) for loss in heads]
         self._compare("computes the heads' losses", [i for i in self.program if isinstance(i, AuxLoss)], wanted)
         crossing = [(m, loss) for m, table in enumerate(self.tables) for loss in table.crosses]
         sends = [i for i in self.program if isinstance(i, Instruction) and i.sends is Link.GRADIENTS]
@@ -138,7 +139,7 @@ class _StageCheck:
 
     def _end_of_batch(self, instruction: PipeInstruction) -> None:
         if isinstance(instruction, ReduceGrads):
-            self._require(sorted(self.ended) == list(range(len(self.batch))), f"reduces after {self.ended}")
+            self._require(sorted(self.ended) == list(range(len(self.batch_strategy))), f"reduces after {self.ended}")
             self.reductions += 1
         elif isinstance(instruction, OptimizerStep):
             self._require(self.reductions == 1, "steps without a reduction")

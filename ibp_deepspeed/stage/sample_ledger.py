@@ -52,15 +52,15 @@ class SampleLedger:
         )
 
 
-def unpack(batch: Any) -> tuple[Any, Any, int]:
+def unpack(micro_batch: Any) -> tuple[Any, Any, int]:
     """Inputs, labels, and the checksum of the sample ids, or of the labels where there are none.
 
     Raises:
         BatchError: the micro-batch is not (inputs, labels) or (inputs, labels, sample ids).
     """
-    if not isinstance(batch, list | tuple) or len(batch) not in (2, 3):
-        raise BatchError(f"a micro-batch must be (inputs, labels) or (inputs, labels, ids), not {type(batch)}.")
-    return batch[0], batch[1], checksum(batch[-1])
+    if not isinstance(micro_batch, list | tuple) or len(micro_batch) not in (2, 3):
+        raise BatchError(f"a micro-batch must be (inputs, labels) or (inputs, labels, ids), not {type(micro_batch)}.")
+    return micro_batch[0], micro_batch[1], checksum(micro_batch[-1])
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -120,7 +120,7 @@ class Timeline:
 
     def strategies(self) -> list[Strategy]:
         """All strategies that a micro-batch can have."""
-        return list(dict.fromkeys(s for batch in self.distinct() for s in batch.strategies))
+        return list(dict.fromkeys(s for each in self.distinct() for s in each.strategies))
 
     def channel_depth(self) -> int:
         """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
@@ -128,7 +128,7 @@ class Timeline:
         Raises:
             ConfigError: the configured depth is below what a schedule keeps in flight.
         """
-        return max(batch.channel_depth(self._interlocking.channel_depth) for batch in self.distinct())
+        return max(each.channel_depth(self._interlocking.channel_depth) for each in self.distinct())
 
     def _mixed(self, strategy: Strategy) -> BatchStrategy:
         mixed = self._interlocking.mixed
