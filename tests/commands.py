@@ -47,8 +47,9 @@ def real(*words: object, timeout: float = 240, environment: Mapping[str, str] | 
 def deepspeed(
     processes: int, *words: object, timeout: float = 240, environment: Mapping[str, str] | None = None
 ) -> Done:
-    """DeepSpeed's launcher; in this ``environment`` and nothing else, if one is given."""
-    launcher = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(processes)]
+    """DeepSpeed's launcher as the README starts it; in this ``environment`` and nothing else, if one is given."""
+    launcher = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
+    launcher += ["--num_accelerators", str(processes)]
     with rendezvous() as meeting:
         command = [*launcher, "--master_port", meeting["MASTER_PORT"], *map(str, words)]
         everything = {**(_ENVIRONMENT if environment is None else environment), **meeting}

@@ -48,6 +48,7 @@ def trained(data: Path, config: Path, shared: Shared) -> Path:
         done = deepspeed(4, "scripts/train_lm.py", "--stages", 2, *words, *SMALL)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "2 stages × 2 replicas" in done.stdout and "unigrams" in done.stdout
+        assert "[INFO]" not in done.stdout and "[WARNING]" not in done.stdout, "nobody asked for DeepSpeed's log"
         used = r"LM head \([\d,]+ bytes\) goes to all heads every 2 batches and is used 2 batches"
         assert re.search(used, done.stdout)
 

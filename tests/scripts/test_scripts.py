@@ -48,6 +48,18 @@ def test_evaluate_plot_export_generate(trained: Path) -> None:
     assert done.returncode == 1 and "exists already" in done.stderr
 
 
+def test_runs_are_compared_by_loss_and_simulated_time(trained: Path) -> None:
+    """Beside itself a run takes as long."""
+    done = script("compare_runs.py", trained, trained)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(str(trained))]
+    assert len(rows) == 2 and rows[0] == rows[1] and rows[0][-1] == "1.00x"
+    last = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()][-1]
+    assert float(rows[0][-3]) == pytest.approx(last["held_out"][-1], abs=1e-3)
+    done = script("compare_runs.py", trained / "nothing")
+    assert done.returncode == 1 and "there is no checkpoint in" in done.stderr
+
+
 def test_evaluation_agrees_with_training(trained: Path, data: Path) -> None:
     """On all of the split: eval_batch of two replicas in the pipeline, and evaluate_lm.py in one process."""
     rows = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()]
@@ -70,7 +82,7 @@ def test_torchrun_and_one_process_train_the_same(data: Path, config: Path, tmp_p
     done = torchrun(2, *words, tmp_path / "two")
     assert done.returncode == 0, done.stdout + done.stderr
     done = real(sys.executable, *words, tmp_path / "one", "--one-process", "--stages", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0 and "[WARNING]" not in done.stdout + done.stderr, done.stdout + done.stderr
     ends = []
     for name in ("two", "one"):
         rows = [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]

@@ -1,0 +1,25 @@
+"""What a script keeps from its user."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.forks import ROOT
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_deepspeeds_search_for_a_gpu_is_not_shown(quiet: bool) -> None:
+    """In a process of its own: DeepSpeed looks once, as it is imported."""
+    begin = "from ibp_deepspeed import cli; cli.quiet()" if quiet else ""
+    code = f"{begin}\nimport deepspeed; deepspeed.utils.logger.warning('mine')"
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "mine" in said, said
+    there_is_a_gpu = torch.cuda.is_available()
+    assert ("Setting accelerator to CPU" in said) == (not quiet and not there_is_a_gpu), said
