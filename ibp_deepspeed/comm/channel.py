@@ -1,4 +1,4 @@
-"""One-directional channels between neighbouring stages: receives posted ahead, sends that never block.
+"""One-directional channels over gloo between neighbouring stages: receives posted ahead, sends that never block.
 
 A boundary costs one message a micro-batch, and its header lets the receiver prove what it was given. Activations and
 gradients have a process group each, so that neither can hold up the other.
@@ -111,7 +111,7 @@ class SendChannel:
                     return
                 work, _, frame = self._pending[0]
             try:
-                _wait_on_host(work)
+                work.wait()
             except Exception as error:
                 with self._changed:
                     self._error = error
@@ -177,7 +177,8 @@ class ReceiveChannel:
         work, frame = self._posted.popleft()
         self._wait(work)
         if not self.memory.staged:
-            return frame.payload, frame.header
+            # cloned: a header that is kept for the sample check would keep its whole message
+            return frame.payload, frame.header.clone()
         payload, header = self.memory.fetch(frame.payload), frame.header.clone()
         if len(self._spare) < _SPARE_FRAMES:
             self._spare.append(frame)
@@ -211,15 +212,3 @@ class ReceiveChannel:
 
     def _lost(self, error: Exception) -> PeerLostError:
         return PeerLostError(f"lost the connection for {self.name}: {first_line(error)}")
-
-
-def _wait_on_host(work: dist.Work) -> None:
-    """Block this thread until a message is delivered.
-
-    NCCL's ``Work.wait`` would make the computation's stream wait instead, so it is asked from time to time.
-    """
-    if dist.get_backend() != "nccl":
-        work.wait()
-        return
-    while not work.is_completed():
-        time.sleep(1e-4)

@@ -9,33 +9,31 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.constants import default_pg_timeout
 
+from ibp_deepspeed.comm.link_groups import LONG, PATIENCE
 from ibp_deepspeed.errors import InterlockingError, PeerLostError, first_line
 
 Copy = tuple[int, list[Tensor]]
 _END = -1  # in the place of a batch: no copy follows
-_SELDOM = timedelta(days=365)  # a thread may wait for the next copy as long as the training takes
-_PATIENCE = default_pg_timeout.total_seconds()
 
 
 class ReadoutRelay:
     """One stage's part of the way: copies come from the next stage, and go on to the one before at once.
 
     Args:
-        group: a gloo group of one pipeline, for this alone; group ranks are stages.
+        group: a gloo group that this pipeline is in, for this alone.
+        ranks: global ranks of this pipeline's stages.
         stage: k; the last one sends, the others receive.
         like: tensors on the host, of the shapes and dtypes of a copy.
     """
 
-    def __init__(self, group: dist.ProcessGroup, stage: int, like: Sequence[Tensor]) -> None:
-        self.group, self.stage = group, stage
-        self._is_last = stage == group.size() - 1
+    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], stage: int, like: Sequence[Tensor]) -> None:
+        self.group, self.ranks, self.stage = group, list(ranks), stage
+        self._is_last = stage == len(ranks) - 1
         self._below_listens = stage > 0
         self._like = [tensor.to("meta") for tensor in like]
         self._given: queue.SimpleQueue[Copy] = queue.SimpleQueue()
@@ -55,9 +53,9 @@ class ReadoutRelay:
             InterlockingError: another copy came.
         """
         try:
-            arrived = self._arrived.get(timeout=_PATIENCE)
+            arrived = self._arrived.get(timeout=PATIENCE)
         except queue.Empty:
-            arrived = TimeoutError(f"nothing came in {_PATIENCE / 60:.0f} minutes")
+            arrived = TimeoutError(f"nothing came in {PATIENCE / 60:.0f} minutes")
         if isinstance(arrived, Exception):
             raise PeerLostError(
                 f"lost the connection for readouts from stage {self.stage + 1} to stage {self.stage}: "
@@ -79,7 +77,7 @@ class ReadoutRelay:
         if self._is_last:
             self._given.put((_END, []))
         if wait:
-            self._thread.join(_PATIENCE)
+            self._thread.join(PATIENCE)
 
     def _run(self) -> None:
         try:
@@ -102,15 +100,15 @@ class ReadoutRelay:
         return int(batch), copy
 
     def _receive_into(self, tensor: Tensor) -> None:
-        work = dist.irecv(tensor, group=self.group, group_src=self.stage + 1)
+        work = dist.irecv(tensor, self.ranks[self.stage + 1], group=self.group)
         assert work is not None
-        work.wait(_SELDOM)
+        work.wait(LONG)
 
     def _pass_on(self, batch: int, copy: list[Tensor]) -> None:
         if not self._below_listens:
             return
         try:
             for tensor in [torch.tensor([batch]), *copy]:
-                dist.send(tensor, group=self.group, group_dst=self.stage - 1)
+                dist.send(tensor, self.ranks[self.stage - 1], group=self.group)
         except RuntimeError:
             self._below_listens = False  # it has ended: if too early, the channels say so

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ibp_deepspeed.comm.announced_channel import AnnouncedReceiveChannel, AnnouncedSendChannel, Wire
 from ibp_deepspeed.comm.channel import ReceiveChannel, SendChannel
+from ibp_deepspeed.comm.link_groups import Kind, group_of, make_groups, new_host_group
 from ibp_deepspeed.comm.message import Header, Memory, TensorSpec
 
 _AHEAD = 2
-# A receive stays posted while all stages evaluate or write a checkpoint; torch would give NCCL 10 minutes.
-_TIMEOUT = max(torch.distributed.constants.default_pg_timeout, deepspeed.constants.default_pg_timeout)
+_TAGS = {kind: 2 * number for number, kind in enumerate(Kind)}
 
-
-def new_pipeline_group(grid: Any, backend: str | None = None) -> dist.ProcessGroup:
-    """A group of this rank's pipeline, whose group ranks are the stages; made for all pipelines on all ranks."""
-    mine: dist.ProcessGroup | None = None
-    for ranks in grid.topology().get_axis_comm_lists("pipe"):
-        group = dist.new_group(ranks, backend=backend, timeout=_TIMEOUT)
-        if grid.get_global_rank() in ranks:
-            mine = group
-    assert mine is not None
-    return mine
+Sender = SendChannel | AnnouncedSendChannel
+Receiver = ReceiveChannel | AnnouncedReceiveChannel
 
 
 class StageLinks:
     """Made at the same time on all ranks: process groups are collective.
+
+    Over NCCL messages are announced before they are posted (announced_channel.py). Over gloo, where a posted receive
+    occupies nothing, receives are posted ahead (channel.py).
 
     Args:
         grid: DeepSpeed's grid of stages and data-parallel ranks.
@@ -38,21 +33,19 @@ class StageLinks:
     """
 
     def __init__(self, grid: Any, device: torch.device, channel_depth: int) -> None:
-        self.grid, self.depth, self._memory = grid, channel_depth, Memory.of(device)
-        self.stage = grid.get_stage_id()
-        last = grid.pipe_parallel_size - 1
-        groups = {name: new_pipeline_group(grid) for name in ("activations", "gradients", "evaluation")}
-        self._evaluation_group = groups["evaluation"]
-        self._gradient_group = groups["gradients"]
-        self.down: SendChannel | None = None
-        self.up: SendChannel | None = None
-        self._from_above: ReceiveChannel | None = None
-        self._from_below: ReceiveChannel | None = None
-        if self.stage < last:
-            self.down = self._sender(groups["activations"], self.stage + 1, announce=True)
+        self.grid, self.depth, self._device, self._memory = grid, channel_depth, device, Memory.of(device)
+        self.stage, self._last = grid.get_stage_id(), grid.pipe_parallel_size - 1
+        self._groups = make_groups(grid)
+        self._control = new_host_group() if dist.get_backend() == "nccl" else None
+        self.down: Sender | None = None
+        self.up: Sender | None = None
+        self._from_above: Receiver | None = None
+        self._from_below: Receiver | None = None
+        if self.stage < self._last:
+            self.down = self._sender(Kind.ACTIVATIONS, self.stage + 1, announce=True)
         if self.stage > 0:
-            self.up = self._sender(groups["gradients"], self.stage - 1, announce=False)
-            self._from_above = self._receiver(groups["activations"], self.stage - 1)
+            self.up = self._sender(Kind.GRADIENTS, self.stage - 1, announce=False)
+            self._from_above = self._receiver(Kind.ACTIVATIONS, self.stage - 1)
 
     def wait_for_credit(self) -> None:
         """Before a forward pass: wait while ``channel_depth`` micro-batches have not reached the next stage."""
@@ -64,7 +57,7 @@ class StageLinks:
         assert self.down is not None
         self.down.send(spec, hidden, header)
         if self._from_below is None:
-            self._from_below = self._receiver(self._gradient_group, self.stage + 1, spec)
+            self._from_below = self._receiver(Kind.GRADIENTS, self.stage + 1, spec)
 
     def receive_activation(self) -> tuple[Tensor, Tensor]:
         """h_{k-1} and its header [3]."""
@@ -87,42 +80,50 @@ class StageLinks:
             if channel is not None:
                 channel.wait_in_flight(0, timeout)
 
-    def close(self) -> None:
-        """End the background threads; nothing can be sent any more."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the background threads; nothing can be sent any more.
+
+        Args:
+            wait: for the neighbours' last words; not after a failure, when they may never come.
+        """
+        if not wait:
+            return
         for channel in (self.down, self.up):
             if channel is not None:
                 channel.close()
+        for receiver in (self._from_above, self._from_below):
+            if isinstance(receiver, AnnouncedReceiveChannel):
+                receiver.close()
 
     def evaluation_link(self) -> EvaluationLink:
         """Channels for one evaluation, which may have another shape than training."""
         return EvaluationLink(
-            self._sender(self._evaluation_group, self.stage + 1, announce=True)
-            if self.stage + 1 < self.grid.pipe_parallel_size
-            else None,
-            self._receiver(self._evaluation_group, self.stage - 1, ahead=0) if self.stage else None,
+            self._sender(Kind.EVALUATION, self.stage + 1, announce=True) if self.stage < self._last else None,
+            self._receiver(Kind.EVALUATION, self.stage - 1, ahead=0) if self.stage else None,
         )
 
-    def _sender(self, group: dist.ProcessGroup, stage: int, *, announce: bool) -> SendChannel:
-        name = f"{self._kind(group)} from stage {self.stage} to stage {stage}"
-        return SendChannel(group, self.grid.stage_to_global(stage), self._memory, name, announce=announce)
+    def _sender(self, kind: Kind, stage: int, *, announce: bool) -> Sender:
+        name = f"{kind.value} from stage {self.stage} to stage {stage}"
+        group, peer = self._groups[group_of(kind, min(self.stage, stage))], self.grid.stage_to_global(stage)
+        if self._control is not None:
+            wire = Wire(group, self._control, peer, _TAGS[kind], self._device)
+            return AnnouncedSendChannel(wire, self._memory, name)
+        return SendChannel(group, peer, self._memory, name, announce=announce)
 
-    def _receiver(
-        self, group: dist.ProcessGroup, stage: int, spec: TensorSpec | None = None, ahead: int | None = None
-    ) -> ReceiveChannel:
-        name = f"{self._kind(group)} from stage {stage} to stage {self.stage}"
+    def _receiver(self, kind: Kind, stage: int, spec: TensorSpec | None = None, ahead: int | None = None) -> Receiver:
+        name = f"{kind.value} from stage {stage} to stage {self.stage}"
+        group, peer = self._groups[group_of(kind, min(self.stage, stage))], self.grid.stage_to_global(stage)
         ahead = min(_AHEAD, self.depth) if ahead is None else ahead
-        return ReceiveChannel(group, self.grid.stage_to_global(stage), self._memory, name, ahead=ahead, spec=spec)
-
-    def _kind(self, group: dist.ProcessGroup) -> str:
-        if group is self._evaluation_group:
-            return "evaluation activations"
-        return "gradients" if group is self._gradient_group else "activations"
+        if self._control is not None:
+            wire = Wire(group, self._control, peer, _TAGS[kind], self._device)
+            return AnnouncedReceiveChannel(wire, self._memory, name, ahead=ahead)
+        return ReceiveChannel(group, peer, self._memory, name, ahead=ahead, spec=spec)
 
 
 class EvaluationLink:
     """Activations of one evaluation, without running ahead."""
 
-    def __init__(self, down: SendChannel | None, above: ReceiveChannel | None) -> None:
+    def __init__(self, down: Sender | None, above: Receiver | None) -> None:
         self._down, self._above = down, above
 
     def send(self, spec: TensorSpec, hidden: Tensor, header: Header) -> None:
@@ -137,6 +138,8 @@ class EvaluationLink:
         return self._above.take()
 
     def close(self) -> None:
-        """End the background thread."""
+        """End the background threads."""
         if self._down is not None:
             self._down.close()
+        if isinstance(self._above, AnnouncedReceiveChannel):
+            self._above.close()

@@ -262,7 +262,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         atexit.unregister(self._flush_at_exit)
         if not self._failed:
             self.links.flush(_FLUSH_SECONDS)
-        self.links.close()
+        self.links.close(wait=not self._failed)
         if self._readouts is not None:
             self._readouts.close(wait=not self._failed)
         self._board.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from deepspeed.utils import log_dist
 from torch import Tensor
 
 from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.comm.link_groups import new_host_group
 from ibp_deepspeed.comm.readout_relay import ReadoutRelay
-from ibp_deepspeed.comm.stage_links import new_pipeline_group
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.errors import InterlockingError, ModuleError
 from ibp_deepspeed.objectives.shared_readout import (
@@ -48,15 +49,16 @@ class ReadoutCopies:
         self.stage, self.rule = grid.get_stage_id(), rule
         self._last = grid.pipe_parallel_size - 1
         self._writes = self.stage == self._last and grid.get_data_parallel_rank() == 0
-        group = new_pipeline_group(grid, "gloo")
+        group = new_host_group()
+        self._ranks = [grid.stage_to_global(k) for k in range(grid.pipe_parallel_size)]
         self._tensors = _Tensors(module, self.stage == self._last)
-        self._like = self._tensors.agreed(group)
+        self._like = self._tensors.agreed(group, self._ranks)
         self.refresh_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._like)
-        self._start_equal(group)
+        self._start_equal(group, grid.topology().get_axis_comm_lists("pipe")[0][-1])
         self._beta = rule.average if rule and self.stage == self._last else None
         self._source = ReadoutSource(self._on_host(), self._beta)
         self._taken: dict[int, list[Tensor]] = {}
-        self._relay = ReadoutRelay(group, self.stage, self._like) if rule else None
+        self._relay = ReadoutRelay(group, self._ranks, self.stage, self._like) if rule else None
         if rule is not None:
             log_dist(
                 f"heads follow the last stage's readout: {self.refresh_bytes / 2**20:.1f} MiB every {rule.interval} "
@@ -158,10 +160,11 @@ class ReadoutCopies:
         source = self._tensors.source
         return [t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for t in source]
 
-    def _start_equal(self, group: dist.ProcessGroup) -> None:
+    def _start_equal(self, group: dist.ProcessGroup, first: int) -> None:
+        """All replicas' last stages are equal: those of the first one serve all."""
         source = self._on_host() or [torch.empty_like(tensor, device="cpu") for tensor in self._like]
         for tensor in source:
-            dist.broadcast(tensor, group=group, group_src=self._last)
+            dist.broadcast(tensor, first, group=group)
         if self._tensors.copies:
             install(self._tensors.copies, source)
 
@@ -191,15 +194,15 @@ class _Tensors:
                 f"the copied readout of a {type(module.aux_head).__name__} is trained too: set requires_grad to False."
             )
 
-    def agreed(self, group: dist.ProcessGroup) -> list[Tensor]:
+    def agreed(self, group: dist.ProcessGroup, ranks: Sequence[int]) -> list[Tensor]:
         """The last stage's LM head on the meta device, after all stages have found their tensors fitting."""
         seen: list[Any] = [None] * group.size()
         dist.all_gather_object(seen, (self.error, _shapes(self.source), _shapes(self.copies)), group=group)
         for error, _, _ in seen:
             if error:
                 raise ModuleError(error)
-        source = seen[-1][1]
-        for k, (_, _, copies) in enumerate(seen):
+        source = seen[ranks[-1]][1]
+        for k, (_, _, copies) in enumerate(seen[rank] for rank in ranks):
             if copies and copies != source:
                 raise ModuleError(f"the head of stage {k} copies a readout of {copies}, the last stage's is {source}.")
         return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in source]
