@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
 from ibp_deepspeed.errors import ConfigError
@@ -45,6 +47,10 @@ def share_devices(devices: int) -> None:
     """
     os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % devices)
     import_module("deepspeed.comm.torch")._needs_cpu_staging = _lives_on_device  # type: ignore[attr-defined]
+    if not torch.distributed.is_initialized():
+        # not by DeepSpeed, which binds the device for gloo too: every later group of some ranks would then ask gloo to
+        # split a communicator, which it can't (torch's _new_process_group_helper, perform_nocolor_split)
+        torch.distributed.init_process_group("gloo", timeout=default_pg_timeout)
 
 
 def _lives_on_device(value: object) -> bool:

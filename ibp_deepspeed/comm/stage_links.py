@@ -84,9 +84,12 @@ class StageLinks:
         """End the background threads; nothing can be sent any more.
 
         Args:
-            wait: for the neighbours' last words; not after a failure, when they may never come.
+            wait: for the neighbours' last words; not after a failure, when they may never come. What is posted then is
+                given up, so that the process can end.
         """
         if not wait:
+            for group in self._groups.values() if self._control is not None else ():
+                dist.distributed_c10d._abort_process_group(group)
             return
         for channel in (self.down, self.up):
             if channel is not None:

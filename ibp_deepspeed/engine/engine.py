@@ -71,7 +71,7 @@ class InterlockedPipelineEngine(PipelineEngine):
         self._ledger = SampleLedger(self.stage_id)
         self._failed = False
         self._running_engine_backward = True  # for DeepSpeed's hooks: all backward passes are the engine's
-        atexit.register(self._flush_at_exit)
+        atexit.register(self._close_at_exit)
 
     # What DeepSpeed's hooks ask for
 
@@ -259,7 +259,7 @@ class InterlockedPipelineEngine(PipelineEngine):
 
     def close(self) -> None:
         """Wait until the neighbours have all messages, then end; happens by itself at the end of the process."""
-        atexit.unregister(self._flush_at_exit)
+        atexit.unregister(self._close_at_exit)
         if not self._failed:
             self.links.flush(_FLUSH_SECONDS)
         self.links.close(wait=not self._failed)
@@ -267,9 +267,9 @@ class InterlockedPipelineEngine(PipelineEngine):
             self._readouts.close(wait=not self._failed)
         self._board.close()
 
-    def _flush_at_exit(self) -> None:
-        if getattr(sys, "last_value", None) is None:
-            self.close()
+    def _close_at_exit(self) -> None:
+        self._failed = self._failed or getattr(sys, "last_value", None) is not None
+        self.close()
 
     # Instructions
 

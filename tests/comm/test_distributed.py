@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ibp_deepspeed.comm import distributed
 from ibp_deepspeed.comm.message import Memory
+from tests.forks import end, fork
+from tests.rendezvous import place, rendezvous
 
 COMM: Any = import_module("deepspeed.comm.torch")
 
@@ -26,6 +31,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )
     monkeypatch.setattr(distributed, "get_accelerator", lambda: gpus)
     monkeypatch.setattr(deepspeed, "init_distributed", asked.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(COMM, "_needs_cpu_staging", COMM._needs_cpu_staging)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -73,3 +79,52 @@ def test_a_staged_payload_is_a_copy() -> None:
     fetched = memory.fetch(payload)
     payload.zero_()
     assert fetched.tolist() == [1, 1, 1]
+
+
+class Gpu:
+    """This machine's accelerator, which says that it is one GPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(get_accelerator(), name)
+
+    def device_name(self) -> str:
+        return "cuda"
+
+    def device_count(self) -> int:
+        return 1
+
+    def device(self, index: int) -> torch.device:
+        return torch.device("cuda", index)
+
+
+def share(report: Path) -> None:
+    """In a process of two that have one "GPU": meet, and make a group of one rank."""
+    gpu = Gpu()
+    with (
+        mock.patch.object(distributed, "get_accelerator", lambda: gpu),
+        mock.patch.object(COMM, "get_accelerator", lambda: gpu),
+    ):
+        distributed.init_distributed()
+    torch.distributed.new_group([0])
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    report.write_text(f"{torch.distributed.get_backend()} {world.bound_device_id} {deepspeed.comm.get_world_size()}")
+
+
+def test_processes_that_share_a_gpu_bind_none(tmp_path: Path) -> None:
+    """DeepSpeed would bind it, and gloo has no communicator to split for a group of some ranks."""
+    with rendezvous() as meeting:
+        reports = [tmp_path / str(rank) for rank in range(2)]
+        processes = [
+            fork(
+                share,
+                report,
+                environment={**os.environ, **meeting, **place(rank, 2), "LOCAL_WORLD_SIZE": "2"},
+                stdout=tmp_path / f"{rank}.log",
+                stderr=tmp_path / f"{rank}.log",
+            )
+            for rank, report in enumerate(reports)
+        ]
+        codes = end(processes, 60, with_first_failure=True)
+    assert codes == [0, 0], [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
+    assert [report.read_text() for report in reports] == ["gloo None 2"] * 2

@@ -93,3 +93,11 @@ def test_checkpoint_round_trip_and_learning_rate_schedule(tmp_path: Path) -> Non
             assert row["rates"] == sorted(row["rates"]) and row["rates"][0] < row["rates"][-1], "warm-up"
             assert (row["newest"] is not None) == (rank == 0)
     assert sorted(p.name for p in (tmp_path / "0" / "middle").glob("aux_head_*")) == ["aux_head_02-model_states.pt"]
+
+
+@pytest.mark.parametrize("worker", ["ledger", "nccl"])
+def test_headers_keep_no_message_alive(worker: str) -> None:
+    """Six activations of a batch are compared at its end; a message is 4 · 6 · 4 bytes and its header 24."""
+    case = {"stages": 2, "micro_batches": 6, "interlocking": {"strategy": "local"}, "worker": "ledger"}
+    first, second = (rows[0] for rows in launch(worker, 2, [case]).check().reports)
+    assert first == [0, 0] and second == [6, 6 * 24]

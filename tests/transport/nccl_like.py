@@ -100,6 +100,7 @@ class NcclLike:
         self._lock = threading.Lock()
         self._random = random.Random(seed + dist.get_rank())
         self._gloo: set[Any] = set()
+        self.aborted: list[Any] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -107,7 +108,12 @@ class NcclLike:
         with ExitStack() as stack:
             for name in ("isend", "irecv", "new_group", "get_backend"):
                 stack.enter_context(mock.patch.object(dist, name, getattr(self, f"_{name}")))
+            stack.enter_context(mock.patch.object(dist.distributed_c10d, "_abort_process_group", self._abort))
             yield
+
+    def _abort(self, group: Any = None) -> None:
+        """What is posted is given up: threads of ours end with their process."""
+        self.aborted.append(group)
 
     def synchronize(self) -> None:
         """Rule 5: wait for all kernels launched so far."""

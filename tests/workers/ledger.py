@@ -1,0 +1,29 @@
+"""How much memory the headers keep that are compared at the end of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ibp_deepspeed.stage.sample_ledger import SampleLedger
+from tests.toys import micro_batches
+from tests.workers.parity import make_engine
+
+
+def run_case(case: dict[str, Any]) -> list[int]:
+    """Headers, and bytes of the memory that they are in, at the end of each batch."""
+    engine = make_engine(case, case["stages"], case["micro_batches"], torch.float32, True, 1)
+    kept: list[int] = []
+    check = SampleLedger.check
+
+    def measured(ledger: SampleLedger) -> None:
+        storages = {row.untyped_storage().data_ptr(): row.untyped_storage().nbytes() for row, _ in ledger._rows}
+        kept.extend((len(ledger._rows), sum(storages.values())))
+        check(ledger)
+
+    with mock.patch.object(SampleLedger, "check", measured):
+        engine.train_batch(iter(micro_batches(0, case["micro_batches"])))
+    engine.close()
+    return kept
