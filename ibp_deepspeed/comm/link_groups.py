@@ -9,8 +9,10 @@ them a rank has one role and one peer.
 Groups of two ranks for each boundary and kind would do as well, with as many communicators on a rank (six at most, four
 of them in training). But making a group is collective over the world, so they would take 3 · (K − 1) calls for each
 replica at the start instead of six. Groups without a bound device have a communicator for each pair of ranks, but that
-is DeepSpeed's to decide. Megatron-LM and torch's pipelining batch the operations of a step: a stage then waits for both
-neighbours at each of them, which is what interlocking avoids.
+is DeepSpeed's to decide. What a communicator costs in memory are the buffers of its connections, and NCCL connects two
+ranks when they first need it: one peer a communicator, whatever K. Megatron-LM (``p2p_communication``), torch's
+pipelining and DeepSpeed's DualPipeV batch the operations of a step: a stage then waits for both neighbours at each of
+them, which is what interlocking avoids.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class NcclLike:
     def installed(self) -> Iterator[None]:
         """In the place of torch's, for all groups but those that were made for gloo by name."""
         with ExitStack() as stack:
-            for name in ("isend", "irecv", "new_group", "get_backend"):
+            for name in ("isend", "irecv", "batch_isend_irecv", "new_group", "get_backend"):
                 stack.enter_context(mock.patch.object(dist, name, getattr(self, f"_{name}")))
             stack.enter_context(mock.patch.object(dist.distributed_c10d, "_abort_process_group", self._abort))
             yield
@@ -114,6 +114,10 @@ class NcclLike:
     def _abort(self, group: Any = None) -> None:
         """What is posted is given up: threads of ours end with their process."""
         self.aborted.append(group)
+
+    def acquainted(self, peer: int, groups: list[Any]) -> None:
+        """Both ranks have met on these groups before."""
+        self._met |= {(group, peer, role) for group in groups for role in ("send", "receive")}
 
     def synchronize(self) -> None:
         """Rule 5: wait for all kernels launched so far."""
@@ -140,30 +144,40 @@ class NcclLike:
     def _get_backend(self, group: Any = None) -> str:
         return "gloo" if group in self._gloo else "nccl"
 
+    def _batch_isend_irecv(self, operations: list[dist.P2POp]) -> list[Any]:
+        """All as one kernel, which ends when each of them has met its other end."""
+        peers = [_peer(op.peer, op.group, op.group_peer) for op in operations]
+        parts = [self._part(op, peer) for op, peer in zip(operations, peers, strict=True)]
+
+        def together() -> None:
+            threads = [threading.Thread(target=part, daemon=True) for part in parts]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        return [self._post(together, peers[0], operations[0].group, None)]
+
+    def _part(self, operation: dist.P2POp, peer: int) -> Callable[[], None]:
+        sends = getattr(operation.op, "__name__", "").endswith("isend")
+        make = _sending if sends else _receiving
+        return make(operation.tensor, peer, operation.group)
+
     def _isend(self, tensor: Tensor, dst: int | None = None, group: Any = None, tag: int = 0, **kwargs: Any) -> Any:
         if group in self._gloo:
             return _isend(tensor, dst, group, tag, **kwargs)
-        peer, ready = _peer(dst, group, kwargs.get("group_dst")), torch.empty(1)
-
-        def operation() -> None:
-            _wait(_irecv(ready, peer, group, _READY))
-            _wait(_isend(tensor, peer, group, _DATA))
-
-        return self._post(operation, peer, group, "send")
+        peer = _peer(dst, group, kwargs.get("group_dst"))
+        return self._post(_sending(tensor, peer, group), peer, group, "send")
 
     def _irecv(self, tensor: Tensor, src: int | None = None, group: Any = None, tag: int = 0, **kwargs: Any) -> Any:
         if group in self._gloo:
             return _irecv(tensor, src, group, tag, **kwargs)
         peer = _peer(src, group, kwargs.get("group_src"))
+        return self._post(_receiving(tensor, peer, group), peer, group, "receive")
 
-        def operation() -> None:
-            _wait(_isend(torch.zeros(1), peer, group, _READY))
-            _wait(_irecv(tensor, peer, group, _DATA))
-
-        return self._post(operation, peer, group, "receive")
-
-    def _post(self, operation: Callable[[], None], peer: int, group: Any, role: str) -> Work:
-        self._meet(peer, group, role)
+    def _post(self, operation: Callable[[], None], peer: int, group: Any, role: str | None) -> Work:
+        if role is not None:  # a batch meets its peers as it runs
+            self._meet(peer, group, role)
         key = (group, peer) if self._lazy else group
         with self._lock:
             if key not in self._streams:
@@ -177,10 +191,28 @@ class NcclLike:
         other = "receive" if role == "send" else "send"
         if (group, peer, role) in self._met:
             return
-        store, name, me = dist.distributed_c10d._get_default_store(), group.group_name, dist.get_rank()
+        # a connection of its own: a waiting one would hold up the other threads
+        store: Any = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        name, me = group.group_name, dist.get_rank()
         store.set(f"nccl-like/{name}/{me}/{peer}/{role}", "here")
         store.wait([f"nccl-like/{name}/{peer}/{me}/{other}"])
         self._met.add((group, peer, role))
+
+
+def _sending(tensor: Tensor, peer: int, group: Any) -> Callable[[], None]:
+    def operation() -> None:
+        _wait(_irecv(torch.empty(1), peer, group, _READY))
+        _wait(_isend(tensor, peer, group, _DATA))
+
+    return operation
+
+
+def _receiving(tensor: Tensor, peer: int, group: Any) -> Callable[[], None]:
+    def operation() -> None:
+        _wait(_isend(torch.zeros(1), peer, group, _READY))
+        _wait(_irecv(tensor, peer, group, _DATA))
+
+    return operation
 
 
 def _peer(rank: int | None, group: Any, group_rank: int | None) -> int:
