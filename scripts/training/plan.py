@@ -175,6 +175,9 @@ def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> Non
             f"--sequence-length {args.sequence_length} is longer than the model's {hf_config.max_position_embeddings} "
             f"positions: use --set max_position_embeddings={args.sequence_length}."
         )
+    for option, value in given_hyperparameters(args).items():
+        if value < (0 if option in ("--warmup-steps", "--learning-rate") else 1):
+            raise ModelError(f"{option} is {value}: give a larger one.")
     if args.keep < 1 or args.save_interval < 0:
         raise ModelError(
             f"--keep {args.keep} --save-interval {args.save_interval}: keep at least 1, save at least at 0."

@@ -53,6 +53,12 @@ def truncated(data: Path, tmp_path: Path, keep: int | None) -> Path:
         ({"--model": "nowhere.json"}, "no model config in 'nowhere.json'"),
         ({"--sequence-length": "100000"}, "is longer than the model's"),
         ({"--data": "nowhere"}, "nowhere"),
+        ({"--steps": "0"}, "--steps is 0: give a larger one"),
+        ({"--learning-rate": "-1"}, "--learning-rate is -1.0: give a larger one"),
+        (
+            {"--micro-batch-size": "3"},
+            '--micro-batch-size is 3, the configuration\'s "train_micro_batch_size_per_gpu" 2',
+        ),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
