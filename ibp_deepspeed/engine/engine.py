@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ibp_deepspeed.comm.stage_links import StageLinks
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.engine.checkpointing import EngineCheckpoints, Loaded
 from ibp_deepspeed.engine.evaluation import evaluate
+from ibp_deepspeed.engine.optimizer_step import SteppingEngine
 from ibp_deepspeed.errors import BatchError, InterlockingError
 from ibp_deepspeed.schedule import instructions
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
@@ -35,7 +35,7 @@ from ibp_deepspeed.strategy.timeline import Timeline
 _FLUSH_SECONDS = 30.0
 
 
-class InterlockedPipelineEngine(PipelineEngine):
+class InterlockedPipelineEngine(SteppingEngine):
     """Trains an :class:`InterlockedPipelineModule`. Made by :func:`ibp_deepspeed.initialize`.
 
     Streams across batches: a stage starts its next batch as soon as its own optimizer step is done, and waits for
@@ -358,12 +358,11 @@ class InterlockedPipelineEngine(PipelineEngine):
         micro.free()
 
     def _exec_reduce_grads(self) -> None:
-        """Overrides PipelineEngine's: alone in its group and without a partitioned optimizer nothing is to do."""
+        """Overrides SteppingEngine's: first the proof that all stages saw the same samples."""
         self._ledger.check()
         if self.module.tied_comms:
             self._exec_reduce_tied_grads()
-        if self.is_data_parallel or self.zero_optimization():
-            super()._exec_reduce_grads()
+        super()._exec_reduce_grads()
 
     _INSTRUCTION_MAP = {
         instructions.LoadMicroBatch: _exec_load_micro_batch,
@@ -404,33 +403,7 @@ class InterlockedPipelineEngine(PipelineEngine):
             key,
         )
 
-    @contextmanager
-    def _accumulating(self) -> Iterator[None]:
-        """Around every backward pass into parameters: head and trunk come at different times, and each pass must
-        reach the fp32 gradients that BF16_Optimizer keeps, once."""
-        if self.using_bf16_optimizer:
-            self.optimizer.clear_lp_grads(set_to_none=True)
-        yield
-        if self.using_bf16_optimizer:
-            self.optimizer.update_hp_grads()
-
-    # Optimizer, reports
-
-    def clip_fp32_gradients(self) -> None:
-        """Overrides DeepSpeedEngine's, whose norm spans the pipeline: clip by the norm of clip_scope.
-
-        Gradients are averaged over data-parallel ranks already, so the norm needs no reduction there.
-        """
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if not gradients:
-            return
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.interlocking.clip_scope == "global":
-            squared = norm.square()
-            dist.all_reduce(squared, group=self.grid.get_pipe_parallel_group())
-            norm = squared.sqrt()
-        self._global_grad_norm = norm
-        torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.gradient_clipping(), norm)
+    # Reports
 
     def _report(self) -> None:
         """Print and log what is known on rank 0 at the print interval; nobody waits."""

@@ -68,8 +68,10 @@ def initialize(
     mpu = grid if interlocking.clip_scope == "global" else StageGrid(grid)
     without_block = {key: value for key, value in ds_config.items() if key != "interlocking"}
     if is_enabled(ds_config, "bf16") and zero_stage(ds_config) == 1:
-        # DeepSpeed would sum the micro-batches of a batch in bf16
+        # DeepSpeed would sum the micro-batches of a batch in bf16, and the replicas' fp32 sums too
         without_block.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        if without_block["data_types"].get("grad_accum_dtype") == "fp32":
+            without_block.setdefault("communication_data_type", "fp32")
     deepspeed_config = DeepSpeedConfig(without_block, mpu)
     micro_batches = deepspeed_config.gradient_accumulation_steps
     _check_module(model, Timeline(interlocking, model.num_stages, micro_batches))
