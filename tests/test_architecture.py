@@ -18,7 +18,7 @@ ORDER = [
     {"errors"},
     {"atomic_files", "cli", "pipeline", "rng"},
     {"config", "comm", "data"},
-    {"strategy", "objectives", "checkpoint"},
+    {"strategy", "objectives", "checkpoint", "optimizer"},
     {"schedule", "stage", "single_process"},
     {"engine"},
     {"models"},

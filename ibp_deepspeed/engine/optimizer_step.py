@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import logger
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, left_out
 
 
 class SteppingEngine(PipelineEngine):
@@ -39,18 +42,49 @@ class SteppingEngine(PipelineEngine):
         if self.is_data_parallel or (self.zero_optimization() and not self.using_bf16_optimizer):
             super()._exec_reduce_grads()
 
-    def clip_fp32_gradients(self) -> None:
-        """Overrides DeepSpeedEngine's, whose norm spans the pipeline: clip by the norm of clip_scope.
+    def _take_model_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """Overrides DeepSpeedEngine's: gradients that are not finite cost one stage one step, and that is said.
 
-        Gradients are averaged over data-parallel ranks already, so the norm needs no reduction there.
+        DeepSpeed's bf16 and ZeRO optimizers leave such a step out (``overflow``), in silence, and with it
+        the step of the learning rate's schedule, which then stays behind that of the other stages. torch's own
+        optimizers step with whatever there is, and the stage's weights are NaN from then on.
         """
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if not gradients:
+        skipped = self.skipped_steps
+        if self.optimizer is self.basic_optimizer:
+            self._norm_or_no_gradients()
+        elif self.using_bf16_optimizer:
+            self._take_part_without_gradients()
+        super()._take_model_step(lr_kwargs)
+        if self.skipped_steps == skipped:
             return
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.interlocking.clip_scope == "global":
-            squared = norm.square()
+        if self.optimizer is not self.basic_optimizer and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        if self.grid.get_data_parallel_rank() == 0:
+            logger.warning(left_out(f"stage {self.stage_id}", self.global_steps))
+
+    def _norm_or_no_gradients(self) -> None:
+        """For torch's optimizers, with fp32: the norm of ``clip_scope``, and no gradients if that is not finite.
+
+        Gradients are averaged over data-parallel ranks already, so the norm needs no reduction there. All stages take
+        part in a norm of the pipeline, those without a gradient too.
+        """
+        norm = gradient_norm(self.module.parameters()).to(self.device)
+        if self.interlocking.clip_scope == "global" and self.gradient_clipping() > 0:
+            squared = norm.double().square()  # of one type, whatever the stages' gradients are
             dist.all_reduce(squared, group=self.grid.get_pipe_parallel_group())
-            norm = squared.sqrt()
+            norm = squared.sqrt().to(norm.dtype)
         self._global_grad_norm = norm
-        torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.gradient_clipping(), norm)
+        if not bool(norm.isfinite()):
+            self.skipped_steps += 1
+            drop_gradients(self.module.parameters())
+
+    def clip_fp32_gradients(self) -> None:
+        """Overrides DeepSpeedEngine's, whose norm spans the pipeline: clip by the norm that the step began with."""
+        torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.gradient_clipping(), self._global_grad_norm)
+
+    def _take_part_without_gradients(self) -> None:
+        """BF16_Optimizer's norm fails on a stage without any gradient, while the others may wait for its part
+        (``get_global_norm_of_tensors``): its sums, which are zeros, count then."""
+        received = self.optimizer.fp32_groups_has_gradients
+        if not any(any(group) for group in received):
+            self.optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in received]

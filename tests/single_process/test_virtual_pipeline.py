@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from torch import nn
 
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
 from tests.launch import launch
 from tests.toys import loss_fn, make_reference, micro_batches
+from tests.workers.skipping import Listener
 
 SHARED = {"readout": "shared", "refresh_interval": 2, "refresh_delay": 4}
 CASES: list[dict[str, Any]] = [
@@ -77,6 +79,22 @@ def test_resumed_bf16_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     runs[1].load_checkpoint(tmp_path)
     losses = [[run.train_batch(iter(micro_batches(step, 1))).tolist() for step in (3, 4, 5)] for run in runs]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_that_are_not_finite_cost_their_stage_one_step(bf16: bool) -> None:
+    """In the engine: tests/engine/test_skipping.py."""
+    warmup = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.01, "warmup_max_lr": 0.02}}
+    run = make(bf16={"enabled": bf16}, interlocking={"strategy": "local"}, scheduler=warmup)
+    batch, weights = micro_batches(0, 1), [stage[0].weight for stage in run.reference.stages]  # type: ignore[index]
+    run.train_batch(iter(batch))
+    run.reference.stages[1][0].register_forward_hook(lambda _, __, outputs: outputs * torch.inf)  # type: ignore[index]
+    before = [weight.clone() for weight in weights]
+    with Listener() as said:
+        run.train_batch(iter(batch))
+    assert not torch.equal(weights[0], before[0]) and torch.equal(weights[1], before[1])
+    assert len(said.lines) == 1 and "stage 1, batch 2" in said.lines[0], said.lines
+    assert run.schedulers[0].get_lr() == run.schedulers[1].get_lr()
 
 
 def test_frozen_readouts_need_no_file_of_copies(tmp_path: Path) -> None:
