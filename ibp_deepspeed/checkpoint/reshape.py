@@ -15,6 +15,7 @@ import torch
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
+from ibp_deepspeed.checkpoint.manifest import PipelineShape
 from ibp_deepspeed.checkpoint.reader import MASTER, CheckpointReader, head_name
 
 
@@ -66,6 +67,14 @@ def fill_head(head: nn.Module, origin: HeadOrigin, saved: CheckpointReader) -> N
         value = saved.weight(source)
         assert value is not None
         state[name].copy_(value)
+
+
+def decay_report(saved: PipelineShape, now: PipelineShape) -> list[str]:
+    """A line for the user if the parameter groups are others than the checkpoint's; else none."""
+    if saved.decay == now.decay:
+        return []
+    what = "on matrices alone" if now.decay == "matrices" else "on all parameters"
+    return [f"weight decay acts {what} from here on; moments and steps are the checkpoint's, nothing is lost"]
 
 
 def source_of(place: str, heads: Mapping[int, HeadOrigin]) -> str | None:
@@ -146,11 +155,17 @@ def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, 
 
 
 def _with_settings(groups: list[dict[str, Any]], saved: CheckpointReader) -> list[dict[str, Any]]:
-    """Parameter groups with the rates that the checkpoint was written with: schedules set new ones after a batch."""
+    """Parameter groups with the rates that the checkpoint was written with: schedules set new ones after a batch.
+
+    Which group decays by how much is the optimizer's to say: the checkpoint's groups may be others.
+    """
     settings = saved.group_settings()
     if len(settings) != len(groups):
+        settings = settings[:1] * len(groups)
+    kept = [{k: v for k, v in s.items() if k != "weight_decay"} for s in settings]
+    if not kept:
         return groups
-    return [{**group, **{k: v for k, v in s.items() if k in group}} for group, s in zip(groups, settings, strict=True)]
+    return [{**group, **{k: v for k, v in s.items() if k in group}} for group, s in zip(groups, kept, strict=True)]
 
 
 def _is_of_size(value: Any, parameter: nn.Parameter) -> bool:

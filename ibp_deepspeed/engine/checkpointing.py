@@ -59,18 +59,22 @@ class EngineCheckpoints:
         if self._readouts is not None:
             self._readouts.settle(self._engine.global_steps)
         path, manifest = self._store.open(folder, tag)
-        same = manifest is None or manifest.shape == self.shape()
-        if manifest is None or (same and not self._loads_by_name_only()):
+        own = self.shape()
+        saved = own.before_decay() if manifest is None else manifest.shape
+        same, regrouped = saved == own, saved.differs_by_decay_alone(own)
+        if same and (manifest is None or not self._loads_by_name_only()):
             self.load_report = []
             found, client_state = read(path)
         else:
-            lines, client_state = self._load_by_name(path, manifest.shape)
-            self.load_report, found = [] if same else lines, str(path / "reshaped")
+            lines, client_state = self._load_by_name(path, saved)
+            self.load_report, found = [] if same or regrouped else lines, str(path / "reshaped")
+            if self._engine.global_rank == 0:
+                self.load_report += reshape.decay_report(saved, own)
         if found is not None:
             self._store.resume_random_state(path)
             if self._readouts is not None:
                 steps, checkpoint_engine = self._engine.global_steps, self._engine.checkpoint_engine
-                self._readouts.load(str(path), steps, checkpoint_engine, strict=same)
+                self._readouts.load(str(path), steps, checkpoint_engine, strict=same or regrouped)
         return found, client_state
 
     def shape(self) -> PipelineShape:
@@ -85,6 +89,7 @@ class EngineCheckpoints:
             heads=module.placement.boundaries(module.parts),
             head_options=head_structure(engine.interlocking.aux_head) if module.has_aux_heads else None,
             optimizer="/".join(classes),
+            decay=engine.interlocking.decay,
         )
 
     def _parameter_names(self) -> dict[str, str]:

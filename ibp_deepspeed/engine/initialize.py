@@ -19,6 +19,7 @@ from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig,
 from ibp_deepspeed.config.known_keys import unknown_keys
 from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
 from ibp_deepspeed.errors import ModuleError
+from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.strategy.timeline import Timeline
 
@@ -40,7 +41,7 @@ def initialize(
         args: namespace with ``deepspeed_config``, unless ``config`` is given.
         model: the module; its ``interlocking`` or the configuration's block decides the strategy.
         optimizer: optimizer or callable, instead of the configuration's.
-        model_parameters: what to optimize (default: everything on this stage).
+        model_parameters: what to optimize (default: everything on this stage, in the groups of ``decay``).
         training_data: data set for DeepSpeed's loader.
         lr_scheduler: scheduler or callable, instead of the configuration's.
         dist_init_required: as in DeepSpeed.
@@ -77,13 +78,18 @@ def initialize(
     _check_module(model, Timeline(interlocking, model.num_stages, micro_batches))
     _configure(model, interlocking, optimizer, model_parameters)
     _check_aux_head(interlocking.aux_head, model.num_stages, micro_batches)
-    trained = [p for p in model.parameters() if p.requires_grad]  # DeepSpeed would take copied readouts too
+    if model_parameters is not None or isinstance(optimizer, torch.optim.Optimizer):
+        interlocking = interlocking.model_copy(update={"decay": "all"})  # the user's own groups, left as they are
+    if model_parameters is None:
+        trained = [p for p in model.parameters() if p.requires_grad]  # DeepSpeed would take copied readouts too
+        model_parameters = parameter_groups(trained, interlocking.decay)
+        _check_groups(model_parameters, interlocking, ds_config)
     engine = InterlockedPipelineEngine(
         interlocking=interlocking,
         args=None,
         model=model,
         optimizer=optimizer,
-        model_parameters=trained if model_parameters is None else model_parameters,
+        model_parameters=model_parameters,
         training_data=training_data,
         lr_scheduler=lr_scheduler,
         mpu=mpu,
@@ -150,6 +156,23 @@ def _configure(
         raise ModuleError(
             f"the objective of stage {loss} needs exit {target} as a target, which no schedule sends: train it in one "
             "process (VirtualPipeline)."
+        )
+
+
+def _check_groups(groups: list[dict[str, Any]], interlocking: InterlockingConfig, ds_config: Mapping[str, Any]) -> None:
+    """Refuse groups of which ZeRO's optimizer would take norms that other stages don't.
+
+    Raises:
+        ModuleError: it reduces one norm a group over the pipeline, and a stage has more groups than another.
+    """
+    if interlocking.clip_scope != "global" or zero_stage(ds_config) != 1:
+        return
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, len(groups))
+    if len(set(counts)) > 1:
+        raise ModuleError(
+            'one of the stages has no matrices or nothing else, which ZeRO 1 with "clip_scope": "global" can\'t train '
+            'in two groups: use "decay": "all".'
         )
 
 

@@ -19,6 +19,7 @@ class SteppingEngine(PipelineEngine):
     """DeepSpeed's pipeline engine with this package's rules for what happens between the gradients and the step."""
 
     interlocking: InterlockingConfig
+    _states_are_linked = False
 
     @contextmanager
     def _accumulating(self) -> Iterator[None]:
@@ -56,6 +57,7 @@ class SteppingEngine(PipelineEngine):
             self._take_part_without_gradients()
         super()._take_model_step(lr_kwargs)
         if self.skipped_steps == skipped:
+            self._link_states_of_all_groups()
             return
         if self.optimizer is not self.basic_optimizer and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
@@ -81,6 +83,15 @@ class SteppingEngine(PipelineEngine):
     def clip_fp32_gradients(self) -> None:
         """Overrides DeepSpeedEngine's, whose norm spans the pipeline: clip by the norm that the step began with."""
         torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.gradient_clipping(), self._global_grad_norm)
+
+    def _link_states_of_all_groups(self) -> None:
+        """DeepSpeedZeroOptimizer links parameters with their moments after the first group's first step
+        (``_optimizer_step``), when the next group has none: ``safe_get_full_optimizer_state`` does not find them."""
+        if self._states_are_linked or not self.zero_optimization() or self.using_bf16_optimizer:
+            return
+        self.optimizer._hp_optimizer_states_linked = False
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+        self._states_are_linked = True
 
     def _take_part_without_gradients(self) -> None:
         """BF16_Optimizer's norm fails on a stage without any gradient, while the others may wait for its part

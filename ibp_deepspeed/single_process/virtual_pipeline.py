@@ -20,6 +20,7 @@ from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.objectives.head import Objective
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, left_out
+from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 
@@ -186,7 +187,8 @@ class VirtualPipeline:
         if "betas" in kept:
             kept["betas"] = tuple(kept["betas"])
         defaults = {} if name.lower() == "sgd" else {"weight_decay": 0.01 if name.lower() == "adamw" else 0.0}
-        return _OPTIMIZERS[name.lower()](self.reference.masters(stage), **{**defaults, **kept})
+        groups = parameter_groups(self.reference.masters(stage), self.reference.interlocking.decay)
+        return _OPTIMIZERS[name.lower()](groups, **{**defaults, **kept})
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         block = self.ds_config.get("scheduler", {})

@@ -45,3 +45,10 @@ def test_a_stage_without_gradients_takes_part_in_the_norm_of_all() -> None:
         for other in others:
             assert all(other["moved"]) and other["norms"] == pytest.approx(first["norms"], rel=1e-6), (case, other)
             assert min(other["norms"]) > 0, other
+
+
+def test_groups_that_differ_between_stages_are_refused_where_zero_would_hang() -> None:
+    """ZeRO's optimizer reduces one norm a parameter group over all stages."""
+    case = {"what": "uneven groups", "bf16": False, "zero": 1, "clip": 1.0}
+    for (row,) in launch("skipping", STAGES, [case], timeout=60).check().reports:
+        assert row["refused"].endswith('use "decay": "all".'), row

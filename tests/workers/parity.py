@@ -93,7 +93,12 @@ def make_engine(case: dict[str, Any], stages: int, count: int, dtype: torch.dtyp
 def reference_optimizer(case: dict[str, Any], parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if case.get("optimizer", "sgd") == "sgd":
         return torch.optim.SGD(parameters, lr=0.3, momentum=0.9)
-    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01)
+    vectors = [p for p in parameters if p.dim() < 2]  # which don't decay
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2]},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.01)
 
 
 def clip_reference(case: dict[str, Any], reference: InterlockedReference, stages: int) -> None:

@@ -11,6 +11,7 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ibp_deepspeed import InterlockedPipelineModule, initialize
+from ibp_deepspeed.errors import ModuleError
 from tests.toys import Layer, layer_specs, loss_fn, micro_batches
 from tests.workers.failures import module_with
 
@@ -30,18 +31,21 @@ class Exploding(Layer):
 
 
 class Unused(Layer):
-    """Frozen, but for a parameter that nothing uses."""
+    """Frozen, but for parameters that nothing uses: a matrix, and perhaps a vector, which would be in another group."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, vector: bool) -> None:
         super().__init__(seed)
         self.requires_grad_(False)
         self.unused = torch.nn.Parameter(torch.ones(2, 2))
+        self.idle = torch.nn.Parameter(torch.ones(2), requires_grad=vector)
 
 
 def make_module(case: dict[str, Any]) -> InterlockedPipelineModule:
     if case["what"] == "infinite":
         return module_with(LayerSpec(Exploding, 9), STAGES, at=2 * STAGES - 2)
-    specs = [LayerSpec(Unused, seed) for seed in range(2)] + layer_specs(STAGES, torch.float32)[2:]
+    specs = [LayerSpec(Unused, seed, case["what"] != "uneven groups") for seed in range(2)] + layer_specs(
+        STAGES, torch.float32
+    )[2:]
     return InterlockedPipelineModule(
         specs, num_stages=STAGES, loss_fn=loss_fn, aux_head=None, partition_method="uniform"
     )
@@ -63,7 +67,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         },
         "interlocking": heads if case["what"] == "infinite" else without,
     }
-    engine = initialize(model=make_module(case), config=config)[0]
+    try:
+        engine = initialize(model=make_module(case), config=config)[0]
+    except ModuleError as error:
+        return {"refused": str(error)}
     rates, moved, norms = [], [], []
     with Listener() as said:
         for batch in range(BATCHES):
