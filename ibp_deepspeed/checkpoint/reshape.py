@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ibp_deepspeed.checkpoint.manifest import PipelineShape
 from ibp_deepspeed.checkpoint.reader import MASTER, CheckpointReader, head_name
 
+_OF_THE_OPTIMIZER = ("weight_decay", "foreach", "fused", "capturable")
+
 
 @dataclass(frozen=True)
 class HeadOrigin:
@@ -147,6 +149,8 @@ def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, 
     state = inner.state[flat]
     if not _is_of_size(value, parameter):
         state[key] = copy.deepcopy(value)  # a number of steps: one for the whole group
+        if inner.param_groups[mapping.param_group_index].get("fused") and isinstance(value, Tensor):
+            state[key] = state[key].to(flat.device)  # torch's fused kernels count on the device
         return
     if key not in state:
         state[key] = torch.zeros_like(flat)
@@ -157,12 +161,12 @@ def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, 
 def _with_settings(groups: list[dict[str, Any]], saved: CheckpointReader) -> list[dict[str, Any]]:
     """Parameter groups with the rates that the checkpoint was written with: schedules set new ones after a batch.
 
-    Which group decays by how much is the optimizer's to say: the checkpoint's groups may be others.
+    Which group decays by how much and which kernels run is the optimizer's to say: the checkpoint's may be others.
     """
     settings = saved.group_settings()
     if len(settings) != len(groups):
         settings = settings[:1] * len(groups)
-    kept = [{k: v for k, v in s.items() if k != "weight_decay"} for s in settings]
+    kept = [{k: v for k, v in s.items() if k not in _OF_THE_OPTIMIZER} for s in settings]
     if not kept:
         return groups
     return [{**group, **{k: v for k, v in s.items() if k in group}} for group, s in zip(groups, kept, strict=True)]

@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import log_dist
+from torch.utils import cpp_extension
 
 from ibp_deepspeed.comm.distributed import check_compiler, check_connections
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, load_ds_config, resolve_interlocking, zero_stage
 from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig, least_refresh_delay
 from ibp_deepspeed.config.known_keys import unknown_keys
 from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
-from ibp_deepspeed.errors import ModuleError
+from ibp_deepspeed.errors import ConfigError, ModuleError
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.strategy.timeline import Timeline
@@ -61,6 +64,7 @@ def initialize(
     interlocking = resolve_interlocking(ds_config, model.interlocking)
     check_ds_config(ds_config)
     check_compiler(ds_config)
+    _check_fused_adam(ds_config)
     check_connections(dist.get_backend())
     unknown = unknown_keys(ds_config)
     if unknown:
@@ -157,6 +161,23 @@ def _configure(
             f"the objective of stage {loss} needs exit {target} as a target, which no schedule sends: train it in one "
             "process (VirtualPipeline)."
         )
+
+
+def _check_fused_adam(ds_config: Mapping[str, Any]) -> None:
+    """Refuse DeepSpeed's FusedAdam where it can't be compiled.
+
+    Raises:
+        ConfigError: on CUDA without nvcc, unless it was compiled when DeepSpeed was installed.
+    """
+    block = ds_config.get("optimizer", {})
+    if get_accelerator().device_name() != "cuda" or str(block.get("type", "")).lower() not in ("adam", "adamw"):
+        return
+    if block.get("params", {}).get("torch_adam") or installed_ops.get("fused_adam") or cpp_extension.CUDA_HOME:
+        return
+    raise ConfigError(
+        f"DeepSpeed compiles its {block['type']} with nvcc, which was not found (CUDA_HOME): use torch's own, "
+        '"torch_adam": true with "fused": true.'
+    )
 
 
 def _check_groups(groups: list[dict[str, Any]], interlocking: InterlockingConfig, ds_config: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from tests.launch import launch
 from tests.toys import loss_fn, make_reference, micro_batches
 from tests.workers.skipping import Listener
 
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"readout": "shared", "refresh_interval": 2, "refresh_delay": 4}
 CASES: list[dict[str, Any]] = [
     {"interlocking": {"strategy": "pairwise", "mode": "window"}, "exchange": True},
@@ -60,8 +62,19 @@ def test_bf16_sums_and_keeps_in_full_precision(replicas: int) -> None:
     cases += [bf16("pairwise", "window", stages=stages)]
     for *alike, window in launch("virtual", stages * replicas, cases).check().reports:
         for case, row in zip(cases, alike, strict=False):
-            assert all(error <= 1e-6 for error in row.values()), (case, row)
+            assert all(row[error] <= 1e-6 for error in ("loss", "trained", "masters")), (case, row)
         assert window["masters"] <= 2e-3 and window["trained"] <= 2**-8 and window["loss"] <= 2e-3, window
+
+
+def test_the_optimizer_of_the_gpu_presets_is_torchs_fused_one() -> None:
+    """DeepSpeed hands ``fused`` to torch, whose kernel needs no nvcc; on CPU it is the same mathematics."""
+    preset = json.loads((ROOT / "ds_configs" / "pairwise_gpu.json").read_text())
+    optimizer = {**preset["optimizer"], "params": {**preset["optimizer"]["params"], "lr": 0.01}}
+    settings = {"optimizer": optimizer, "data_types": preset["data_types"]}
+    assert settings["optimizer"]["params"]["fused"] and settings["optimizer"]["params"]["torch_adam"]
+    case = bf16("pairwise", "furthest", settings=settings)
+    for (row,) in launch("virtual", 3, [case]).check().reports:
+        assert row["fused"] and all(row[error] <= 1e-6 for error in ("loss", "trained", "masters")), row
 
 
 def make(follow: bool = False, **changes: Any) -> VirtualPipeline:
