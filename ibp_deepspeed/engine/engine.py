@@ -17,6 +17,7 @@ from torch import Tensor
 from ibp_deepspeed.comm.loss_board import LossBoard
 from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
+from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.engine.checkpointing import EngineCheckpoints, Loaded
 from ibp_deepspeed.engine.evaluation import evaluate
@@ -60,6 +61,9 @@ class InterlockedPipelineEngine(SteppingEngine):
         # The stage is checkpointed by hand (micro_batch.py): DeepSpeed's functions recompute for every gradient.
         self._recompute = self.module.activation_checkpoint_interval > 0
         self.module.activation_checkpoint_interval = 0
+        if interlocking.compile:
+            head = self.module.aux_head
+            compile_layers(self.module.forward_funcs, [] if head is None else [head], torch.device(self.device))
         self._trunk_parameters = self.module.trunk_parameters()
         self._borrowed = self.module.placement.borrowed_from(self.stage_id)  # layers of this stage before a head
         self._set_schedule()

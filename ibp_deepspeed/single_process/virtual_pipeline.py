@@ -16,6 +16,7 @@ from deepspeed.runtime import lr_schedules
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_interlocking
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.objectives.head import Objective
@@ -73,6 +74,8 @@ class VirtualPipeline:
             module = part.module if isinstance(part, Objective) else part
             module.to(device=self.device, dtype=dtype)
         self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(ds_config))
+        if self.reference.interlocking.compile:
+            compile_layers([layer for stage in stages for layer in stage], self.reference.aux_heads, self.device)
         self.num_stages = len(stages)
         self.optimizers = [self._optimizer(k) for k in range(self.num_stages)]
         self.schedulers = [self._scheduler(optimizer) for optimizer in self.optimizers]

@@ -56,6 +56,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
             worst["eval"] = compare_evaluation(engine, reference, count, dtype, rank, replicas)
     worst["parameter"] = compare(list(engine.module.parameters()), stage_parameters(reference, engine.stage_id))
     worst["recomputations"] = float(engine.recomputations)
+    worst["compiled"] = float(sum(layer._compiled_call_impl is not None for layer in engine.module.forward_funcs))
     engine.close()
     return worst
 
