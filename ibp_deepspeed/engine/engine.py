@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +17,8 @@ from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
 from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.engine.checkpointing import EngineCheckpoints, Loaded
+from ibp_deepspeed.engine.checkpointing import CheckpointingEngine, EngineCheckpoints
 from ibp_deepspeed.engine.evaluation import evaluate
-from ibp_deepspeed.engine.optimizer_step import SteppingEngine
 from ibp_deepspeed.errors import BatchError, InterlockingError
 from ibp_deepspeed.schedule import instructions
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
@@ -36,7 +33,7 @@ from ibp_deepspeed.strategy.timeline import Timeline
 _FLUSH_SECONDS = 30.0
 
 
-class InterlockedPipelineEngine(SteppingEngine):
+class InterlockedPipelineEngine(CheckpointingEngine):
     """Trains an :class:`InterlockedPipelineModule`. Made by :func:`ibp_deepspeed.initialize`.
 
     Streams across batches: a stage starts its next batch as soon as its own optimizer step is done, and waits for
@@ -202,56 +199,6 @@ class InterlockedPipelineEngine(SteppingEngine):
         finally:
             self.data_iterator, self.training_dataloader = training_iterator, training_loader
             self.module.train(was_training)
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-        files: Mapping[str, str] | None = None,
-    ) -> None:
-        """Overrides DeepSpeedEngine's, on all ranks together: a kill at any moment leaves the one before complete.
-
-        Args:
-            save_dir: folder of all checkpoints.
-            tag: name of this one (default ``global_step<batches>``); one of that name is replaced.
-            client_state, save_latest, exclude_frozen_parameters: as in DeepSpeed.
-            files: texts to write into it, by file name, which may have a folder before it.
-
-        Raises:
-            CheckpointError: it can't be written; ``latest`` still names the one before.
-        """
-        save = super().save_checkpoint
-
-        def write(made: Path, state: Mapping[str, Any]) -> None:
-            save(str(made.parent), made.name, state, False, exclude_frozen_parameters)
-
-        name = None if tag is None else str(tag)
-        state = client_state or {}
-        self._checkpoints.save(write, Path(save_dir), name, state, files=files or {}, latest=save_latest)
-
-    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None, *args: Any, **kwargs: Any) -> Loaded:
-        """Overrides DeepSpeedEngine's: checks the files, and loads a checkpoint of another shape too.
-
-        Random states come back if there are as many ranks as when it was saved.
-
-        Raises:
-            CheckpointError: there is none, a file is missing, damaged or doesn't fit.
-        """
-        load = super().load_checkpoint
-
-        def read(path: Path) -> Loaded:
-            loaded: Loaded = load(str(path.parent), path.name, *args, **kwargs)
-            return loaded
-
-        return self._checkpoints.load(read, Path(load_dir), None if tag is None else str(tag))
-
-    @property
-    def load_report(self) -> list[str]:
-        """What this rank's last :meth:`load_checkpoint` had to change, for the user; empty if nothing."""
-        return self._checkpoints.load_report
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> None:
         """Overrides PipelineEngine's to flush first, as a checkpoint is a synchronisation anyway; readouts that were
