@@ -30,6 +30,10 @@ class EmbeddingLayer(nn.Module):
         swaps = [(end, nn.Identity()) for end in ends]
         self.decoder = shell.copy_of(shell.decoder, (shell.layers, nn.ModuleList()), *swaps)
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """None: looking up rows gains nothing, and making masks would break the graph."""
+        return []
+
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
 
@@ -42,6 +46,10 @@ class DecoderLayer(nn.Module):
         self.layer = shell.copy_of(shell.layers[index])
         self.index = index
         self._recorder = recorder
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The model's layer; what the recorder does around it is Python's."""
+        return [self.layer]
 
     def forward(self, hidden: Tensor) -> Tensor:
         output = self.layer(hidden, **self._recorder.inputs_for(self.index, hidden))
@@ -77,6 +85,10 @@ class Readout(nn.Module):
         """What heads with a shared LM head copy."""
         parts = [part for part in (self.projection, self.readout) if part is not None]
         return [parameter for part in parts for parameter in part.parameters()]
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """None: logits are made chunk by chunk, as the loss asks for them."""
+        return []
 
     def forward(self, hidden: Tensor) -> LazyLogits:
         if self.projection is not None:

@@ -16,9 +16,9 @@ import ibp_deepspeed
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     {"errors"},
-    {"atomic_files", "cli", "pipeline", "rng"},
+    {"atomic_files", "cli", "compilation", "pipeline", "rng"},
     {"config", "comm", "data"},
-    {"strategy", "objectives", "checkpoint"},
+    {"strategy", "objectives", "checkpoint", "optimizer"},
     {"schedule", "stage", "single_process"},
     {"engine"},
     {"models"},

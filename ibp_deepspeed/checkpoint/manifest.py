@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,6 +29,16 @@ class PipelineShape(BaseModel):
     head_options: dict[str, Any] | None
     optimizer: str
     """How the optimizer's state is laid out, and its class."""
+    decay: Literal["matrices", "all"] = "all"
+    """Its parameter groups; checkpoints of before have one."""
+
+    def before_decay(self) -> PipelineShape:
+        """The shape of a checkpoint that says nothing of its own, for a pipeline of this one."""
+        return self.model_copy(update={"decay": "all"})
+
+    def differs_by_decay_alone(self, other: PipelineShape) -> bool:
+        """Whether nothing but the parameter groups tells them apart."""
+        return self != other and self.model_copy(update={"decay": other.decay}) == other
 
     @property
     def stages(self) -> int:

@@ -115,6 +115,11 @@ class CheckpointReader:
         if partitions:
             return self._joined(stage, partitions)
         file = self.stage_file(stage)
+        if NAMES_KEY not in file:
+            raise CheckpointError(
+                f'{self.folder} does not name the parameters of its optimizer: load it with "decay": "all" and the '
+                "stages, replicas and heads that it was written with."
+            )
         states = dict(enumerate(file[NAMES_KEY]))
         found = {name: dict(complete["state"].get(index, {})) for index, name in states.items()}
         for name, master in zip(file[NAMES_KEY], file.get("masters") or [], strict=False):

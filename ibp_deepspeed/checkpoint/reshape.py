@@ -15,7 +15,10 @@ import torch
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
+from ibp_deepspeed.checkpoint.manifest import PipelineShape
 from ibp_deepspeed.checkpoint.reader import MASTER, CheckpointReader, head_name
+
+_OF_THE_OPTIMIZER = ("weight_decay", "foreach", "fused", "capturable")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,14 @@ def fill_head(head: nn.Module, origin: HeadOrigin, saved: CheckpointReader) -> N
         value = saved.weight(source)
         assert value is not None
         state[name].copy_(value)
+
+
+def decay_report(saved: PipelineShape, now: PipelineShape) -> list[str]:
+    """A line for the user if the parameter groups are others than the checkpoint's; else none."""
+    if saved.decay == now.decay:
+        return []
+    what = "on matrices alone" if now.decay == "matrices" else "on all parameters"
+    return [f"weight decay acts {what} from here on; moments and steps are the checkpoint's, nothing is lost"]
 
 
 def source_of(place: str, heads: Mapping[int, HeadOrigin]) -> str | None:
@@ -138,6 +149,8 @@ def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, 
     state = inner.state[flat]
     if not _is_of_size(value, parameter):
         state[key] = copy.deepcopy(value)  # a number of steps: one for the whole group
+        if inner.param_groups[mapping.param_group_index].get("fused") and isinstance(value, Tensor):
+            state[key] = state[key].to(flat.device)  # torch's fused kernels count on the device
         return
     if key not in state:
         state[key] = torch.zeros_like(flat)
@@ -146,11 +159,17 @@ def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, 
 
 
 def _with_settings(groups: list[dict[str, Any]], saved: CheckpointReader) -> list[dict[str, Any]]:
-    """Parameter groups with the rates that the checkpoint was written with: schedules set new ones after a batch."""
+    """Parameter groups with the rates that the checkpoint was written with: schedules set new ones after a batch.
+
+    Which group decays by how much and which kernels run is the optimizer's to say: the checkpoint's may be others.
+    """
     settings = saved.group_settings()
     if len(settings) != len(groups):
+        settings = settings[:1] * len(groups)
+    kept = [{k: v for k, v in s.items() if k not in _OF_THE_OPTIMIZER} for s in settings]
+    if not kept:
         return groups
-    return [{**group, **{k: v for k, v in s.items() if k in group}} for group, s in zip(groups, settings, strict=True)]
+    return [{**group, **{k: v for k, v in s.items() if k in group}} for group, s in zip(groups, kept, strict=True)]
 
 
 def _is_of_size(value: Any, parameter: nn.Parameter) -> bool:

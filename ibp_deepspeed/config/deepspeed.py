@@ -56,7 +56,7 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> None:
     """Refuse what does not combine with interlocking.
 
     Raises:
-        ConfigError: fp16, torch_autocast, ZeRO 2 or 3, offloading; or an "auto" that nothing filled in.
+        ConfigError: fp16, torch_autocast, ZeRO 2 or 3, offloading, DeepCompile; or an "auto" that nothing filled in.
     """
     refuse_auto(ds_config)
     if is_enabled(ds_config, "fp16"):
@@ -66,6 +66,12 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> None:
         )
     if is_enabled(ds_config, "torch_autocast"):
         raise ConfigError('torch_autocast is not supported: use "bf16": {"enabled": true} or fp32.')
+    compiler = ds_config.get("compile", {})
+    if isinstance(compiler, Mapping) and compiler.get("deepcompile"):
+        raise ConfigError(
+            "compile.deepcompile is not for pipelines: remove it; "
+            '"interlocking": {"compile": true} compiles the layers.'
+        )
     zero, stage = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
     if stage not in (0, 1):
         raise ConfigError(f"ZeRO stage {stage} does not work with pipelines: use stage 0 or 1.")

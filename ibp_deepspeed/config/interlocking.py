@@ -103,6 +103,10 @@ class InterlockingConfig(BaseModel):
     channel_depth: int | None = Field(default=None, ge=1)
     streaming: bool = True
     clip_scope: Literal["stage", "global"] = "stage"
+    decay: Literal["matrices", "all"] = "matrices"
+    """What the optimizer's weight decay acts on: ``matrices`` leaves out norms, biases and temperatures."""
+    compile: bool = False
+    """``torch.compile`` of the decoder layers."""
     schedule: tuple[Phase, ...] = ()
     global_interval: int | None = Field(default=None, ge=2)
     mixed: MixedConfig | None = None

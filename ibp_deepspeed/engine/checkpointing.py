@@ -12,6 +12,7 @@ from ibp_deepspeed.checkpoint import layout, reshape
 from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
 from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, names_of
 from ibp_deepspeed.checkpoint.store import CheckpointStore
+from ibp_deepspeed.engine.optimizer_step import SteppingEngine
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
 
 if TYPE_CHECKING:
@@ -49,28 +50,32 @@ class EngineCheckpoints:
         files: Mapping[str, str],
         latest: bool,
     ) -> None:
-        """See :meth:`InterlockedPipelineEngine.save_checkpoint`; ``write`` is DeepSpeed's part of it."""
+        """See :meth:`CheckpointingEngine.save_checkpoint`; ``write`` is DeepSpeed's part of it."""
         state = {**client_state, NAMES_KEY: list(self._parameter_names().values())}
         name = tag or layout.tag_of(self._engine.global_steps)
         self._store.save(folder, name, self.shape(), lambda made: write(made, state), files=files, latest=latest)
 
     def load(self, read: Callable[[Path], Loaded], folder: Path, tag: str | None) -> Loaded:
-        """See :meth:`InterlockedPipelineEngine.load_checkpoint`; ``read`` is DeepSpeed's part of it."""
+        """See :meth:`CheckpointingEngine.load_checkpoint`; ``read`` is DeepSpeed's part of it."""
         if self._readouts is not None:
             self._readouts.settle(self._engine.global_steps)
         path, manifest = self._store.open(folder, tag)
-        same = manifest is None or manifest.shape == self.shape()
-        if manifest is None or (same and not self._loads_by_name_only()):
+        own = self.shape()
+        saved = own.before_decay() if manifest is None else manifest.shape
+        same, regrouped = saved == own, saved.differs_by_decay_alone(own)
+        if same and (manifest is None or not self._loads_by_name_only()):
             self.load_report = []
             found, client_state = read(path)
         else:
-            lines, client_state = self._load_by_name(path, manifest.shape)
-            self.load_report, found = [] if same else lines, str(path / "reshaped")
+            lines, client_state = self._load_by_name(path, saved)
+            self.load_report, found = [] if same or regrouped else lines, str(path / "reshaped")
+            if self._engine.global_rank == 0:
+                self.load_report += reshape.decay_report(saved, own)
         if found is not None:
             self._store.resume_random_state(path)
             if self._readouts is not None:
                 steps, checkpoint_engine = self._engine.global_steps, self._engine.checkpoint_engine
-                self._readouts.load(str(path), steps, checkpoint_engine, strict=same)
+                self._readouts.load(str(path), steps, checkpoint_engine, strict=same or regrouped)
         return found, client_state
 
     def shape(self) -> PipelineShape:
@@ -85,6 +90,7 @@ class EngineCheckpoints:
             heads=module.placement.boundaries(module.parts),
             head_options=head_structure(engine.interlocking.aux_head) if module.has_aux_heads else None,
             optimizer="/".join(classes),
+            decay=engine.interlocking.decay,
         )
 
     def _parameter_names(self) -> dict[str, str]:
@@ -129,3 +135,59 @@ class EngineCheckpoints:
     def _is_partitioned(self) -> bool:
         """Whether DeepSpeed keeps flat copies of parameters, as ZeRO and its bf16 optimizer do."""
         return any(hasattr(parameter, "_hp_mapping") for parameter in self._engine.module.parameters())
+
+
+class CheckpointingEngine(SteppingEngine):
+    """An engine with these checkpoints in the place of DeepSpeed's."""
+
+    _checkpoints: EngineCheckpoints
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Overrides DeepSpeedEngine's, on all ranks together: a kill at any moment leaves the one before complete.
+
+        Args:
+            save_dir: folder of all checkpoints.
+            tag: name of this one (default ``global_step<batches>``); one of that name is replaced.
+            client_state, save_latest, exclude_frozen_parameters: as in DeepSpeed.
+            files: texts to write into it, by file name, which may have a folder before it.
+
+        Raises:
+            CheckpointError: it can't be written; ``latest`` still names the one before.
+        """
+        save = super().save_checkpoint
+
+        def write(made: Path, state: Mapping[str, Any]) -> None:
+            save(str(made.parent), made.name, state, False, exclude_frozen_parameters)
+
+        name = None if tag is None else str(tag)
+        state = client_state or {}
+        self._checkpoints.save(write, Path(save_dir), name, state, files=files or {}, latest=save_latest)
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None, *args: Any, **kwargs: Any) -> Loaded:
+        """Overrides DeepSpeedEngine's: checks the files, and loads a checkpoint of another shape too.
+
+        Random states come back if there are as many ranks as when it was saved.
+
+        Raises:
+            CheckpointError: there is none, a file is missing, damaged or doesn't fit.
+        """
+        load = super().load_checkpoint
+
+        def read(path: Path) -> Loaded:
+            loaded: Loaded = load(str(path.parent), path.name, *args, **kwargs)
+            return loaded
+
+        return self._checkpoints.load(read, Path(load_dir), None if tag is None else str(tag))
+
+    @property
+    def load_report(self) -> list[str]:
+        """What this rank's last :meth:`load_checkpoint` had to change, for the user; empty if nothing."""
+        return self._checkpoints.load_report

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +15,9 @@ from torch import Tensor
 from ibp_deepspeed.comm.loss_board import LossBoard
 from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
+from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.engine.checkpointing import EngineCheckpoints, Loaded
+from ibp_deepspeed.engine.checkpointing import CheckpointingEngine, EngineCheckpoints
 from ibp_deepspeed.engine.evaluation import evaluate
 from ibp_deepspeed.errors import BatchError, InterlockingError
 from ibp_deepspeed.schedule import instructions
@@ -35,7 +33,7 @@ from ibp_deepspeed.strategy.timeline import Timeline
 _FLUSH_SECONDS = 30.0
 
 
-class InterlockedPipelineEngine(PipelineEngine):
+class InterlockedPipelineEngine(CheckpointingEngine):
     """Trains an :class:`InterlockedPipelineModule`. Made by :func:`ibp_deepspeed.initialize`.
 
     Streams across batches: a stage starts its next batch as soon as its own optimizer step is done, and waits for
@@ -60,6 +58,9 @@ class InterlockedPipelineEngine(PipelineEngine):
         # The stage is checkpointed by hand (micro_batch.py): DeepSpeed's functions recompute for every gradient.
         self._recompute = self.module.activation_checkpoint_interval > 0
         self.module.activation_checkpoint_interval = 0
+        if interlocking.compile:
+            head = self.module.aux_head
+            compile_layers(self.module.forward_funcs, [] if head is None else [head], torch.device(self.device))
         self._trunk_parameters = self.module.trunk_parameters()
         self._borrowed = self.module.placement.borrowed_from(self.stage_id)  # layers of this stage before a head
         self._set_schedule()
@@ -199,56 +200,6 @@ class InterlockedPipelineEngine(PipelineEngine):
             self.data_iterator, self.training_dataloader = training_iterator, training_loader
             self.module.train(was_training)
 
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-        files: Mapping[str, str] | None = None,
-    ) -> None:
-        """Overrides DeepSpeedEngine's, on all ranks together: a kill at any moment leaves the one before complete.
-
-        Args:
-            save_dir: folder of all checkpoints.
-            tag: name of this one (default ``global_step<batches>``); one of that name is replaced.
-            client_state, save_latest, exclude_frozen_parameters: as in DeepSpeed.
-            files: texts to write into it, by file name, which may have a folder before it.
-
-        Raises:
-            CheckpointError: it can't be written; ``latest`` still names the one before.
-        """
-        save = super().save_checkpoint
-
-        def write(made: Path, state: Mapping[str, Any]) -> None:
-            save(str(made.parent), made.name, state, False, exclude_frozen_parameters)
-
-        name = None if tag is None else str(tag)
-        state = client_state or {}
-        self._checkpoints.save(write, Path(save_dir), name, state, files=files or {}, latest=save_latest)
-
-    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None, *args: Any, **kwargs: Any) -> Loaded:
-        """Overrides DeepSpeedEngine's: checks the files, and loads a checkpoint of another shape too.
-
-        Random states come back if there are as many ranks as when it was saved.
-
-        Raises:
-            CheckpointError: there is none, a file is missing, damaged or doesn't fit.
-        """
-        load = super().load_checkpoint
-
-        def read(path: Path) -> Loaded:
-            loaded: Loaded = load(str(path.parent), path.name, *args, **kwargs)
-            return loaded
-
-        return self._checkpoints.load(read, Path(load_dir), None if tag is None else str(tag))
-
-    @property
-    def load_report(self) -> list[str]:
-        """What this rank's last :meth:`load_checkpoint` had to change, for the user; empty if nothing."""
-        return self._checkpoints.load_report
-
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> None:
         """Overrides PipelineEngine's to flush first, as a checkpoint is a synchronisation anyway; readouts that were
         taken and not yet used are saved too."""
@@ -358,12 +309,11 @@ class InterlockedPipelineEngine(PipelineEngine):
         micro.free()
 
     def _exec_reduce_grads(self) -> None:
-        """Overrides PipelineEngine's: alone in its group and without a partitioned optimizer nothing is to do."""
+        """Overrides SteppingEngine's: first the proof that all stages saw the same samples."""
         self._ledger.check()
         if self.module.tied_comms:
             self._exec_reduce_tied_grads()
-        if self.is_data_parallel or self.zero_optimization():
-            super()._exec_reduce_grads()
+        super()._exec_reduce_grads()
 
     _INSTRUCTION_MAP = {
         instructions.LoadMicroBatch: _exec_load_micro_batch,
@@ -404,33 +354,7 @@ class InterlockedPipelineEngine(PipelineEngine):
             key,
         )
 
-    @contextmanager
-    def _accumulating(self) -> Iterator[None]:
-        """Around every backward pass into parameters: head and trunk come at different times, and each pass must
-        reach the fp32 gradients that BF16_Optimizer keeps, once."""
-        if self.using_bf16_optimizer:
-            self.optimizer.clear_lp_grads(set_to_none=True)
-        yield
-        if self.using_bf16_optimizer:
-            self.optimizer.update_hp_grads()
-
-    # Optimizer, reports
-
-    def clip_fp32_gradients(self) -> None:
-        """Overrides DeepSpeedEngine's, whose norm spans the pipeline: clip by the norm of clip_scope.
-
-        Gradients are averaged over data-parallel ranks already, so the norm needs no reduction there.
-        """
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if not gradients:
-            return
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.interlocking.clip_scope == "global":
-            squared = norm.square()
-            dist.all_reduce(squared, group=self.grid.get_pipe_parallel_group())
-            norm = squared.sqrt()
-        self._global_grad_norm = norm
-        torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.gradient_clipping(), norm)
+    # Reports
 
     def _report(self) -> None:
         """Print and log what is known on rank 0 at the print interval; nobody waits."""

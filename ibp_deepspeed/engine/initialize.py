@@ -9,16 +9,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import log_dist
+from torch.utils import cpp_extension
 
 from ibp_deepspeed.comm.distributed import check_compiler, check_connections
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, load_ds_config, resolve_interlocking, zero_stage
 from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig, least_refresh_delay
 from ibp_deepspeed.config.known_keys import unknown_keys
 from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
-from ibp_deepspeed.errors import ModuleError
+from ibp_deepspeed.errors import ConfigError, ModuleError
+from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.strategy.timeline import Timeline
 
@@ -40,7 +44,7 @@ def initialize(
         args: namespace with ``deepspeed_config``, unless ``config`` is given.
         model: the module; its ``interlocking`` or the configuration's block decides the strategy.
         optimizer: optimizer or callable, instead of the configuration's.
-        model_parameters: what to optimize (default: everything on this stage).
+        model_parameters: what to optimize (default: everything on this stage, in the groups of ``decay``).
         training_data: data set for DeepSpeed's loader.
         lr_scheduler: scheduler or callable, instead of the configuration's.
         dist_init_required: as in DeepSpeed.
@@ -60,6 +64,7 @@ def initialize(
     interlocking = resolve_interlocking(ds_config, model.interlocking)
     check_ds_config(ds_config)
     check_compiler(ds_config)
+    _check_fused_adam(ds_config)
     check_connections(dist.get_backend())
     unknown = unknown_keys(ds_config)
     if unknown:
@@ -68,20 +73,27 @@ def initialize(
     mpu = grid if interlocking.clip_scope == "global" else StageGrid(grid)
     without_block = {key: value for key, value in ds_config.items() if key != "interlocking"}
     if is_enabled(ds_config, "bf16") and zero_stage(ds_config) == 1:
-        # DeepSpeed would sum the micro-batches of a batch in bf16
+        # DeepSpeed would sum the micro-batches of a batch in bf16, and the replicas' fp32 sums too
         without_block.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        if without_block["data_types"].get("grad_accum_dtype") == "fp32":
+            without_block.setdefault("communication_data_type", "fp32")
     deepspeed_config = DeepSpeedConfig(without_block, mpu)
     micro_batches = deepspeed_config.gradient_accumulation_steps
     _check_module(model, Timeline(interlocking, model.num_stages, micro_batches))
     _configure(model, interlocking, optimizer, model_parameters)
     _check_aux_head(interlocking.aux_head, model.num_stages, micro_batches)
-    trained = [p for p in model.parameters() if p.requires_grad]  # DeepSpeed would take copied readouts too
+    if model_parameters is not None or isinstance(optimizer, torch.optim.Optimizer):
+        interlocking = interlocking.model_copy(update={"decay": "all"})  # the user's own groups, left as they are
+    if model_parameters is None:
+        trained = [p for p in model.parameters() if p.requires_grad]  # DeepSpeed would take copied readouts too
+        model_parameters = parameter_groups(trained, interlocking.decay)
+        _check_groups(model_parameters, interlocking, ds_config)
     engine = InterlockedPipelineEngine(
         interlocking=interlocking,
         args=None,
         model=model,
         optimizer=optimizer,
-        model_parameters=trained if model_parameters is None else model_parameters,
+        model_parameters=model_parameters,
         training_data=training_data,
         lr_scheduler=lr_scheduler,
         mpu=mpu,
@@ -148,6 +160,40 @@ def _configure(
         raise ModuleError(
             f"the objective of stage {loss} needs exit {target} as a target, which no schedule sends: train it in one "
             "process (VirtualPipeline)."
+        )
+
+
+def _check_fused_adam(ds_config: Mapping[str, Any]) -> None:
+    """Refuse DeepSpeed's FusedAdam where it can't be compiled.
+
+    Raises:
+        ConfigError: on CUDA without nvcc, unless it was compiled when DeepSpeed was installed.
+    """
+    block = ds_config.get("optimizer", {})
+    if get_accelerator().device_name() != "cuda" or str(block.get("type", "")).lower() not in ("adam", "adamw"):
+        return
+    if block.get("params", {}).get("torch_adam") or installed_ops.get("fused_adam") or cpp_extension.CUDA_HOME:
+        return
+    raise ConfigError(
+        f"DeepSpeed compiles its {block['type']} with nvcc, which was not found (CUDA_HOME): use torch's own, "
+        '"torch_adam": true with "fused": true.'
+    )
+
+
+def _check_groups(groups: list[dict[str, Any]], interlocking: InterlockingConfig, ds_config: Mapping[str, Any]) -> None:
+    """Refuse groups of which ZeRO's optimizer would take norms that other stages don't.
+
+    Raises:
+        ModuleError: it reduces one norm a group over the pipeline, and a stage has more groups than another.
+    """
+    if interlocking.clip_scope != "global" or zero_stage(ds_config) != 1:
+        return
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, len(groups))
+    if len(set(counts)) > 1:
+        raise ModuleError(
+            'one of the stages has no matrices or nothing else, which ZeRO 1 with "clip_scope": "global" can\'t train '
+            'in two groups: use "decay": "all".'
         )
 
 

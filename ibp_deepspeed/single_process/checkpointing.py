@@ -12,7 +12,7 @@ from torch import nn
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
 from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, head_name, read
-from ibp_deepspeed.checkpoint.reshape import HeadOrigin, fill_head, head_origin, restore_plain, source_of
+from ibp_deepspeed.checkpoint.reshape import HeadOrigin, decay_report, fill_head, head_origin, restore_plain, source_of
 from ibp_deepspeed.checkpoint.store import CheckpointStore
 from ibp_deepspeed.objectives.shared_readout import RefreshRule, fill_pending, source_readout
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
@@ -59,19 +59,19 @@ class SingleProcessCheckpoints:
             CheckpointError: there is none, a file is missing, damaged or doesn't fit.
         """
         path, manifest = self._store.open(folder, tag)
-        shape = self.shape() if manifest is None else manifest.shape
-        saved, same = CheckpointReader(path, shape), shape == self.shape()
-        self.load_report = []
+        own = self.shape()
+        shape = own.before_decay() if manifest is None else manifest.shape
+        saved, same, regrouped = CheckpointReader(path, shape), shape == own, shape.differs_by_decay_alone(own)
+        lines = [] if same else self._load_by_name(saved)
         if same:
             self._load_stages(path, saved)
-        else:
-            self._load_by_name(saved)
+        self.load_report = ([] if regrouped else lines) + decay_report(shape, own)
         counters = saved.stage_file()
         self._reference.batch = counters["global_steps"]
         for scheduler in self._schedulers:
             if scheduler is not None and counters["lr_scheduler"] is not None:
                 scheduler.load_state_dict(counters["lr_scheduler"])
-        self._load_readouts(path, strict=same)
+        self._load_readouts(path, strict=same or regrouped)
         self._store.resume_random_state(path)
 
     def shape(self) -> PipelineShape:
@@ -84,6 +84,7 @@ class SingleProcessCheckpoints:
             heads=self._reference.placement.boundaries(self.bounds),
             head_options=head_structure(self._reference.interlocking.aux_head) if heads else None,
             optimizer=f"masters/{kind}" if self._reference.has_masters else kind,
+            decay=self._reference.interlocking.decay,
         )
 
     def _heads(self) -> dict[int, int]:
@@ -108,7 +109,7 @@ class SingleProcessCheckpoints:
             "module": None,
             "optimizer": self._optimizers[stage].state_dict(),
             "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
-            "masters": [p.detach() for p in self._reference.masters(stage)],
+            "masters": [p.detach() for p in self._trained(stage)],
             NAMES_KEY: list(self._names(stage).values()),
             "global_steps": batches,
             "global_samples": batches * self._batch_size,
@@ -133,7 +134,17 @@ class SingleProcessCheckpoints:
         for loss, boundary in self._heads().items():
             head = self._reference.aux_heads[loss]
             names.update({p: head_name(boundary, name) for name, p in head.named_parameters()})
-        return {p: names[p] for p in self._reference.parameters(stage)}
+        return {p: names[p] for p in self._parameters(stage)}
+
+    def _trained(self, stage: int) -> list[nn.Parameter]:
+        """What the optimizer of a stage trains, in its order."""
+        return [p for group in self._optimizers[stage].param_groups for p in group["params"]]
+
+    def _parameters(self, stage: int) -> list[nn.Parameter]:
+        """The parameters that these are, or of which they are the fp32 copies."""
+        copied = zip(self._reference.masters(stage), self._reference.parameters(stage), strict=True)
+        parameters = dict(copied)
+        return [parameters[p] for p in self._trained(stage)]
 
     def _load_stages(self, folder: Path, saved: CheckpointReader) -> None:
         """Files of the same shape."""
@@ -144,10 +155,10 @@ class SingleProcessCheckpoints:
         for k, optimizer in enumerate(self._optimizers):
             state = saved.stage_file(k)
             optimizer.load_state_dict(state["optimizer"])
-            self._reference.set_masters(k, state.get("masters"))
+            self._reference.set_masters(self._parameters(k), state.get("masters"))
 
-    def _load_by_name(self, saved: CheckpointReader) -> None:
-        """Files of another shape."""
+    def _load_by_name(self, saved: CheckpointReader) -> list[str]:
+        """Files of another shape; returns lines for the user."""
         for index, layer in self._layers():
             values = {name: saved.weight(f"{index}.{name}") for name in layer.state_dict()}
             layer.load_state_dict({name: value for name, value in values.items() if value is not None})
@@ -156,13 +167,13 @@ class SingleProcessCheckpoints:
             objective = self._reference.objectives[loss]
             origins[boundary] = head_origin(objective.module, objective.sources(), boundary, saved)
             fill_head(objective.module, origins[boundary], saved)
-        self.load_report = [origin.words for origin in origins.values()]
         for k, optimizer in enumerate(self._optimizers):
-            self._reference.set_masters(k, None)
-            places = zip(self._names(k).values(), self._reference.masters(k), strict=True)
+            self._reference.set_masters(self._parameters(k), None)
+            places = zip(self._names(k).values(), self._trained(k), strict=True)
             sources = {master: source_of(place, origins) for place, master in places}
             restore_plain(optimizer, {master: name for master, name in sources.items() if name}, saved)
         self._reference.masters_to_weights()
+        return [origin.words for origin in origins.values()]
 
     def _rule(self) -> RefreshRule | None:
         """When copies of the last LM head are made; None if none ever is (private, frozen)."""

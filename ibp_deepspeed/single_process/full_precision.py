@@ -38,9 +38,9 @@ class FullPrecisionSums(InterlockedReference):
             weight.copy_(master)
 
     @torch.no_grad()
-    def set_masters(self, stage: int, values: Sequence[Tensor] | None) -> None:
+    def set_masters(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor] | None) -> None:
         """After loading the weights: their fp32 copies as saved, or made of them."""
-        for parameter, value in zip(self.parameters(stage), values or self.parameters(stage), strict=True):
+        for parameter, value in zip(parameters, values or parameters, strict=True):
             self._masters.get(parameter, parameter).copy_(value)
 
     def _add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:

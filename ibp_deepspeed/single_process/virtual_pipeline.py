@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 from deepspeed.runtime import lr_schedules
+from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_interlocking
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.objectives.head import Objective
+from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, left_out
+from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 
@@ -70,6 +74,8 @@ class VirtualPipeline:
             module = part.module if isinstance(part, Objective) else part
             module.to(device=self.device, dtype=dtype)
         self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(ds_config))
+        if self.reference.interlocking.compile:
+            compile_layers([layer for stage in stages for layer in stage], self.reference.aux_heads, self.device)
         self.num_stages = len(stages)
         self.optimizers = [self._optimizer(k) for k in range(self.num_stages)]
         self.schedulers = [self._scheduler(optimizer) for optimizer in self.optimizers]
@@ -184,7 +190,8 @@ class VirtualPipeline:
         if "betas" in kept:
             kept["betas"] = tuple(kept["betas"])
         defaults = {} if name.lower() == "sgd" else {"weight_decay": 0.01 if name.lower() == "adamw" else 0.0}
-        return _OPTIMIZERS[name.lower()](self.reference.masters(stage), **{**defaults, **kept})
+        groups = parameter_groups(self.reference.masters(stage), self.reference.interlocking.decay)
+        return _OPTIMIZERS[name.lower()](groups, **{**defaults, **kept})
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         block = self.ds_config.get("scheduler", {})
@@ -196,14 +203,18 @@ class VirtualPipeline:
         return getattr(lr_schedules, block["type"])(optimizer, **block.get("params", {}))
 
     def _clip(self) -> None:
+        """As the engine: clip by the norm of clip_scope, and no step where that is not finite."""
         limit = self.ds_config.get("gradient_clipping", 1.0)  # DeepSpeed's default
-        if not limit:
-            return
-        scopes = [self.reference.masters(k) for k in range(self.num_stages)]
-        if self.reference.interlocking.clip_scope == "global":
-            scopes = [[p for scope in scopes for p in scope]]
-        for scope in scopes:
-            torch.nn.utils.clip_grad_norm_(scope, limit)
+        scopes = {f"stage {k}": self.reference.masters(k) for k in range(self.num_stages)}
+        if limit and self.reference.interlocking.clip_scope == "global":
+            scopes = {"all stages": [p for scope in scopes.values() for p in scope]}
+        for name, scope in scopes.items():
+            norm = gradient_norm(scope)
+            if not bool(norm.isfinite()):
+                drop_gradients(scope)
+                logger.warning(left_out(name, self.global_steps))
+            elif limit:
+                torch.nn.utils.clip_grads_with_norm_(scope, limit, norm)
 
     def _take(self, data_iter: Iterator[Any], count: int) -> list[tuple[Any, Any]]:
         rows = [(row[0].to(self.device), row[1].to(self.device)) for row in islice(data_iter, count)]

@@ -45,7 +45,7 @@ def test_its_exports_have_the_same_logits(exit_: int) -> None:
     assert logits == pytest.approx(NUMBERS["logits"][str(exit_)], abs=1e-6)
 
 
-def train(config: str, out: Path, *words: str, processes: int = 0) -> Done:
+def train(config: str | Path, out: Path, *words: str, processes: int = 0) -> Done:
     """In processes of a job, or in one."""
     where = ("--deepspeed_config", FOLDER / config, "--data", FOLDER / "data", "--output", out)
     what = ("--model", "models/configs/llama-tiny.json", "--set", *SIZES, "--partition", "0,2,4,6")
@@ -73,6 +73,19 @@ def test_it_resumes_as_it_would_have(tmp_path: Path, one_process: bool) -> None:
     done = train("shared.json", tmp_path, "--steps", "6", "--resume", *how, processes=0 if one_process else 3)
     assert "resumes from global_step3" in done.stdout
     check(tmp_path, NUMBERS["shared"], range(4, 6), "global_step6")
+
+
+def test_it_resumes_with_decay_on_matrices_alone(tmp_path: Path) -> None:
+    """The default of today, whose optimizer has two groups instead of the checkpoint's one."""
+    shutil.copytree(FOLDER / "checkpoint", tmp_path / "checkpoint")
+    config = json.loads((FOLDER / "shared.json").read_text())
+    del config["interlocking"]["decay"]
+    (tmp_path / "today.json").write_text(json.dumps(config))
+    done = train(tmp_path / "today.json", tmp_path, "--steps", "4", "--resume", "--one-process", "--stages", "3")
+    assert "weight decay acts on matrices alone from here on" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    first = next(row["train"] for row in rows if row["step"] == 4 and "train" in row)
+    assert first == pytest.approx(NUMBERS["shared"]["train"]["4"], rel=TOLERANCE), "before any step of its own"
 
 
 def test_a_run_from_scratch_begins_with_the_same_weights_and_samples(tmp_path: Path) -> None:

@@ -86,6 +86,44 @@ def test_processes_in_other_shapes(tmp_path: Path) -> None:
     assert_trunk_is(virtual, tmp_path / "exact")
 
 
+@pytest.mark.parametrize("precision", [{}, {"zero": 1}, {"zero": 1, "bf16": True}], ids=["plain", "zero", "bf16"])
+def test_other_parameter_groups_keep_every_state(precision: dict[str, Any], tmp_path: Path) -> None:
+    """One group, as all checkpoints once had, into two, and back; also into another cut."""
+    one, two = {**LOCAL, "decay": "all"}, LOCAL
+    folders = {name: str(tmp_path / name) for name in ("one", "two")}
+    saving = [case(FOUR, strategy=block, save=folders[name]) for name, block in (("one", one), ("two", two))]
+    loading = [
+        case(FOUR, strategy=two, load=folders["one"]),
+        case(FOUR, strategy=one, load=folders["two"]),
+        case(TWO, 2, strategy=two, load=folders["one"]),
+    ]
+    reports = launch("reshape", 4, [each | precision for each in saving + loading]).check().reports[0]
+    into_two, into_one, cut = reports[2:]
+    said = "moments and steps are the checkpoint's, nothing is lost"
+    for row, heads, decays in ((into_two, [2, 4, 6], [0.1, 0.0]), (into_one, [2, 4, 6], [0.1]), (cut, [4], [0.1, 0.0])):
+        check_kept(row, heads)
+        assert row["decays"] == decays and not row["moved"] and said in row["lines"][-1], row
+    assert len(into_two["lines"]) == len(into_one["lines"]) == 1, "heads are where they were"
+    assert "on matrices alone" in into_two["lines"][0] and "on all parameters" in into_one["lines"][0]
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+def test_one_process_loads_other_parameter_groups(low: bool, tmp_path: Path) -> None:
+    """States, steps and rates go over; without decay what follows is the same, whatever the groups."""
+    more: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.0}}}
+    more |= {"bf16": {"enabled": True}} if low else {}
+    one, two = (make(FOUR, {**LOCAL, "decay": decay}, **more) for decay in ("all", "matrices"))
+    train(one, range(3))
+    one.save_checkpoint(tmp_path)
+    two.load_checkpoint(tmp_path)
+    assert two.load_report == [
+        "weight decay acts on matrices alone from here on; moments and steps are the checkpoint's, nothing is lost"
+    ]
+    for pipeline in (one, two):
+        train(pipeline, range(3, 6))
+    assert all(map(torch.equal, trunk(one), trunk(two)))
+
+
 def make(bounds: list[int], interlocking: dict[str, Any], sources: bool = False, **more: Any) -> VirtualPipeline:
     layers = [Layer(seed) for seed in range(LAYERS - 1)] + [Head(LAYERS - 1)]
     stages = [nn.Sequential(*layers[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -95,6 +95,7 @@ def test_channel_depth() -> None:
         ({"zero_optimization": {"stage": 2}}, "ZeRO stage 2 does not work with pipelines: use stage 0 or 1"),
         ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile is not for pipelines"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from ibp_deepspeed.config.auto import FILLED, fill_auto
 from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config, resolve_interlocking
 from ibp_deepspeed.config.known_keys import TOP_LEVEL, unknown_keys
+from ibp_deepspeed.engine import initialize
+from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.schedule.validate import validated_timeline
 from ibp_deepspeed.strategy.timeline import Timeline
 
@@ -87,3 +90,21 @@ def test_an_unknown_key_is_named_with_its_neighbour() -> None:
         '"optimizer.typ" (did you mean "type"?)',
     ]
     assert json.loads(PRESETS[0].read_text())
+
+
+@pytest.mark.parametrize("has_nvcc", [True, False])
+@pytest.mark.parametrize("path", [path for path in PRESETS if path.stem.endswith("gpu")], ids=lambda path: path.stem)
+def test_gpu_presets_need_no_nvcc_and_what_needs_it_is_refused(
+    path: Path, has_nvcc: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(initialize, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    monkeypatch.setattr(initialize.cpp_extension, "CUDA_HOME", "/usr/local/cuda" if has_nvcc else None)
+    monkeypatch.setattr(initialize, "installed_ops", {"fused_adam": False})
+    settings = load_ds_config(path)
+    initialize._check_fused_adam(settings)
+    del settings["optimizer"]["params"]["torch_adam"]
+    if has_nvcc:
+        initialize._check_fused_adam(settings)
+        return
+    with pytest.raises(ConfigError, match='"torch_adam": true with "fused": true'):
+        initialize._check_fused_adam(settings)

@@ -28,7 +28,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"num_stages": stages, "loss_fn": loss_fn, "partition_method": "uniform"}
     theirs_module = PipelineModule(specs, **options)
     theirs = deepspeed.initialize(model=theirs_module, config=config)[0]
-    block = {"strategy": "global", "aux_head": None}
+    block = {"strategy": "global", "aux_head": None, "decay": "all"}  # as DeepSpeed's, of one group
     ours = initialize(
         model=InterlockedPipelineModule(specs, aux_head=None, **options), config={**config, "interlocking": block}
     )[0]

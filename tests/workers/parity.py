@@ -56,6 +56,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
             worst["eval"] = compare_evaluation(engine, reference, count, dtype, rank, replicas)
     worst["parameter"] = compare(list(engine.module.parameters()), stage_parameters(reference, engine.stage_id))
     worst["recomputations"] = float(engine.recomputations)
+    worst["compiled"] = float(sum(layer._compiled_call_impl is not None for layer in engine.module.forward_funcs))
     engine.close()
     return worst
 
@@ -93,7 +94,12 @@ def make_engine(case: dict[str, Any], stages: int, count: int, dtype: torch.dtyp
 def reference_optimizer(case: dict[str, Any], parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if case.get("optimizer", "sgd") == "sgd":
         return torch.optim.SGD(parameters, lr=0.3, momentum=0.9)
-    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01)
+    vectors = [p for p in parameters if p.dim() < 2]  # which don't decay
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2]},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.01)
 
 
 def clip_reference(case: dict[str, Any], reference: InterlockedReference, stages: int) -> None:

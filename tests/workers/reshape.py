@@ -115,6 +115,8 @@ def load(case: dict[str, Any]) -> dict[str, Any]:
     kept, moved = compare(there["moments"][0], together(engine))
     lines: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lines, engine.load_report)
+    groups = getattr(engine.optimizer, "optimizer", engine.optimizer).param_groups
+    decays = [group["weight_decay"] for group in groups]
     counted = [engine.global_steps, engine.global_samples - there["samples"], engine.get_lr()[0] - there["rate"]]
     train(engine, range(3, 6))
     end = together(engine)
@@ -133,6 +135,7 @@ def load(case: dict[str, Any]) -> dict[str, Any]:
         "lines": sorted(line for row in lines for line in row),
         "counted": counted,
         "error": max(errors.values()),
+        "decays": decays,
     }
 
 

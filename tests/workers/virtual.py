@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from ibp_deepspeed import initialize
@@ -16,10 +17,15 @@ from tests.workers.parity import compare, stage_parameters
 STAGES, COUNT = 3, 2
 
 
-def settings(case: dict[str, Any]) -> dict[str, Any]:
+def stages_of(case: dict[str, Any]) -> int:
+    count: int = case.get("stages", STAGES)
+    return count
+
+
+def settings(case: dict[str, Any], micro_batches: int = COUNT) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": COUNT,
+        "gradient_accumulation_steps": micro_batches,
         "zero_optimization": {"stage": case.get("zero", 0)},
         "bf16": {"enabled": case.get("bf16", False)},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True}},
@@ -30,14 +36,15 @@ def settings(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_engine(case: dict[str, Any]) -> Any:
-    module = make_module(STAGES, case["interlocking"], follow=case.get("follow", False))
+    module = make_module(stages_of(case), case["interlocking"], follow=case.get("follow", False))
     return initialize(model=module, config=settings(case))[0]
 
 
 def make_virtual(case: dict[str, Any]) -> VirtualPipeline:
-    parts = make_reference(STAGES, {"strategy": "local"}, follow=case.get("follow", False))
-    stages = cast(list[nn.Sequential], parts.stages)
-    return VirtualPipeline(stages, parts.aux_heads, loss_fn, settings(case))
+    """All replicas' micro-batches are those of the one that it is."""
+    parts = make_reference(stages_of(case), {"strategy": "local"}, follow=case.get("follow", False))
+    stages, replicas = cast(list[nn.Sequential], parts.stages), dist.get_world_size() // stages_of(case)
+    return VirtualPipeline(stages, parts.aux_heads, loss_fn, settings(case, COUNT * replicas))
 
 
 def difference(virtual: VirtualPipeline, engine: Any) -> float:
@@ -47,13 +54,19 @@ def difference(virtual: VirtualPipeline, engine: Any) -> float:
 def run_case(case: dict[str, Any]) -> dict[str, float]:
     engine, virtual, folder = make_engine(case), make_virtual(case), Path(case["folder"])
     worst: dict[str, float] = {"loss": 0.0}
+    rank, replicas = engine.data_parallel_rank, engine.grid.data_parallel_size
     for step in range(5):
-        rows = micro_batches(step, COUNT)
-        loss, losses = engine.train_batch(iter(rows)), virtual.train_batch(iter(rows))
+        rows = micro_batches(step, COUNT * replicas)
+        loss, losses = engine.train_batch(iter(rows[rank::replicas])), virtual.train_batch(iter(rows))
         if engine.module.losses:
             expected = losses[engine.module.losses[-1]].item()
             worst["loss"] = max(worst["loss"], abs(loss.item() - expected) / abs(expected))
     worst["trained"] = difference(virtual, engine)
+    if case.get("bf16"):
+        trained = [p for p in engine.module.parameters() if p.requires_grad]
+        masters = [safe_get_full_fp32_param(parameter).view_as(parameter) for parameter in trained]
+        worst["fused"] = all(group.get("fused") for group in engine.basic_optimizer.param_groups)
+        worst["masters"] = compare(masters, virtual.reference.masters(engine.stage_id))
     if case.get("exchange"):
         worst |= exchange(case, engine, virtual, folder)
     engine.close()
