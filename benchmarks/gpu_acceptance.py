@@ -1,7 +1,7 @@
 """Whether this machine's GPUs train as they should: every part in a process of its own, under ten minutes on one GPU.
 
     python benchmarks/gpu_acceptance.py                        # all parts, on the GPUs that are there
-    python benchmarks/gpu_acceptance.py --device cpu --small   # the same code at tiny shapes, about two minutes
+    python benchmarks/gpu_acceptance.py --device cpu --small   # the same code at tiny shapes, a few minutes
 
 Each part writes PART.json under --out when it ends, and table.md is made of them. A second start runs what is missing
 or has failed. The exit code is 1 if a part has failed.
@@ -32,7 +32,7 @@ from ibp_deepspeed.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_LINES = 30
-CPU_FACTOR = 3  # a part may take so many times its limit on the CPU, whose cores its processes share
+CPU_FACTOR = 6  # times its limit is what a part may take on the CPU, whose cores its processes share with others
 
 
 def main(phase: cli.SameOnAllRanks) -> None:

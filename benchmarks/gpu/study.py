@@ -6,6 +6,7 @@ shows that they learn on the device, not which is best (docs/learning.md is abou
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,7 @@ class _Training:
         config = load_config(ROOT / f"models/configs/{sizes.config}.json", vocab_size=train.manifest.vocabulary_size)
         self.model, self.device = CausalLM(config), "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
+            gc.collect()  # what is left of the strategy before would count in the peak
             torch.cuda.reset_peak_memory_stats()
         self.pipeline = virtual_pipeline(self.model, self._settings(), sizes.stages, device=self.device)
 

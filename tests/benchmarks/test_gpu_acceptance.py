@@ -138,7 +138,7 @@ def test_a_part_that_fails_says_why_and_the_others_go_on(start: Start, tmp_path:
     endings = {"environment": "failed", "heads": None, "study": 3, "nccl-2": "done"}
     said = start(endings, "--parts", *endings, code=1)
     assert "environment: failed: as told" in said and "nccl-2: done" in said
-    assert "heads: failed: ran past its limit of 180 s" in said and "study: failed: ended with code 3" in said
+    assert "heads: failed: ran past its limit of 360 s" in said and "study: failed: ended with code 3" in said
     record = json.loads((tmp_path / "heads.json").read_text())
     assert (
         record["log"] == ["last words"]
