@@ -50,7 +50,7 @@ def main(phase: cli.SameOnAllRanks) -> None:
     again = chosen(every, args.again)
     for name, part in {**wanted, **again}.items():
         record = records.read(folder, name)
-        if record is None or record["status"] == records.FAILED or name in again:
+        if record is None or record["status"] == records.FAILED or record["small"] != args.small or name in again:
             print(f"{name} …", flush=True)
             record = run_part(
                 name, part.limit * (CPU_FACTOR if args.device == "cpu" else 1), folder, environment, args.small

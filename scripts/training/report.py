@@ -78,7 +78,8 @@ def start_lines(machine: Machine) -> list[str]:
 class Speed:
     """Times of a run's batches on rank 0; what lies between them, evaluations and checkpoints, does not count.
 
-    The first batch warms up (kernels are loaded, buffers made) and is left out where there are others.
+    The first batch warms up (kernels are loaded, buffers made) and is left out where there are others. The first stage
+    may be some batches ahead of the last, and of its own device: short runs show more than lasts.
     """
 
     tokens_per_batch: int

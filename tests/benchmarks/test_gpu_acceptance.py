@@ -117,7 +117,16 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             if not isinstance(ending, str):
                 return ending
             reason = None if ending == "done" else "as told"
-            records.write(path, {"status": ending, "reason": reason, "seconds": 1.0, "machine": {}, "rows": []})
+            small = "--small" in command
+            record: dict[str, Any] = {
+                "status": ending,
+                "reason": reason,
+                "seconds": 1.0,
+                "small": small,
+                "machine": {},
+                "rows": [],
+            }
+            records.write(path, record)
             return int(ending == "failed")
 
         monkeypatch.setattr(gpu_acceptance, "run_group", group)
@@ -146,7 +155,7 @@ def test_a_part_that_fails_says_why_and_the_others_go_on(start: Start, tmp_path:
     )
 
 
-def test_a_second_start_runs_what_failed_and_what_it_is_told_to(start: Start) -> None:
+def test_a_second_start_runs_what_failed_and_what_it_is_told_to(start: Start, tmp_path: Path) -> None:
     start(
         {"environment": "done", "heads": "failed", "nccl-2": "not run"},
         "--parts",
@@ -158,6 +167,9 @@ def test_a_second_start_runs_what_failed_and_what_it_is_told_to(start: Start) ->
     said = start({"heads": "done"}, "--parts", "environment", "heads", "nccl-2")
     assert "heads …" in said and "environment …" not in said and "nccl-2 …" not in said
     assert "heads …" not in start({"environment": "done"}, "--parts", "heads", "--again", "environment")
+    other = json.loads((tmp_path / "heads.json").read_text()) | {"small": False}
+    records.write(tmp_path / "heads.json", other)
+    assert "heads …" in start({"heads": "done"}, "--parts", "heads"), "a record of other shapes is not this part's"
 
 
 def test_nothing_that_a_part_starts_outlives_it(tmp_path: Path) -> None:
