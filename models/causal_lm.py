@@ -120,6 +120,14 @@ class CausalLM:
         """Parameters of every layer of ``layer_specs``; nothing is materialised."""
         return [_count(self._meta_layer(index)) for index in range(self.num_layers)]
 
+    def matrix_parameters(self) -> list[int]:
+        """Elements of the matrices that a token is multiplied with in every layer of ``layer_specs``.
+
+        Embeddings are looked up, and of experts (all in one parameter) a token passes those that it is sent to.
+        """
+        chosen = getattr(self.hf_config, "num_experts_per_tok", None)
+        return [_matrices(self._meta_layer(index), chosen) for index in range(self.num_layers)]
+
     def aux_head_parameters(self, options: AuxHeadConfig = PRIVATE) -> int:
         """Parameters of one auxiliary head, copied ones included."""
         return _count(self._meta_head(options, self.num_layers))
@@ -209,3 +217,11 @@ class _CutLayerSpec(LayerSpec):  # type: ignore[misc]
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _matrices(module: nn.Module, chosen_experts: int | None) -> int:
+    looked_up = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    parameters = [p for p in module.parameters() if p.dim() > 1 and id(p) not in looked_up]
+    experts = [p for p in parameters if p.dim() == 3 and chosen_experts is not None]  # [experts, …]
+    passed = sum(p.numel() for p in parameters) - sum(p.numel() for p in experts)
+    return passed + sum(p.numel() // p.shape[0] * (chosen_experts or 0) for p in experts)

@@ -25,3 +25,26 @@ def head_cost(model: CausalLM, options: AuxHeadConfig | None, num_stages: int, s
     products = 3 if options.readout == "private" else 2
     head = products * options.aux_tokens * readout + 3 * options.blocks * layer
     return head / (layer * (model.num_layers - 2) / num_stages)
+
+
+def training_flops(model: CausalLM, options: AuxHeadConfig | None, num_stages: int, sequence_length: int) -> float:
+    """Floating-point operations that training on one token needs: 6·P + 6·L·S·H, as MFU is usually counted.
+
+    P: elements of the matrices that a token passes (2 operations each forward, 4 backward): those of decoder layers, of
+    experts those that it is sent to, of the model's LM head, and of each auxiliary head; embeddings are looked up. An
+    LM head that copies the last stage's has no weight gradient (4 instead of 6), and heads read only the positions that
+    they take their loss on. L decoder layers attend to half of S positions on average: 2·S·H forward, twice
+    that backward.
+
+    What a method does beyond that is not counted: recomputation, and the further input gradients of N > 1.
+    """
+    attention = 2 * sequence_length * model.hidden_size
+    embedding, *layers, readout = model.matrix_parameters()
+    trunk = sum(6 * layer + 3 * attention for layer in layers) + 6 * (embedding + readout)
+    if options is None or num_stages == 1:
+        return float(trunk)
+    products = 3 if options.readout == "private" else 2
+    size = model.hidden_size, model.vocab_size
+    matrices = size[0] * size[1] if options.rank is None else options.rank * sum(size)
+    blocks = options.blocks * (6 * sum(layers) / len(layers) + 3 * attention)
+    return trunk + (num_stages - 1) * (2 * products * options.aux_tokens * matrices + blocks)

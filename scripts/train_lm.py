@@ -21,7 +21,7 @@ from scripts.training.arguments import parse_arguments
 from scripts.training.checkpoints import resume, save
 from scripts.training.loop import Run
 from scripts.training.plan import make_plan
-from scripts.training.start import describe, open_data, start
+from scripts.training.start import describe, open_data, start, summarise
 
 
 def main(phase: cli.SameOnAllRanks) -> None:
@@ -39,10 +39,12 @@ def main(phase: cli.SameOnAllRanks) -> None:
     phase.ends()
     run = Run(pipeline, args, pipeline.train_batch_size() * args.sequence_length)
     evaluation = run.train(data, lambda: save(pipeline, plan, args, data.train))
+    summary = summarise(run.speed, plan, args)
     if pipeline.global_rank == 0:
         from models.exits.table import text_table
 
         print(text_table(evaluation, plan.train.manifest.unigram_entropy_nats))
+        print(summary)
         print(f"checkpoint in {args.output / 'checkpoint'}")
     pipeline.close()
 

@@ -33,7 +33,12 @@ def ranks(processes: int, name: str, *words: object) -> Done:
 
 def speed_benchmark(*words: object) -> Done:
     """``python -m benchmarks.speed`` in a fork, its processes forks of that one."""
-    return _forked([{}], ROOT, _run_speed_benchmark, [str(word) for word in words])
+    return _forked([{}], ROOT, _run_benchmark, "benchmarks.speed", [str(word) for word in words])
+
+
+def gpu_part(*words: object) -> Done:
+    """``python -m benchmarks.gpu`` in the same way, on the CPU at tiny shapes."""
+    return _forked([{}], ROOT, _run_benchmark, "benchmarks.gpu", [*(str(word) for word in words), "--small"])
 
 
 def real(*words: object, timeout: float = 240, environment: Mapping[str, str] | None = None) -> Done:
@@ -100,12 +105,12 @@ def _run_script(path: str, words: list[str]) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-def _run_speed_benchmark(words: list[str]) -> None:
+def _run_benchmark(module: str, words: list[str]) -> None:
     from benchmarks.speed import harness
 
-    sys.argv = ["benchmarks.speed", *words]
+    sys.argv = [module, *words]
     with mock.patch.object(harness, "spawn", _fork_all):
-        runpy.run_module("benchmarks.speed", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _fork_all(processes: int, function: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> list[Any]:

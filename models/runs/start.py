@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
@@ -13,8 +13,10 @@ from ibp_deepspeed.checkpoint import layout
 from models.causal_lm import Weights
 from models.config import load_config, overridden
 from models.errors import ModelError
-from models.hf.weights import PretrainedWeights, local_folder
 from models.runs.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from models.hf.weights import PretrainedWeights
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ def pretrained_start(path_or_name: str, overrides: Mapping[str, Any], data_token
         hf_config, folder = overridden(weights.description.hf_config(), overrides), weights.folder
         tokenizer = weights.tokenizer
     else:
+        # here, because only this path needs interfaces of Hugging Face's that are not public
+        from models.hf.weights import PretrainedWeights, local_folder
+
         folder = local_folder(path_or_name)
         hf_config = load_config(folder, **overrides)
         weights = PretrainedWeights(folder, hf_config)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from scripts.training.report import Speed
+
 if TYPE_CHECKING:
     from ibp_deepspeed.data import HeldOut
     from ibp_deepspeed.pipeline import Pipeline
@@ -24,6 +26,9 @@ class Run:
         pipeline: the engine, or all stages in one process.
         args: the command line.
         tokens_per_batch: for tokens/s.
+
+    Attributes:
+        speed: how long the batches have taken.
     """
 
     def __init__(self, pipeline: Pipeline, args: argparse.Namespace, tokens_per_batch: int) -> None:
@@ -37,12 +42,15 @@ class Run:
         self.history = open_history(args.output / "history.jsonl", pipeline.global_steps) if self.first else None
         self.start = self.logged = self.printed = pipeline.global_steps
         self.began = time.perf_counter()
+        self.speed = Speed(tokens_per_batch)
 
     def train(self, data: Data, save: Callable[[], None]) -> Evaluation:
         """All batches; evaluates and saves at their intervals and at the end. Returns the last evaluation."""
         evaluated: Evaluation | None = None
         for step in range(self.start + 1, self.args.steps + 1):
+            began = time.perf_counter()
             self.pipeline.train_batch(data.train)
+            self.speed.seconds.append(time.perf_counter() - began)
             self.show(step)
             last = step == self.args.steps
             if last or self.due(step, self.args.eval_interval):

@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scripts.training.arguments import EVAL_MICRO_BATCHES
 from scripts.training.checkpoints import set_position
+from scripts.training.report import (
+    Machine,
+    Speed,
+    end_line,
+    flops_per_token,
+    gathered_peaks,
+    on_gpu,
+    peak_memory,
+    start_lines,
+)
 
 if TYPE_CHECKING:
     from ibp_deepspeed.data import HeldOut, MicroBatchLoader
@@ -96,7 +106,13 @@ def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Dat
     lines += [*data.train.samples.remarks(), *data.at_the_end.remarks()]
     if args.eval_interval:
         lines.append(f"held-out losses every {args.eval_interval} batches on {data.on_the_way.describe()}")
-    print("\n".join(lines), flush=True)
+    print("\n".join([*start_lines(Machine.here(on_gpu())), *lines]), flush=True)
+
+
+def summarise(speed: Speed, plan: Plan, args: argparse.Namespace) -> str:
+    """All ranks together, at the end: memory, speed and MFU in words, for rank 0 to show."""
+    peaks = gathered_peaks(peak_memory(on_gpu()))
+    return end_line(Machine.here(on_gpu()), speed, flops_per_token(plan, args.sequence_length), peaks) if peaks else ""
 
 
 def _learning_rate(plan: Plan) -> str:

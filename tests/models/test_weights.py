@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from models.hf.weights import PretrainedWeights, local_folder
 from models.layers import AuxiliaryHead, HeadLayer
 from models.runs.checkpoint import tokenizer_texts
 from models.shell import PROVEN
+from tests.forks import ROOT
 from tests.models.test_causal_lm import perturbed, run, tiny, tokens
 
 CASES: list[tuple[str, dict[str, Any]]] = [(kind, {"tie_word_embeddings": False}) for kind in PROVEN]
@@ -54,6 +57,12 @@ def test_an_imported_model_has_the_logits_of_its_folder(
         expected = want(input_ids=tokens(), use_cache=False).logits
     assert (logits - expected).abs().max() <= 1e-6 and expected.std() > 1e-3
     assert (logits[:, :-1] - other[:, :-1]).abs().max() <= 1e-6
+
+
+def test_a_start_at_random_needs_no_internals_of_hugging_faces() -> None:
+    """So that a version that has moved them can still train, evaluate and export."""
+    code = "import sys, models.runs.start; sys.exit('models.hf.weights' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_only_the_files_of_a_layer_are_read(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from benchmarks.speed.harness import Row, Spread, interleaved
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
+from models.devices import peak_flops
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4},
@@ -41,8 +42,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "vocab_size": 32_000,
     },
+    "llama-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
 }
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a part of the device's name
 PIECES = ("forward", "input_product", "backward", "head")
 
 
@@ -151,7 +159,7 @@ def _percent(share: float | None) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
     gpu = torch.cuda.is_available()
-    shapes = ["gpt2-124m", "llama-1b", "llama-7b"] if gpu else ["tiny"]
+    shapes = ["gpt2-124m", "llama-1b", "llama-7b", "llama-8b"] if gpu else ["tiny"]
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=shapes, help="of a decoder layer")
     parser.add_argument("--layers", type=int, default=4 if gpu else 2, help="of the stage")
     parser.add_argument("--batch", type=int, default=4 if gpu else 1, help="sequences of a micro-batch")
@@ -167,32 +175,33 @@ def run(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for shape in tqdm(args.shapes, desc="profile", unit="shape"):
         for compiled in (False,) if args.eager_only else (False, True):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             stage = Stage.make(shape, args.layers, args.batch, args.tokens, device, dtype, compiled)
-            for _ in range(3):
-                stage.micro_batch()  # warm, and compile
-            (measured,) = interleaved([stage.micro_batch], args.repeats)
-            spreads = {piece: Spread.of([each[piece] for each in measured]) for piece in PIECES}
-            rows.append(
-                {
-                    "contender": shape,
-                    "compiled": compiled,
-                    "layers": args.layers,
-                    "batch": args.batch,
-                    "tokens": args.batch * args.tokens,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "ms": {piece: spread.scaled(1e3) for piece, spread in spreads.items()},
-                    "mfu": {piece: _mfu(stage.operations(piece), spreads[piece].median) for piece in PIECES},
-                    "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-                }
-            )
+            rows.append({"contender": shape, "compiled": compiled, **measure(stage, args.repeats)})
     return rows
 
 
+def measure(stage: Stage, repeats: int) -> Row:
+    """Times, MFU and peak memory (of a GPU) of a stage's micro-batches."""
+    device = stage.inputs.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        stage.micro_batch()  # warm, and compile
+    (measured,) = interleaved([stage.micro_batch], repeats)
+    spreads = {piece: Spread.of([each[piece] for each in measured]) for piece in PIECES}
+    return {
+        "layers": stage.layers,
+        "batch": stage.labels.shape[0],
+        "tokens": stage.labels.numel(),
+        "dtype": str(stage.inputs.dtype).removeprefix("torch."),
+        "ms": {piece: spread.scaled(1e3) for piece, spread in spreads.items()},
+        "mfu": {piece: _mfu(stage.operations(piece), spreads[piece].median) for piece in PIECES},
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+
+
 def _mfu(operations: float, seconds: float) -> float | None:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((value for part, value in PEAKS.items() if part in name), None)
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return None if peak is None else round(operations / seconds / peak, 4)
 
 

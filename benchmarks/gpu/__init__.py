@@ -1,0 +1,1 @@
+"""The parts of benchmarks/gpu_acceptance.py: each a module with ``run(small, …) -> rows`` and ``COLUMNS``."""

@@ -1,0 +1,26 @@
+"""GPUs that are known: their peak in dense bf16, from the vendor's data sheets."""
+
+from __future__ import annotations
+
+import re
+
+PEAK_FLOPS: dict[str, float] = {
+    "B200": 2250e12,  # NVIDIA HGX B200: 36 PFLOPS sparse for eight, dense is half
+    "H200 NVL": 835e12,  # NVIDIA H200 data sheet: 1671 sparse
+    "H200": 989e12,  # the same: 1979 sparse
+    "H100 NVL": 835e12,  # NVIDIA H100 data sheet: 1671 sparse
+    "H100 PCIe": 756e12,  # the same: 1513 sparse
+    "H100": 989e12,  # the same, SXM: 1979 sparse
+    "A100": 312e12,  # NVIDIA A100 data sheet
+    "A30": 165e12,  # NVIDIA A30 data sheet
+    "L40S": 362e12,  # NVIDIA L40S data sheet
+    "L4": 121e12,  # NVIDIA L4 data sheet: 242 sparse
+    "A10": 125e12,  # NVIDIA A10 data sheet
+}
+"""Words of the name that the driver gives a GPU → floating-point operations a second; the first that fits counts."""
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak of the GPU of this name (``torch.cuda.get_device_name()``) in dense bf16; None if it is not known."""
+    found = (peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name))
+    return next(found, None)

@@ -1,0 +1,202 @@
+"""The acceptance on GPUs, on the CPU at tiny shapes: its parts measure, and its driver goes on whatever they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_acceptance
+from benchmarks.gpu import against, heads, records, stages
+from benchmarks.gpu.memory import estimated_peak
+from benchmarks.gpu.parts import all_parts, chosen
+from benchmarks.speed.cases.profile import Stage
+from ibp_deepspeed import cli
+from ibp_deepspeed.errors import ConfigError
+from tests.commands import gpu_part, real
+
+
+def measured(part: str, folder: Path) -> dict[str, Any]:
+    """The record of a part that has ended well."""
+    path = folder / f"{part}.json"
+    done = gpu_part(part, "--out", path)
+    assert path.exists(), done.stdout + done.stderr
+    record: dict[str, Any] = json.loads(path.read_text())
+    assert done.returncode == 0 and record["status"] == "done", (record["reason"], done.stderr)
+    return record
+
+
+def test_processes_train_as_one_process_does(tmp_path: Path) -> None:
+    rows = measured("sharing-2", tmp_path)["rows"]
+    assert [(row["dtype"], row["contender"]) for row in rows] == [
+        (dtype, strategy) for dtype in ("fp32", "bf16") for strategy in ("local", "pairwise", "global")
+    ]
+    for row in rows:
+        assert 0 <= row["difference"] <= row["tolerance"], row
+        exits = 1 if row["contender"] == "global" else 2  # its preset has no heads
+        assert row["compared"] == exits * (against.SMALL["batches"] + 1), row
+
+
+def test_another_gradient_is_beyond_the_tolerances() -> None:
+    """The same model trained pairwise is not what local training gives, in either precision."""
+    for dtype in against.TOLERANCE:
+        case = {"stages": 2, "dtype": dtype, "strategy": "local", **against.SMALL}
+        expected, other = against.train_in_one(case), against.train_in_one({**case, "strategy": "pairwise"})
+        assert "failed" not in against._row(case, expected, expected)
+        assert "local, " + dtype in against._row(case, other, expected)["failed"]
+
+
+def test_three_strategies_train_on_as_many_tokens(tmp_path: Path) -> None:
+    rows = measured("study", tmp_path)["rows"]
+    assert [row["contender"] for row in rows] == ["global", "local", "pairwise"]
+    assert len({row["tokens"] for row in rows}) == 1 and rows[0]["tokens"] % rows[0]["batches"] == 0
+    assert all(0 < row["held_out"][-1] < 10 and len(row["held_out"]) == 2 for row in rows)
+
+
+def test_a_head_with_another_loss_fails_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a kernel that is not there is said not to have run."""
+    row = {"vocabulary": 600, "loss": 6.0}
+    made = [{**row, "contender": "naive"}, {**row, "contender": "chunks of 128", "loss": 6.1}]
+    monkeypatch.setattr(heads.heads, "run", lambda args: made)
+    rows = heads.run(small=True)
+    assert records.outcome(rows)[0] == "failed" and "6.1" in rows[1]["failed"] and "failed" not in rows[0]
+    assert rows[-1]["contender"] == "fused kernel" and rows[-1]["not_run"]
+
+
+def test_the_profile_has_a_share_of_the_head_and_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # takes most of a minute, and is not ours
+    rows = stages.run(small=True, shape="tiny")
+    assert [row["compiled"] for row in rows] == [False, True]
+    for row in rows:
+        assert row["head_share"] == pytest.approx(
+            row["ms"]["head"][0] / (row["ms"]["forward"][0] + row["ms"]["backward"][0]), abs=1e-3
+        )
+
+
+def test_the_estimate_grows_by_what_a_layer_keeps_and_weighs() -> None:
+    """A layer more: weights, their gradients, and what autograd saves, which doubles with the sequence."""
+
+    def estimate(layers: int, tokens: int) -> int:
+        return estimated_peak(Stage.make("tiny", layers, 1, tokens, torch.device("cpu"), torch.float32, False))
+
+    weights = 4 * (4 * 64 * 64 + 3 * 64 * 160 + 2 * 64)
+    layer, longer = (estimate(3, tokens) - estimate(2, tokens) for tokens in (64, 128))
+    assert layer > weights and longer - layer == pytest.approx(layer - weights, rel=0.02)
+
+
+def test_the_driver_runs_what_is_missing_in_processes_of_their_own(tmp_path: Path) -> None:
+    command = (sys.executable, "benchmarks/gpu_acceptance.py", "--device", "cpu", "--small", "--out", tmp_path)
+    done = real(*command, "--parts", "environment", "nccl-2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    reason = "not enough GPUs: 2 needed, 0 there"
+    assert f"nccl-2: not run: {reason}" in done.stdout
+    page = (tmp_path / "table.md").read_text()
+    assert f"| nccl-2 | not run: {reason} |" in page and "| heads | not run yet | |" in page
+    assert f"| torch | {torch.__version__} |" in page and "| import models.hf.weights | works |" in page
+
+
+Start = Callable[..., str]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
+    """Start the driver on parts that end as told (a record's status, or an exit code without one); what it says."""
+
+    def run(endings: dict[str, str | int | None], *words: str, code: int = 0) -> str:
+        def group(command: list[str], limit: float, environment: object, output: int) -> int | None:
+            part, path = command[3], Path(command[5])
+            os.write(output, b"last words\n")
+            ending = endings[part]
+            if not isinstance(ending, str):
+                return ending
+            reason = None if ending == "done" else "as told"
+            small = "--small" in command
+            record: dict[str, Any] = {
+                "status": ending,
+                "reason": reason,
+                "seconds": 1.0,
+                "small": small,
+                "machine": {},
+                "rows": [],
+            }
+            records.write(path, record)
+            return int(ending == "failed")
+
+        monkeypatch.setattr(gpu_acceptance, "run_group", group)
+        always = ["gpu_acceptance.py", "--device", "cpu", "--small", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [*always, *words])
+        try:
+            gpu_acceptance.main(cli.SameOnAllRanks())
+        except SystemExit as end:
+            assert end.code == code
+        else:
+            assert code == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_part_that_fails_says_why_and_the_others_go_on(start: Start, tmp_path: Path) -> None:
+    endings = {"environment": "failed", "heads": None, "study": 3, "nccl-2": "done"}
+    said = start(endings, "--parts", *endings, code=1)
+    assert "environment: failed: as told" in said and "nccl-2: done" in said
+    assert "heads: failed: ran past its limit of 360 s" in said and "study: failed: ended with code 3" in said
+    record = json.loads((tmp_path / "heads.json").read_text())
+    assert (
+        record["log"] == ["last words"]
+        and "| study | failed: ended with code 3 |" in (tmp_path / "table.md").read_text()
+    )
+
+
+def test_a_second_start_runs_what_failed_and_what_it_is_told_to(start: Start, tmp_path: Path) -> None:
+    start(
+        {"environment": "done", "heads": "failed", "nccl-2": "not run"},
+        "--parts",
+        "environment",
+        "heads",
+        "nccl-2",
+        code=1,
+    )
+    said = start({"heads": "done"}, "--parts", "environment", "heads", "nccl-2")
+    assert "heads …" in said and "environment …" not in said and "nccl-2 …" not in said
+    assert "heads …" not in start({"environment": "done"}, "--parts", "heads", "--again", "environment")
+    other = json.loads((tmp_path / "heads.json").read_text()) | {"small": False}
+    records.write(tmp_path / "heads.json", other)
+    assert "heads …" in start({"heads": "done"}, "--parts", "heads"), "a record of other shapes is not this part's"
+
+
+def test_nothing_that_a_part_starts_outlives_it(tmp_path: Path) -> None:
+    child = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '300']).pid, flush=True); time.sleep(300)"
+    with (tmp_path / "out").open("w+") as output:
+        ended = gpu_acceptance.run_group([sys.executable, "-c", child], 5, os.environ, output.fileno())
+        output.seek(0)
+        pid = int(output.read())
+    assert ended is None
+    while Path(f"/proc/{pid}").exists():  # killed, and soon collected by init; the test's time-out is the limit
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+
+
+def test_parts_are_chosen_by_beginnings_of_their_names() -> None:
+    parts = all_parts(small=False)
+    assert list(chosen(parts, ["sharing", "heads"])) == ["sharing-2", "sharing-4", "heads"]
+    assert [part for part in parts if part.startswith("profile")] == [
+        "profile-gpt2-124m", "profile-llama-1b", "profile-llama-7b", "profile-llama-8b",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="there is no part speed: there are environment"):
+        chosen(parts, ["speed"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="--device cpu --small"):
+        gpu_acceptance.folder_name("cuda", small=False)
+    assert gpu_acceptance.folder_name("cpu", small=True) == "cpu-small"

@@ -1,0 +1,85 @@
+"""What a training needs is what its matrix products do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
+
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from models import CausalLM
+from models.build import virtual_pipeline
+from models.costs import training_flops
+from models.devices import peak_flops
+
+LAYERS, WIDTH, VOCABULARY, TOKENS = 4, 32, 96, 16
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of products of two matrices."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.operations += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def llama(**changes: Any) -> CausalLM:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+    kind = changes.pop("kind", "llama")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return CausalLM(AutoConfig.for_model(kind, **{**sizes, **heads, **changes}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [None, {}, {"rank": 8}, {"blocks": 1}, {"readout": "shared"}, {"aux_tokens": 0.5}],
+    ids=lambda options: str(options),
+)
+def test_operations_of_a_training_are_those_of_its_matrix_products(options: dict[str, Any] | None) -> None:
+    """Counted while all stages train; attention's own products are left out on both sides."""
+    stages, model = 2, llama()
+    interlocking = {"strategy": "global" if options is None else "local", "aux_head": options}
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "interlocking": interlocking,
+    }
+    pipeline = virtual_pipeline(model, config, stages)
+    tokens = torch.randint(VOCABULARY, (3, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+    rows = [(tokens[:, :-1], tokens[:, 1:], torch.arange(3))]
+    pipeline.train_batch(iter(rows))  # a head tries once whether it is linear
+    with Products() as products:
+        pipeline.train_batch(iter(rows))
+    given = None if options is None else AuxHeadConfig(**options)
+    attention_layers = LAYERS + (0 if given is None else given.blocks)
+    expected = training_flops(model, given, stages, TOKENS) - 6 * TOKENS * WIDTH * attention_layers
+    assert products.operations == expected * 3 * TOKENS
+
+
+def test_a_token_passes_the_experts_that_it_is_sent_to() -> None:
+    few, all_ = (llama(kind="mixtral", num_local_experts=4, num_experts_per_tok=n).matrix_parameters() for n in (1, 4))
+    assert few[0] == all_[0] == 0 and few[-1] == all_[-1] == WIDTH * VOCABULARY
+    assert [b - a for a, b in zip(few[1:-1], all_[1:-1], strict=True)] == [3 * 3 * WIDTH * 48] * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 2080", None),
+    ],
+)
+def test_peaks_are_of_the_very_card(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
