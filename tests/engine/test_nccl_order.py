@@ -36,6 +36,7 @@ def run_together(world_size: int, cases: list[dict[str, Any]]) -> None:
             assert row["loss"] <= 1e-5 and row["eval"] <= 1e-5, f"rank {rank}, {case}: {row}"
 
 
+@pytest.mark.timeout(1800)  # whole matrices, several starts
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
 def test_every_strategy(stages: int, full: bool) -> None:
     """Widths, M, modes, slack; evaluations in between; a device that is synchronised at random places."""
