@@ -9,6 +9,7 @@ import torch
 
 from ibp_deepspeed.data.loader import MicroBatch
 from ibp_deepspeed.data.samples import IGNORED, Samples, samples_of
+from ibp_deepspeed.data.share import Share, at_least
 from ibp_deepspeed.data.token_file import TokenFile
 from ibp_deepspeed.errors import DataError
 
@@ -29,7 +30,7 @@ class HeldOut:
         samples: how many, all ranks together; None, or more than there are: all.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or an argument is out of range.
     """
 
     def __init__(
@@ -42,27 +43,23 @@ class HeldOut:
         data_parallel_size: int = 1,
         samples: int | None = None,
     ) -> None:
+        at_least("sequence_length", sequence_length, 1)
         if samples is not None and samples < 1:
             raise DataError(f"an evaluation on {samples} samples: give 1 or more")
+        self._share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
         self._samples: Samples = samples_of(token_file, sequence_length)
         self._samples.require(1, "an evaluation")
         self.available = len(self._samples)
         self.samples = self.available if samples is None else min(samples, self.available)
         self._ids = np.arange(self.samples, dtype=np.int64) * self.available // self.samples
-        self._size, self._rank, self._global_size = (
-            micro_batch_size,
-            data_parallel_rank,
-            micro_batch_size * data_parallel_size,
-        )
 
     def __len__(self) -> int:
         """Micro-batches of each rank."""
-        return -(-self.samples // self._global_size)
+        return -(-self.samples // self._share.global_size)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for index in range(len(self)):
-            first = index * self._global_size + self._rank * self._size
-            yield self._micro_batch(self._ids[first : first + self._size])
+            yield self._micro_batch(self._ids[self._share.entries(index)])
 
     @cached_property
     def tokens(self) -> int:
@@ -81,8 +78,9 @@ class HeldOut:
         return f"{part} {self.available:,} samples{spread}, {self.tokens:,} tokens"
 
     def _micro_batch(self, ids: npt.NDArray[np.int64]) -> MicroBatch:
-        missing = self._size - len(ids)
+        size = self._share.micro_batch_size
+        missing = size - len(ids)
         ids = np.append(ids, np.repeat(self._ids[:1], missing))
         inputs, labels = self._samples.take(ids)
-        labels[self._size - missing :] = IGNORED
+        labels[size - missing :] = IGNORED
         return torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(ids)

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 
 from ibp_deepspeed.data.samples import Samples, samples_of
+from ibp_deepspeed.data.share import Share, at_least
 from ibp_deepspeed.data.token_file import TokenFile
 from ibp_deepspeed.errors import DataError
 
@@ -42,30 +43,21 @@ class MicroBatchLoader:
         shuffle: bool = True,
         start: int = 0,
     ) -> None:
-        _at_least("sequence_length", sequence_length, 1)
-        _at_least("micro_batch_size", micro_batch_size, 1)
-        _at_least("data_parallel_size", data_parallel_size, 1)
-        _at_least("seed", seed, 0)
-        if not 0 <= data_parallel_rank < data_parallel_size:
-            raise DataError(
-                f"data_parallel_rank is {data_parallel_rank} of data_parallel_size {data_parallel_size}: "
-                f"give a rank from 0 to {data_parallel_size - 1}"
-            )
-        _at_least("start", start, 0)
+        at_least("sequence_length", sequence_length, 1)
+        at_least("seed", seed, 0)
+        at_least("start", start, 0)
+        self._share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
         self.samples: Samples = samples_of(token_file, sequence_length)
-        self._micro_batch_size = micro_batch_size
-        self._rank = data_parallel_rank
-        self._global_size = micro_batch_size * data_parallel_size
         self._seed = seed
         self._shuffle = shuffle
         self._permutation: tuple[int, npt.NDArray[np.int64]] | None = None  # of the epoch used last
         self._next = start
-        self.samples.require(self._global_size, "one micro-batch")
+        self.samples.require(self._share.global_size, "one micro-batch")
 
     @property
     def micro_batches_per_epoch(self) -> int:
         """How many micro-batches this rank (and every other) yields in one pass over the data."""
-        return len(self.samples) // self._global_size
+        return len(self.samples) // self._share.global_size
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
@@ -88,7 +80,7 @@ class MicroBatchLoader:
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its samples all data-parallel ranks together have used."""
         epoch, global_micro_batch = divmod(self._next, self.micro_batches_per_epoch)
-        return {"epoch": epoch, "samples": global_micro_batch * self._global_size}
+        return {"epoch": epoch, "samples": global_micro_batch * self._share.global_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues where `state_dict` says, also that of a loader with other micro-batch and data-parallel sizes.
@@ -98,34 +90,28 @@ class MicroBatchLoader:
         Raises DataError when an entry is negative, or an epoch of these data has fewer samples.
         """
         epoch, used = state["epoch"], state["samples"]
-        _at_least("epoch", epoch, 0)
-        _at_least("samples", used, 0)
+        at_least("epoch", epoch, 0)
+        at_least("samples", used, 0)
         if used > len(self.samples):
             raise DataError(
                 f"the state says {used} samples of an epoch are used, these data have {len(self.samples)}: "
                 "load it with the data and the sequence length that it was saved with"
             )
         # The last samples of an epoch may fill no micro-batch here: the next epoch follows.
-        in_epoch = min(-(-used // self._global_size), self.micro_batches_per_epoch)
+        in_epoch = min(-(-used // self._share.global_size), self.micro_batches_per_epoch)
         self._next = epoch * self.micro_batches_per_epoch + in_epoch
 
     def _micro_batch(self, index: int) -> MicroBatch:
         epoch, global_micro_batch = divmod(index, self.micro_batches_per_epoch)
-        first = global_micro_batch * self._global_size + self._rank * self._micro_batch_size
-        samples = self._order(epoch, first, first + self._micro_batch_size)
+        samples = self._order(epoch, self._share.entries(global_micro_batch))
         inputs, labels = self.samples.take(samples)
         return torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(samples.copy())
 
-    def _order(self, epoch: int, first: int, last: int) -> npt.NDArray[np.int64]:
-        """Entries first to last of the epoch's order of samples."""
+    def _order(self, epoch: int, entries: slice) -> npt.NDArray[np.int64]:
+        """Some entries of the epoch's order of samples."""
         if not self._shuffle:
-            return np.arange(first, last, dtype=np.int64)
+            return np.arange(entries.start, entries.stop, dtype=np.int64)
         if self._permutation is None or self._permutation[0] != epoch:
             generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
             self._permutation = (epoch, generator.permutation(len(self.samples)).astype(np.int64, copy=False))
-        return self._permutation[1][first:last]
-
-
-def _at_least(name: str, value: int, lowest: int) -> None:
-    if value < lowest:
-        raise DataError(f"{name} is {value}: give {lowest} or more")
+        return self._permutation[1][entries]

@@ -75,7 +75,7 @@ class Dialogues:
     does not depend on what comes after it, and positions count from the left. So at every token of the row it is
     what Hugging Face computes with `attention_mask` and `position_ids`, and padding has no label.
 
-    A loss is a mean over the labels of its micro-batch, and all micro-batches weigh the same.
+    In training a loss is a mean over the labels of its micro-batch, and all micro-batches weigh the same.
 
     Attributes:
         left_out: rows that are not samples, because no token of a response is among their first S + 1.

@@ -66,3 +66,18 @@ def test_nothing_to_read_is_refused() -> None:
         held_out(101, 2, samples=0)
     with pytest.raises(DataError, match="an evaluation needs 5"):
         held_out(LENGTH, 2)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "rank", "ranks", "message"),
+    [
+        (0, 2, 0, 1, "sequence_length is 0: give 1 or more"),
+        (LENGTH, 0, 0, 1, "micro_batch_size is 0: give 1 or more"),
+        (LENGTH, 2, 0, 0, "data_parallel_size is 0: give 1 or more"),
+        (LENGTH, 2, 3, 3, "data_parallel_rank is 3 of data_parallel_size 3: give a rank from 0 to 2"),
+    ],
+)
+def test_arguments_out_of_range_are_named(length: int, size: int, rank: int, ranks: int, message: str) -> None:
+    """As by the loader."""
+    with pytest.raises(DataError, match=message):
+        HeldOut(token_file(np.arange(30)), length, size, data_parallel_rank=rank, data_parallel_size=ranks)
