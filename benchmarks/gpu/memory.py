@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed.cases.profile import Stage
 from benchmarks.speed.saved import SavedActivations
-
-CHUNK_BYTES = 64 * 2**20  # of logits in fp32 (ibp_deepspeed/objectives/cross_entropy.py)
+from ibp_deepspeed.objectives.cross_entropy import CHUNK_LOGITS
 
 
 def estimated_peak(stage: Stage) -> int:
@@ -23,7 +22,7 @@ def estimated_peak(stage: Stage) -> int:
     trunk, head = (_bytes(part.parameters()) for part in (stage.trunk, stage.head))
     boundaries = 4 * _bytes([stage.inputs])  # hidden states in and out, and their gradients
     sums = 4 * sum(parameter.numel() for parameter in stage.head.parameters())
-    chunk = CHUNK_BYTES + 2 * CHUNK_BYTES * stage.inputs.element_size() // 4  # logits, their gradient
+    chunk = CHUNK_LOGITS * (4 + 2 * stage.inputs.element_size())  # in fp32; logits and their gradient in its own
     return trunk + head + boundaries + _saved(stage.trunk, stage.inputs) + head + max(sums + chunk, trunk)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.harness import Row
+from ibp_deepspeed.atomic_files import replace_text
 
 Record = dict[str, Any]
 """``part``, ``status`` (done, not run, failed), ``reason``, ``seconds``, ``small``, ``machine``, ``rows``."""
@@ -19,11 +20,9 @@ def path_of(folder: Path, part: str) -> Path:
 
 
 def write(path: Path, record: Record) -> None:
-    """Whole or not at all: a part may be ended at any time."""
+    """Complete or not at all: a part may be ended at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def read(folder: Path, part: str) -> Record | None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,18 +97,17 @@ class _Training:
     def _settings(self) -> dict[str, Any]:
         from ibp_deepspeed.config.auto import fill_auto
         from ibp_deepspeed.config.deepspeed import load_ds_config
+        from scripts.training.arguments import default_hyperparameters
 
         kind = "gpu" if torch.cuda.is_available() else "cpu"
         preset = load_ds_config(ROOT / f"ds_configs/{self.strategy}_{kind}.json")
         preset.pop("tensorboard", None)
-        values = {
+        given = {
             "--micro-batch-size": self.sizes.samples,
             "--gradient-accumulation-steps": self.sizes.micro_batches,
-            "--learning-rate": 0.25 / self.model.hidden_size,
-            "--warmup-steps": max(1, self.batches // 20),
-            "--steps": self.batches,
         }
-        return fill_auto(preset, values, values, 1)
+        defaults = default_hyperparameters(Namespace(init_from=None, steps=self.batches), self.model.hidden_size)
+        return fill_auto(preset, given, defaults, 1)
 
     def seconds_a_batch(self) -> float:
         """Of four batches after the first, which warms up."""

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.objectives import fused_cross_entropy
 
-_CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in fp32
+CHUNK_LOGITS = 2**24
+"""Logits of one chunk: 64 MiB in fp32."""
 
 Readout = Callable[[Tensor], Tensor]
 
@@ -211,4 +212,4 @@ def _default_chunk(logits: LazyLogits) -> int:
     """Tokens whose fp32 logits take 64 MiB; the vocabulary is seen by reading out no rows at all."""
     with torch.no_grad():
         vocab_size = logits.readout(logits.hidden.reshape(-1, logits.hidden.shape[-1])[:0]).shape[-1]
-    return max(1, _CHUNK_ELEMENTS // max(1, vocab_size))
+    return max(1, CHUNK_LOGITS // max(1, vocab_size))
