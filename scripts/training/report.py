@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
-
     from scripts.training.plan import Plan
 
 _GIB = 2**30
@@ -142,17 +140,16 @@ def peak_memory(gpu: bool) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def gathered_peaks(peak: int, store: Store | None = None) -> list[int]:
-    """Peak memory of all ranks on rank 0, ``[]`` on the others, through the job's key-value store.
-
-    No collective operation: it would wait on the device behind receives that may still be posted there.
-    """
+def gathered_peaks(peak: int) -> list[int]:
+    """Peak memory of all ranks on rank 0, ``[]`` on the others; all ranks call it."""
     import torch.distributed as dist
 
-    store = store or dist.distributed_c10d._get_default_store()
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    store.set(f"train_lm/peak_memory/{rank}", str(peak))
-    return [int(store.get(f"train_lm/peak_memory/{other}")) for other in range(ranks)] if rank == 0 else []
+    if dist.get_rank() > 0:
+        dist.gather_object(peak)
+        return []
+    peaks = [0] * dist.get_world_size()
+    dist.gather_object(peak, peaks)
+    return peaks
 
 
 def _counted(number: int, one: str, several: str | None = None) -> str:
