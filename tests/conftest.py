@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# torch's store asks a name server who connects, and holds a job up for 5 s where that drops a packet.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 # The environment's own ninja, and a place for DeepSpeed's extension that is this path's alone: another ninja, or the
 # same environment under another path, would build it anew, and again for the next process.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -28,6 +28,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -38,6 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _DATA, _READY = 101, 102  # tags
+_MEETING_SECONDS = 0.001
 
 _isend, _irecv, _new_group, _get_backend = dist.isend, dist.irecv, dist.new_group, dist.get_backend
 
@@ -65,7 +67,7 @@ class _Stream:
 
     def __init__(self, kernels: threading.Semaphore) -> None:
         self._kernels = kernels
-        self._posted: queue.SimpleQueue[tuple[Callable[[], None], Work]] = queue.SimpleQueue()
+        self._posted: queue.SimpleQueue[tuple[Callable[[], None], Work] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
     def post(self, operation: Callable[[], None]) -> Work:
@@ -73,9 +75,13 @@ class _Stream:
         self._posted.put((operation, work))
         return work
 
+    def end(self) -> None:
+        """Behind what was posted: an idle thread would keep its group, and gloo's threads with it."""
+        self._posted.put(None)
+
     def _run(self) -> None:
-        while True:
-            operation, work = self._posted.get()
+        while (posted := self._posted.get()) is not None:
+            operation, work = posted
             with self._kernels:
                 operation()
             work.finish()
@@ -96,6 +102,7 @@ class NcclLike:
         self._kernels = threading.Semaphore(kernels)
         self._streams: dict[Any, _Stream] = {}
         self._met: set[Any] = set()
+        self._meetings: Any = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._posted: list[Work] = []
         self._lock = threading.Lock()
         self._random = random.Random(seed + dist.get_rank())
@@ -109,7 +116,14 @@ class NcclLike:
             for name in ("isend", "irecv", "batch_isend_irecv", "new_group", "get_backend"):
                 stack.enter_context(mock.patch.object(dist, name, getattr(self, f"_{name}")))
             stack.enter_context(mock.patch.object(dist.distributed_c10d, "_abort_process_group", self._abort))
+            stack.callback(self._end)
             yield
+
+    def _end(self) -> None:
+        with self._lock:
+            for stream in self._streams.values():
+                stream.end()
+            self._streams.clear()
 
     def _abort(self, group: Any = None) -> None:
         """What is posted is given up: threads of ours end with their process."""
@@ -191,11 +205,10 @@ class NcclLike:
         other = "receive" if role == "send" else "send"
         if (group, peer, role) in self._met:
             return
-        # a connection of its own: a waiting one would hold up the other threads
-        store: Any = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         name, me = group.group_name, dist.get_rank()
-        store.set(f"nccl-like/{name}/{me}/{peer}/{role}", "here")
-        store.wait([f"nccl-like/{name}/{peer}/{me}/{other}"])
+        self._meetings.set(f"nccl-like/{name}/{me}/{peer}/{role}", "here")
+        while not self._meetings.check([f"nccl-like/{name}/{peer}/{me}/{other}"]):
+            time.sleep(_MEETING_SECONDS)  # waiting inside the store would hold up the other threads
         self._met.add((group, peer, role))
 
 
