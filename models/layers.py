@@ -111,7 +111,7 @@ class Readout(nn.Module):
 
 
 class HeadLayer(Readout):
-    """Hidden states [B, S, H] → lazy logits [B, S, V]: final norm and the model's own readout."""
+    """Hidden states [B, S, H] → lazy logits [B, S, V]: final norm and the model's own LM head."""
 
     def __init__(self, shell: Shell) -> None:
         super().__init__(shell)
@@ -126,7 +126,7 @@ class AuxiliaryHead(nn.Module):
 
     Args:
         shell, recorder: of the model.
-        options: how many blocks, the rank of the readout.
+        options: how many blocks, the rank of the LM head.
         after: decoder layers of the model before the head; the blocks are of the kind that the model has next.
     """
 

@@ -1,7 +1,7 @@
 """A checkpoint into a pipeline of another shape: layers keep their states, heads follow their boundaries.
 
 Everything is found by name (``reader.py``). The trunk's names are the same however it is cut. A head starts as
-the one that stood at its boundary, or as the nearest one, or as the model's own readout.
+the one that stood at its boundary, or as the nearest one, or as the model's own LM head.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class AuxHeadConfig(BaseModel):
     """``private``: the head's own, trained by its loss; ``shared``: a read-only copy of the last stage's, which the
     last loss alone trains, refreshed as below; ``frozen``: a copy of the last stage's as it was at the start."""
     blocks: int = Field(default=0, ge=0)
-    """Decoder blocks of the model's own kind, in the head alone, before its norm and readout."""
+    """Decoder blocks of the model's own kind, in the head alone, before its norm and LM head."""
     borrow: int = Field(default=0, ge=0)
     """q: the head of stage k stands behind the first q layers of stage k+1, and is computed there: their forward pass
     is needed anyway, and serves as the head's blocks. Every stage but the first needs more than q layers."""
@@ -59,7 +59,7 @@ class AuxHeadConfig(BaseModel):
 
 
 def least_refresh_delay(stages: int, micro_batches: int) -> int:
-    """⌈K/M⌉ + 1: the first stage runs up to ⌈(K-1)/M⌉ batches ahead, so it would wait for a younger readout."""
+    """⌈K/M⌉ + 1: the first stage runs up to ⌈(K-1)/M⌉ batches ahead, so it would wait for a younger LM head."""
     return -(-stages // micro_batches) + 1
 
 

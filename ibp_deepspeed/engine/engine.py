@@ -201,8 +201,8 @@ class InterlockedPipelineEngine(CheckpointingEngine):
             self.module.train(was_training)
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> None:
-        """Overrides PipelineEngine's to flush first, as a checkpoint is a synchronisation anyway; readouts that were
-        taken and not yet used are saved too."""
+        """Overrides PipelineEngine's to flush first, as a checkpoint is a synchronisation anyway; copies of the LM head
+        that were taken and not yet used are saved too."""
         self.links.flush(None)
         super().module_state_dict(exclude_frozen_parameters)
         if self._readouts is not None:

@@ -71,12 +71,7 @@ def initialize(
         log_dist(f"nobody reads {', '.join(unknown)} of the configuration", ranks=[0], level=logging.WARNING)
     grid = model.mpu()
     mpu = grid if interlocking.clip_scope == "global" else StageGrid(grid)
-    without_block = {key: value for key, value in ds_config.items() if key != "interlocking"}
-    if is_enabled(ds_config, "bf16") and zero_stage(ds_config) == 1:
-        # DeepSpeed would sum the micro-batches of a batch in bf16, and the replicas' fp32 sums too
-        without_block.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-        if without_block["data_types"].get("grad_accum_dtype") == "fp32":
-            without_block.setdefault("communication_data_type", "fp32")
+    without_block = _for_deepspeed(ds_config)
     deepspeed_config = DeepSpeedConfig(without_block, mpu)
     micro_batches = deepspeed_config.gradient_accumulation_steps
     _check_module(model, Timeline(interlocking, model.num_stages, micro_batches))
@@ -85,7 +80,9 @@ def initialize(
     if model_parameters is not None or isinstance(optimizer, torch.optim.Optimizer):
         interlocking = interlocking.model_copy(update={"decay": "all"})  # the user's own groups, left as they are
     if model_parameters is None:
-        trained = [p for p in model.parameters() if p.requires_grad]  # DeepSpeed would take copied readouts too
+        trained = [
+            p for p in model.parameters() if p.requires_grad
+        ]  # DeepSpeed would take the copies of an LM head too
         model_parameters = parameter_groups(trained, interlocking.decay)
         _check_groups(model_parameters, interlocking, ds_config)
     engine = InterlockedPipelineEngine(
@@ -118,6 +115,17 @@ class StageGrid(PipelineParallelGrid):
     def get_model_parallel_group(self) -> Any:
         """Overrides PipelineParallelGrid's: this rank alone (its rank and world size keep naming checkpoints)."""
         return self.slice_proc_group
+
+
+def _for_deepspeed(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed reads of a configuration, with fp32 sums where it would sum in bf16 unless told otherwise: the
+    micro-batches of a batch, and then the replicas."""
+    without_block = {key: value for key, value in ds_config.items() if key != "interlocking"}
+    if is_enabled(ds_config, "bf16") and zero_stage(ds_config) == 1:
+        without_block.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        if without_block["data_types"].get("grad_accum_dtype") == "fp32":
+            without_block.setdefault("communication_data_type", "fp32")
+    return without_block
 
 
 def _check_module(model: InterlockedPipelineModule, timeline: Timeline) -> None:

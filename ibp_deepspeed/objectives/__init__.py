@@ -1,1 +1,1 @@
-"""A stage's auxiliary objective: the contract of a head, its loss, its positions, its readout."""
+"""A stage's auxiliary objective: the contract of a head, its loss, its positions, its LM head."""

@@ -1,4 +1,4 @@
-"""The rule by which the heads follow the last stage's readout.
+"""The rule by which the heads follow the last stage's LM head.
 
 The last stage's LM head as it stands when batch r·R begins there (r = 1, 2, …) is used by every head from batch
 r·R + delay on. The rule knows batches only, not when messages arrive, so a run repeats exactly.

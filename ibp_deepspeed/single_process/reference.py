@@ -1,7 +1,7 @@
 """Interlocking backpropagation in one process: the oracle of every test.
 
 Plain autograd over an uncut forward pass, written from the definition of the gradients and from nothing else in
-this package but the table of which loss trains which trunk and the rule by which heads follow the last readout.
+this package but the table of which loss trains which trunk and the rule by which heads follow the last LM head.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class InterlockedReference:
     Attributes:
         placement: where the heads stand.
         objectives: of all K losses.
-        batch: the number of the next batch, from 0; strategies and readouts follow it.
+        batch: the number of the next batch, from 0; strategies and copies of the LM head follow it.
         taken: copies of the last LM head that are not used yet, by the batch at whose beginning they were taken.
-        source: what makes these copies; None with private readouts.
+        source: what makes these copies; None with private LM heads.
 
     Raises:
         ConfigError: more borrowed layers than a stage has.

@@ -61,7 +61,7 @@ class ReadoutCopies:
         self._relay = ReadoutRelay(group, self._ranks, self.stage, self._like) if rule else None
         if rule is not None:
             log_dist(
-                f"heads follow the last stage's readout: {self.refresh_bytes / 2**20:.1f} MiB every {rule.interval} "
+                f"heads follow the last stage's LM head: {self.refresh_bytes / 2**20:.1f} MiB every {rule.interval} "
                 f"batches, used {rule.delay} batches later",
                 ranks=[0],
             )
@@ -70,7 +70,7 @@ class ReadoutCopies:
     def from_config(
         cls, interlocking: InterlockingConfig, module: InterlockedPipelineModule, grid: Any, micro_batches: int
     ) -> ReadoutCopies | None:
-        """What a configuration asks for; None if the heads have private readouts, or there are none."""
+        """What a configuration asks for; None if the heads have private LM heads, or there are none."""
         stages = grid.pipe_parallel_size
         if (
             not module.has_aux_heads
@@ -136,7 +136,7 @@ class ReadoutCopies:
         elif lacking:
             held = f"holds those of batches {sorted(saved)}" if exists else "does not exist"
             raise InterlockingError(
-                f"batch {batch} and later need the readout as it was when batch {lacking[0]} began, but {path} {held}: "
+                f"batch {batch} and later need the LM head as it was when batch {lacking[0]} began, but {path} {held}: "
                 "resume with the readout, refresh_interval and refresh_delay that the checkpoint was trained with."
             )
         self._taken = {taken: saved[taken] for taken in pending}
@@ -191,7 +191,7 @@ class _Tensors:
             self.error = str(error)
         if any(tensor.requires_grad for tensor in self.copies):
             self.error = (
-                f"the copied readout of a {type(module.aux_head).__name__} is trained too: set requires_grad to False."
+                f"the copied LM head of a {type(module.aux_head).__name__} is trained too: set requires_grad to False."
             )
 
     def agreed(self, group: dist.ProcessGroup, ranks: Sequence[int]) -> list[Tensor]:
@@ -204,7 +204,7 @@ class _Tensors:
         source = seen[ranks[-1]][1]
         for k, (_, _, copies) in enumerate(seen[rank] for rank in ranks):
             if copies and copies != source:
-                raise ModuleError(f"the head of stage {k} copies a readout of {copies}, the last stage's is {source}.")
+                raise ModuleError(f"the head of stage {k} copies an LM head of {copies}, the last stage's is {source}.")
         return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in source]
 
 

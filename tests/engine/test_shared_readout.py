@@ -1,4 +1,4 @@
-"""Heads that follow the last stage's readout: in real processes as in the reference, whatever the messages do."""
+"""Heads that follow the last stage's LM head: in real processes as in the reference, whatever the messages do."""
 
 from __future__ import annotations
 
@@ -172,8 +172,8 @@ def test_real_models_equal_the_reference(three: dict[str, Any]) -> None:
 
 REFUSALS = [
     "needs heads with a method readout_tensors.* a Layer has none",
-    "the copied readout of a Head is trained too: set requires_grad to False",
-    r"the head of stage 0 copies a readout of \[\(\(6, 6\), torch.float32\)\], the last stage's is",
+    "the copied LM head of a Head is trained too: set requires_grad to False",
+    r"the head of stage 0 copies an LM head of \[\(\(6, 6\), torch.float32\)\], the last stage's is",
     "needs a last layer with a method readout_tensors",
     '"interlocking.aux_head.borrow" moves the heads, whose parameters were taken from the module before',
     '"interlocking.aux_head.borrow" is 2, but stage 1 has 2 layers: it needs more than are borrowed',

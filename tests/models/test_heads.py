@@ -86,7 +86,7 @@ def test_blocks_change_the_logits_and_are_the_models_own(model_type: str) -> Non
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_state_dict_round_trip(model_type: str, tmp_path: Path) -> None:
-    """The copied readout and the temperature are in the state of a head."""
+    """The copied LM head and the temperature are in the state of a head."""
     head, _ = make(model_type, WITH_BLOCKS)
     perturbed([head])
     torch.save(head.state_dict(), tmp_path / "head.pt")
