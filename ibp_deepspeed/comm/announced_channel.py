@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ibp_deepspeed.comm.link_groups import PATIENCE
 from ibp_deepspeed.comm.message import META_LENGTH, Header, Memory, TensorSpec
-from ibp_deepspeed.errors import BoundaryError, PeerLostError, first_line
+from ibp_deepspeed.comm.sender import Sender, lost
 
 _HEADER = 3
 _END = -2  # in the place of a batch: nothing follows
@@ -51,7 +51,7 @@ class Wire:
     device: torch.device
 
 
-class AnnouncedSendChannel:
+class AnnouncedSendChannel(Sender):
     """Messages to one neighbour, sent by a background thread when the neighbour is ready; the caller never waits.
 
     Args:
@@ -61,41 +61,25 @@ class AnnouncedSendChannel:
     """
 
     def __init__(self, wire: Wire, memory: Memory, name: str) -> None:
-        self.wire, self.memory, self.name = wire, memory, name
-        self.spec: TensorSpec | None = None
+        super().__init__(name)
+        self.wire, self.memory = wire, memory
         self._waiting: queue.SimpleQueue[tuple[TensorSpec, Tensor, Header, Any] | None] = queue.SimpleQueue()
-        self._in_flight = 0
-        self._changed = threading.Condition()
-        self._error: Exception | None = None
+        self._undelivered = 0
         self._thread = threading.Thread(target=self._run, name=f"send {name}", daemon=True)
         self._thread.start()
 
     def send(self, spec: TensorSpec, tensor: Tensor, header: Header) -> None:
-        """Copy ``tensor`` and have it sent; returns at once.
-
-        Raises:
-            BoundaryError: the shape or dtype differs from the first message's.
-            PeerLostError: an earlier message could not be delivered.
-        """
+        """Overrides Sender's: into memory that waits for the neighbour."""
         self._raise_error()
-        if self.spec not in (None, spec):
-            raise BoundaryError(
-                f"{self.name} changed from {self.spec} to {spec}: every micro-batch needs the same shape, pad or "
-                f"drop the odd one."
-            )
-        self.spec = spec
+        self._is_first(spec)
         payload = self.memory.new(tensor.numel(), tensor.dtype).view(tensor.shape)
         payload.copy_(tensor)
         with self._changed:
-            self._in_flight += 1
+            self._undelivered += 1
         self._waiting.put((spec, payload, header, _mark(self.wire.device)))
 
-    def wait_in_flight(self, at_most: int, timeout: float | None = None) -> bool:
-        """Wait until no more than ``at_most`` messages are on their way; False if ``timeout`` seconds pass first."""
-        with self._changed:
-            done = self._changed.wait_for(lambda: self._in_flight <= at_most or self._error is not None, timeout)
-        self._raise_error()
-        return done
+    def _in_flight(self) -> int:
+        return self._undelivered
 
     def close(self) -> None:
         """Say that nothing follows, behind what is on its way."""
@@ -109,13 +93,11 @@ class AnnouncedSendChannel:
                     self._deliver(*message)
                     del message
                     with self._changed:
-                        self._in_flight -= 1
+                        self._undelivered -= 1
                         self._changed.notify_all()
                 self._announce([_END] + [0] * (_HEADER + META_LENGTH - 1))
         except Exception as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+            self._fail(error)
 
     def _deliver(self, spec: TensorSpec, payload: Tensor, header: Header, computed: Any) -> None:
         self._announce([*header, *spec.encode().tolist()])
@@ -126,10 +108,6 @@ class AnnouncedSendChannel:
 
     def _announce(self, words: list[int]) -> None:
         dist.send(torch.tensor(words), self.wire.peer, group=self.wire.control, tag=self.wire.tag)
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise PeerLostError(f"lost the connection for {self.name}: {first_line(self._error)}") from self._error
 
 
 class AnnouncedReceiveChannel:
@@ -161,7 +139,7 @@ class AnnouncedReceiveChannel:
         arrived = self._arrived.get()
         if isinstance(arrived, Exception):
             self._arrived.put(arrived)
-            raise PeerLostError(f"lost the connection for {self.name}: {first_line(arrived)}") from arrived
+            raise lost(self.name, arrived) from arrived
         self._places.release()
         payload, header = arrived
         if payload.is_cuda:

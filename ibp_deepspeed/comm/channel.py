@@ -7,7 +7,6 @@ gradients have a process group each, so that neither can hold up the other.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 
 import torch
@@ -15,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ibp_deepspeed.comm.message import META_LENGTH, Frame, Header, Memory, TensorSpec
-from ibp_deepspeed.errors import BoundaryError, PeerLostError, first_line
+from ibp_deepspeed.comm.sender import Sender, lost
 
 _SPARE_FRAMES = 2  # that a channel keeps for its next messages
 
 
-class SendChannel:
-    """Messages to one neighbour.
+class SendChannel(Sender):
+    """Messages to one neighbour, posted by the caller.
 
     A background thread waits for the messages in order, so that their memory serves the next ones as soon as they are
     received (or is given back, beyond what two messages need), and keeps the count that backpressure asks for.
@@ -35,48 +34,25 @@ class SendChannel:
     """
 
     def __init__(self, group: dist.ProcessGroup, peer: int, memory: Memory, name: str, *, announce: bool) -> None:
-        self.group, self.peer, self.memory, self.name, self.announce = group, peer, memory, name, announce
-        self.spec: TensorSpec | None = None
+        super().__init__(name)
+        self.group, self.peer, self.memory, self.announce = group, peer, memory, announce
         self._pending: deque[tuple[dist.Work, Tensor, Frame | None]] = deque()
         self._spare: list[Frame] = []
-        self._changed = threading.Condition()
-        self._error: Exception | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
 
     def send(self, spec: TensorSpec, tensor: Tensor, header: Header) -> None:
-        """Copy ``tensor`` into a message and start sending it; returns at once.
-
-        Raises:
-            BoundaryError: the shape or dtype differs from the first message's.
-            PeerLostError: an earlier message could not be delivered.
-        """
-        if self.spec is None:
-            self.spec = spec
-            if self.announce:
-                meta = self.memory.new(META_LENGTH, torch.int64)
-                self._post(meta.copy_(spec.encode()))
-        elif spec != self.spec:
-            raise BoundaryError(
-                f"{self.name} changed from {self.spec} to {spec}: every micro-batch needs the same shape, pad or "
-                f"drop the odd one."
-            )
+        """Overrides Sender's: into a message of its own, posted at once."""
+        if self._is_first(spec) and self.announce:
+            meta = self.memory.new(META_LENGTH, torch.int64)
+            self._post(meta.copy_(spec.encode()))
         frame = self._spare.pop() if self._spare else spec.new_frame(self.memory)
         frame.payload.copy_(tensor)
         frame.header.copy_(torch.tensor(header, dtype=torch.int64))
         self._post(frame.message, frame)
 
-    def wait_in_flight(self, at_most: int, timeout: float | None = None) -> bool:
-        """Wait until no more than ``at_most`` messages are on their way; False if ``timeout`` seconds pass first."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
-            while len(self._pending) > at_most and self._error is None:
-                remaining = None if deadline is None else deadline - time.monotonic()
-                if remaining is not None and remaining <= 0:
-                    return False
-                self._changed.wait(remaining)
-        self._raise_error()
-        return True
+    def _in_flight(self) -> int:
+        return len(self._pending)
 
     def close(self) -> None:
         """Let the background thread end once everything is delivered; wait for that if everything is."""
@@ -92,7 +68,7 @@ class SendChannel:
         try:
             work = dist.isend(message, self.peer, group=self.group)
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise lost(self.name, error) from error
         assert work is not None
         with self._changed:
             self._pending.append((work, message, frame))
@@ -113,9 +89,7 @@ class SendChannel:
             try:
                 work.wait()
             except Exception as error:
-                with self._changed:
-                    self._error = error
-                    self._changed.notify_all()
+                self._fail(error)
                 return
             if frame is not None and len(self._spare) < _SPARE_FRAMES:
                 self._spare.append(frame)
@@ -123,13 +97,6 @@ class SendChannel:
             with self._changed:
                 self._pending.popleft()
                 self._changed.notify_all()
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._lost(self._error) from self._error
-
-    def _lost(self, error: Exception) -> PeerLostError:
-        return PeerLostError(f"lost the connection for {self.name}: {first_line(error)}")
 
 
 class ReceiveChannel:
@@ -165,7 +132,7 @@ class ReceiveChannel:
         """Wait for the next message.
 
         Returns:
-            its payload and its header [3], views of memory that the caller now owns.
+            its payload, memory that the caller now owns, and its header [3].
 
         Raises:
             PeerLostError: the sender ended or the connection broke.
@@ -200,7 +167,7 @@ class ReceiveChannel:
         try:
             work = dist.irecv(frame.message, self.peer, group=self.group)
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise lost(self.name, error) from error
         assert work is not None
         self._posted.append((work, frame))
 
@@ -208,7 +175,4 @@ class ReceiveChannel:
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._lost(error) from error
-
-    def _lost(self, error: Exception) -> PeerLostError:
-        return PeerLostError(f"lost the connection for {self.name}: {first_line(error)}")
+            raise lost(self.name, error) from error

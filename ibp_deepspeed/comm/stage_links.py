@@ -12,11 +12,11 @@ from ibp_deepspeed.comm.announced_channel import AnnouncedReceiveChannel, Announ
 from ibp_deepspeed.comm.channel import ReceiveChannel, SendChannel
 from ibp_deepspeed.comm.link_groups import Kind, group_of, make_groups, new_host_group
 from ibp_deepspeed.comm.message import Header, Memory, TensorSpec
+from ibp_deepspeed.comm.sender import Sender
 
 _AHEAD = 2
 _TAGS = {kind: 2 * number for number, kind in enumerate(Kind)}
 
-Sender = SendChannel | AnnouncedSendChannel
 Receiver = ReceiveChannel | AnnouncedReceiveChannel
 
 
