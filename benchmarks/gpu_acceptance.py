@@ -3,8 +3,9 @@
     python benchmarks/gpu_acceptance.py                        # all parts, on the GPUs that are there
     python benchmarks/gpu_acceptance.py --device cpu --small   # the same code at tiny shapes, a few minutes
 
-Each part writes PART.json under --out when it ends, and table.md is made of them. A second start runs what is missing
-or has failed. The exit code is 1 if a part has failed.
+A part's record, PART.json, is written under --out when it has ended, and table.md is made of them. A second start runs
+what is missing or has failed. What was measured stays until it is measured again: a rerun that fails or can't run is
+noted beside it. The exit code is 1 if a part has failed.
 
 Parts: environment and versions; 2 and 4 processes on one GPU, and NCCL between as many GPUs as there are, against the
 one-process pipeline; the profile of a stage of four models; a head with and without a fused kernel; a short study of
@@ -48,19 +49,20 @@ def main(phase: cli.SameOnAllRanks) -> None:
     every = all_parts(args.small)
     wanted = chosen(every, args.parts or list(every))
     again = chosen(every, args.again)
+    failed = False
     for name, part in {**wanted, **again}.items():
         record = records.read(folder, name)
-        if record is None or record["status"] == records.FAILED or record["small"] != args.small or name in again:
+        if record is None or records.has_failed(record) or record["small"] != args.small or name in again:
             print(f"{name} …", flush=True)
             record = run_part(
                 name, part.limit * (CPU_FACTOR if args.device == "cpu" else 1), folder, environment, args.small
             )
-        reason = f": {record['reason']}" if record["reason"] else ""
-        print(f"{name}: {record['status']}{reason} ({record['seconds']:.0f} s)", flush=True)
+        print(f"{name}: {records.in_words(record)} ({records.latest(record)['seconds']:.0f} s)", flush=True)
+        failed |= records.has_failed(record)
     text = page(folder, every)
     (folder / "table.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nrecords in {folder}")
-    if any(records.read(folder, name)["status"] == records.FAILED for name in {**wanted, **again}):  # type: ignore[index]
+    if failed:
         sys.exit(1)
 
 
@@ -97,16 +99,18 @@ def folder_name(device: str, small: bool) -> str:
 
 
 def run_part(name: str, limit: float, folder: Path, environment: Mapping[str, str], small: bool) -> dict[str, object]:
-    """Run a part in a process of its own, end all that it started, and return its record, made here if it left none."""
+    """Run a part in a process of its own, end all that it started, and return what is its record from now on."""
     from benchmarks.gpu import records
 
-    path = records.path_of(folder, name)
-    path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu", name, "--out", str(path.absolute()), *["--small"] * small]
     began = time.monotonic()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        tempfile.TemporaryDirectory() as aside,
+    ):
+        path = records.path_of(Path(aside), name)
+        command = [sys.executable, "-m", "benchmarks.gpu", name, "--out", str(path), *["--small"] * small]
         code = run_group(command, limit, environment, log.fileno())
-        record = records.read(folder, name)
+        record = records.read(Path(aside), name)
         if record is None:
             ended = f"ran past its limit of {limit:.0f} s" if code is None else f"ended with code {code}"
             seconds = round(time.monotonic() - began, 1)
@@ -115,7 +119,8 @@ def run_part(name: str, limit: float, folder: Path, environment: Mapping[str, st
         if record["status"] == records.FAILED:
             log.seek(0)
             record["log"] = log.read().replace(f"{ROOT}/", "").splitlines()[-LOG_LINES:]
-            records.write(path, record)
+    record = records.after(records.read(folder, name), record)
+    records.write(records.path_of(folder, name), record)
     return record
 
 

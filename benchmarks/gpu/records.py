@@ -1,4 +1,4 @@
-"""The record of a part: a JSON file that is there as soon as the part has ended, well or not."""
+"""The record of a part: a JSON file that is there when the part has ended, well or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from benchmarks.speed.harness import Row
 from ibp_deepspeed.atomic_files import replace_text
 
 Record = dict[str, Any]
-"""``part``, ``status`` (done, not run, failed), ``reason``, ``seconds``, ``small``, ``machine``, ``rows``."""
+"""``part``, ``status`` (done, not run, failed), ``reason``, ``seconds``, ``small``, ``machine``, ``rows``; ``log`` of a
+failure, and ``rerun``, the record of a later run that has not measured."""
 DONE, NOT_RUN, FAILED = "done", "not run", "failed"
 
 
@@ -29,6 +30,31 @@ def read(folder: Path, part: str) -> Record | None:
     """The record of a part, None if there is none."""
     path = path_of(folder, part)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def after(earlier: Record | None, record: Record) -> Record:
+    """What is kept of both: what was measured at the same shapes is not given up for a run that has not measured."""
+    if earlier is None or earlier["status"] != DONE or earlier["small"] != record["small"] or record["status"] == DONE:
+        return record
+    return {**earlier, "rerun": record}
+
+
+def latest(record: Record) -> Record:
+    """Of the part's last run."""
+    rerun: Record = record.get("rerun", record)
+    return rerun
+
+
+def has_failed(record: Record) -> bool:
+    """The part, when it ran last."""
+    return bool(latest(record)["status"] == FAILED)
+
+
+def in_words(record: Record) -> str:
+    """How the part ended, and if it was run again without a result, how that did."""
+    reason = f": {record['reason']}" if record["reason"] else ""
+    rerun = f"; run again: {in_words(record['rerun'])}" if "rerun" in record else ""
+    return f"{record['status']}{reason}{rerun}"
 
 
 def outcome(rows: list[Row]) -> tuple[str, str | None]:

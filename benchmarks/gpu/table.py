@@ -37,5 +37,4 @@ def _endings(found: dict[str, Record | None]) -> Iterator[str]:
         if record is None:
             yield f"| {name} | not run yet | |"
         else:
-            reason = f": {record['reason']}" if record["reason"] else ""
-            yield f"| {name} | {record['status']}{reason} | {record['seconds']:.0f} |"
+            yield f"| {name} | {records.in_words(record)} | {record['seconds']:.0f} |"

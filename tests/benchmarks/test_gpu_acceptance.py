@@ -172,6 +172,32 @@ def test_a_second_start_runs_what_failed_and_what_it_is_told_to(start: Start, tm
     assert "heads …" in start({"heads": "done"}, "--parts", "heads"), "a record of other shapes is not this part's"
 
 
+def test_a_rerun_without_a_result_leaves_what_was_measured(start: Start, tmp_path: Path) -> None:
+    path, page = tmp_path / "heads.json", tmp_path / "table.md"
+    start({"heads": "done"}, "--parts", "heads")
+    measured = path.read_text()
+    for ending, said in {None: "ran past its limit of 360 s", 3: "ended with code 3", "failed": "as told"}.items():
+        words = f"done; run again: failed: {said}"
+        assert f"heads: {words}" in start({"heads": ending}, "--parts", "heads", "--again", "heads", code=1)
+        record = json.loads(path.read_text())
+        assert record.pop("rerun")["log"] == ["last words"] and record == json.loads(measured)
+        assert f"| heads | {words} | 1 |" in page.read_text()
+    assert "heads …" in start({"heads": "not run"}, "--parts", "heads"), "its last run has failed"
+    assert "heads …" not in start({}, "--parts", "heads")
+    assert "| heads | done; run again: not run: as told | 1 |" in page.read_text()
+    start({"heads": "done"}, "--parts", "heads", "--again", "heads")
+    assert path.read_text() == measured
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads.json", "table.md"]
+
+
+def test_a_rerun_that_is_broken_off_leaves_what_was_measured(start: Start, tmp_path: Path) -> None:
+    start({"heads": "done"}, "--parts", "heads")
+    measured = (tmp_path / "heads.json").read_text()
+    with pytest.raises(KeyError):  # where it would run
+        start({}, "--parts", "heads", "--again", "heads")
+    assert (tmp_path / "heads.json").read_text() == measured
+
+
 def test_nothing_that_a_part_starts_outlives_it(tmp_path: Path) -> None:
     child = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '300']).pid, flush=True); time.sleep(300)"
     with (tmp_path / "out").open("w+") as output:
