@@ -110,6 +110,10 @@ class TorchZeroBubble:
         device = torch.device("cpu")
         places = (rank, chunks - 1 - rank)
         parts: list[Any] = [PipelineStage(m, i, chunks, device) for m, i in zip(modules, places, strict=True)]
+        # Before its first step torch 2.11 sends to all neighbours, at the turn of the V to the rank itself, which gloo
+        # refuses; gloo needs no such start, and torch 2.12 and newer don't call this.
+        for part in parts:
+            part._get_init_p2p_neighbors_ops = list
         self._schedule = ScheduleZBVZeroBubble(parts, micro_batches, loss_fn=model.loss_fn)
         self._optimizer = torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.0)
 
