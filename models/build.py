@@ -47,7 +47,7 @@ def pipeline_module(
         manual: a partition, see :meth:`CausalLM.partition`; None balances parameters, heads included.
     """
     options = interlocking.aux_head
-    bounds = model.partition(num_stages, aux_heads=options, manual=manual)
+    bounds = model.partition(num_stages, aux_heads=options, exits=interlocking.exits_for(num_stages), manual=manual)
 
     def aux_head(stage: int) -> LanguageModelObjective:
         return stage_objective(model, interlocking, bounds, stage)
@@ -82,10 +82,14 @@ def virtual_pipeline(
     """
     interlocking = resolve_interlocking(ds_config)
     options = interlocking.aux_head
-    bounds = model.partition(num_stages, aux_heads=options, manual=manual)
+    bounds = model.partition(num_stages, aux_heads=options, exits=interlocking.exits_for(num_stages), manual=manual)
     stages = [nn.Sequential(*map(model.build_layer, range(low, high))) for low, high in pairwise(bounds)]
     heads = None
     if options is not None:
-        heads = [stage_objective(model, interlocking, bounds, stage) for stage in range(num_stages - 1)]
+        exits = interlocking.exits_for(num_stages)
+        heads = [
+            stage_objective(model, interlocking, bounds, stage) if stage in exits else None
+            for stage in range(num_stages - 1)
+        ]
     loss_fn = CausalLMLoss(options.chunk_tokens if options else None)
     return VirtualPipeline(stages, heads, loss_fn, ds_config, device, monitor)

@@ -137,17 +137,19 @@ class CausalLM:
         num_stages: int,
         *,
         aux_heads: AuxHeadConfig | None = PRIVATE,
+        exits: Sequence[int] | None = None,
         manual: Sequence[int] | None = None,
     ) -> list[int]:
         """Bounds of the stages in ``layer_specs``: stage k has the layers bounds[k] … bounds[k+1]-1.
 
-        The largest stage's parameter count is as small as it can be, with an auxiliary head for all stages but the
-        last (but the first, if heads stand behind layers of the next stage) unless ``aux_heads`` is None; of such
+        The largest stage's parameter count is as small as it can be, with an auxiliary head for all exits but the
+        last (on the stage behind, if heads stand behind layers of the next one) unless ``aux_heads`` is None; of such
         partitions the most even one is taken. Every stage has a decoder layer.
 
         Args:
             num_stages: K, from 1 to the number of decoder layers.
             aux_heads: options of the auxiliary heads that count.
+            exits: the stages that have a loss; None: all.
             manual: instead, K numbers of decoder layers, or K+1 bounds.
 
         Returns:
@@ -168,7 +170,8 @@ class CausalLM:
         costs[0] += embedding
         costs[-1] += head
         size = self.aux_head_parameters(aux_heads) if aux_heads else 0
-        placement = HeadPlacement(num_stages, aux_heads.borrow if aux_heads else 0, aux_heads is not None)
+        placed = None if exits is None else tuple(exits)
+        placement = HeadPlacement(num_stages, aux_heads.borrow if aux_heads else 0, placed)
         heads = [0 if placement.head_at(stage) is None else size for stage in range(num_stages)]
         return sizes_to_bounds(balanced_sizes(costs, heads))
 

@@ -27,7 +27,7 @@ def head_cost(model: CausalLM, options: AuxHeadConfig | None, num_stages: int, s
     return head / (layer * (model.num_layers - 2) / num_stages)
 
 
-def training_flops(model: CausalLM, options: AuxHeadConfig | None, num_stages: int, sequence_length: int) -> float:
+def training_flops(model: CausalLM, options: AuxHeadConfig | None, heads: int, sequence_length: int) -> float:
     """Floating-point operations that training on one token needs: 6·P + 6·L·S·H, as MFU is usually counted.
 
     P: elements of the matrices that a token passes (2 operations each forward, 4 backward): those of decoder layers, of
@@ -41,10 +41,10 @@ def training_flops(model: CausalLM, options: AuxHeadConfig | None, num_stages: i
     attention = 2 * sequence_length * model.hidden_size
     embedding, *layers, readout = model.matrix_parameters()
     trunk = sum(6 * layer + 3 * attention for layer in layers) + 6 * (embedding + readout)
-    if options is None or num_stages == 1:
+    if options is None or heads == 0:
         return float(trunk)
     products = 3 if options.readout == "private" else 2
     size = model.hidden_size, model.vocab_size
     matrices = size[0] * size[1] if options.rank is None else options.rank * sum(size)
     blocks = options.blocks * (6 * sum(layers) / len(layers) + 3 * attention)
-    return trunk + (num_stages - 1) * (2 * products * options.aux_tokens * matrices + blocks)
+    return trunk + heads * (2 * products * options.aux_tokens * matrices + blocks)

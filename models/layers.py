@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
+from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward, split_linear
 from models.recorder import Recorder
 from models.shell import Shell
 
@@ -50,6 +52,13 @@ class DecoderLayer(nn.Module):
     def compiled_parts(self) -> list[nn.Module]:
         """The model's layer; what the recorder does around it is Python's."""
         return [self.layer]
+
+    def split_backward(self, weight_gradients: WeightGradients) -> None:
+        """All linear maps in it, GPT-2's too, which have their own class."""
+        split_backward([self.layer], weight_gradients)
+        for module in self.layer.modules():
+            if isinstance(module, Conv1D):
+                split_linear(module, weight_gradients, transposed=True)
 
     def forward(self, hidden: Tensor) -> Tensor:
         output = self.layer(hidden, **self._recorder.inputs_for(self.index, hidden))
@@ -95,6 +104,9 @@ class Readout(nn.Module):
             hidden = self.projection(hidden)
         trained = tuple(p for p in self.readout.parameters() if p.requires_grad)
         return LazyLogits(hidden, self._rows_to_logits(hidden), trained)
+
+    def split_backward(self, weight_gradients: WeightGradients) -> None:
+        """Nothing: the loss takes the LM head's gradients chunk by chunk, as it goes through the tokens."""
 
     def _read(self, rows: Tensor) -> Tensor:
         return self.readout(inputs_embeds=rows[None], use_cache=False).logits.squeeze(0)

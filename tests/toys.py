@@ -9,6 +9,7 @@ from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
 from ibp_deepspeed import InterlockedPipelineModule, InterlockedReference
+from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_linear
 
 WIDTH = 6
 
@@ -22,10 +23,17 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64).to(dtype) * 0.6)
         self.bias = nn.Parameter(torch.randn(WIDTH, generator=generator, dtype=torch.float64).to(dtype) * 0.1)
         self.dropout = nn.Dropout(dropout)
+        self._hidden = {"linear": nn.Linear(WIDTH, WIDTH, device="meta")}  # no child: the parameters are this layer's
+        self._hidden["linear"].weight, self._hidden["linear"].bias = self.weight, self.bias
+
+    def linear(self, hidden: Tensor) -> Tensor:
+        return self._hidden["linear"](hidden.to(self.weight.dtype))  # the engine's bf16 casts weights, not data
+
+    def split_backward(self, weight_gradients: WeightGradients) -> None:
+        split_linear(self._hidden["linear"], weight_gradients)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden.to(self.weight.dtype)  # the engine's bf16 casts weights, not data
-        return self.dropout(torch.tanh(hidden @ self.weight.T + self.bias))
+        return self.dropout(torch.tanh(self.linear(hidden)))
 
 
 class Head(Layer):
@@ -35,7 +43,7 @@ class Head(Layer):
         return [self.weight, self.bias]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.weight.T + self.bias
+        return self.linear(hidden)
 
 
 class FollowingHead(Layer):

@@ -131,7 +131,7 @@ class _Training:
         gpu = self.device == "cuda"
         peak = peak_flops(torch.cuda.get_device_name()) if gpu else None
         options = self.pipeline.reference.interlocking.aux_head
-        needed = training_flops(self.model, options, self.sizes.stages, self.sizes.tokens)
+        needed = training_flops(self.model, options, self.sizes.stages - 1, self.sizes.tokens)
         return {
             "contender": self.strategy,
             "parameters": sum(self.model.parameter_counts()),

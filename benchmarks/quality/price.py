@@ -48,12 +48,12 @@ def price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float,
 
 
 def _price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float) -> Price:
-    """The price of an interlocking block, M = 4, no latency; B and W cost a forward pass each.
+    """The price of an interlocking block, M = 4, no latency; B and W cost a forward pass each, and are one piece.
 
     A head that copies its LM head saves its W; a block in a head is a layer that is computed
     forward and backward, a borrowed layer one B.
     """
-    config = InterlockingConfig.parse(interlocking)
+    config = InterlockingConfig.parse({"backward": "fused", **interlocking})
     options = config.aux_head
     head = borrowed = 0.0
     if options is not None:
@@ -62,7 +62,7 @@ def _price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float
     if config.width_for(stages) == stages and config.mode == "furthest":
         head = 0.0  # its heads only watch
     own = _predict(config, stages, Costs(head=head, borrowed_gradient=borrowed))
-    baseline = _predict(InterlockingConfig(strategy="global", aux_head=None), stages, Costs(head=0.0))
+    baseline = _predict(InterlockingConfig(strategy="global", aux_head=None, backward="fused"), stages, Costs(head=0.0))
     return Price(work=_work(own) / _work(baseline), time=own.batch_time / baseline.batch_time)
 
 

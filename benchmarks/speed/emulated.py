@@ -14,27 +14,23 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.contenders import Batch, Model, applies, make
+from benchmarks.speed.contenders import PEERS, Batch, Model, applies, interlocking, make
 from benchmarks.speed.harness import Row, Spread, interleaved, spawn
 from benchmarks.speed.latency import delay_deepspeed, delay_engine
 from benchmarks.speed.sleeping import HEAD_UNITS, WIDTH, Clock, SleepingHead, SleepingLayer, loss_fn
+from ibp_deepspeed import InterlockingConfig, Strategy
+from ibp_deepspeed.strategy.timeline import Timeline
 
 _FILL = 4  # micro-batches after which a pipeline that streams is in its stride
 
 
-def model(stages: int, unit: float, slack: int = 0) -> Model:
+def model(stages: int, unit: float) -> Model:
     """Two layers a stage."""
     return Model(
         layers=[partial(SleepingLayer, unit / 2)] * (2 * stages),
         head=partial(SleepingHead, HEAD_UNITS * unit),
         loss_fn=loss_fn,
-        interlocking={"hop_slack": slack},
     )
-
-
-def hop_slack(name: str) -> int:
-    """Slots more for each boundary, of a contender such as ``N=2 slack 1``."""
-    return int(name.partition(" slack ")[2] or 0)
 
 
 def data() -> Iterator[Batch]:
@@ -71,8 +67,8 @@ def worker(arguments: dict[str, Any]) -> list[list[tuple[float, float]]]:
     stages, count, unit, latency = (arguments[key] for key in ("stages", "micro_batches", "unit", "latency"))
     contenders = []
     for name in arguments["contenders"]:
-        engine = make(name.split()[0], model(stages, unit, hop_slack(name)), stages, count)
-        if latency and name.startswith("N="):
+        engine = make(name, model(stages, unit), stages, count)
+        if latency and name not in PEERS:
             delay_engine(engine, latency * unit)
         contenders.append(engine)
     if latency:
@@ -98,13 +94,13 @@ def measure(
     Args:
         stages: K, processes.
         micro_batches: M.
-        contenders: names, ``1F1B`` among them; they may end in a slack, as in ``N=2 slack 1``.
+        contenders: names, ``1F1B`` among them.
         unit: seconds.
         measured: micro-batches a repeat, at least two batches.
         repeats: of all contenders, interleaved.
         latency: units a message takes.
     """
-    running = [name for name in contenders if applies(name.split()[0], stages, micro_batches)]
+    running = [name for name in contenders if applies(name, stages, micro_batches)]
     by_rank = spawn(
         stages,
         worker,
@@ -141,16 +137,20 @@ def prediction(name: str, stages: int, micro_batches: int, latency: float) -> di
     """What the schedule's simulation says; nothing for schedules that are not ours."""
     from ibp_deepspeed.schedule.predict import predict
     from ibp_deepspeed.schedule.simulator import Costs
-    from ibp_deepspeed.strategy.strategy import Strategy
 
-    if name in ("DualPipeV", "ZBV"):
+    strategy = strategy_of(name, stages)
+    if strategy is None:
         return {}
-    if name == "1F1B":
-        strategy = Strategy(stages, stages, aux_heads=False)
-    else:
-        strategy = Strategy(stages, int(name.split()[0][2:]), hop_slack=hop_slack(name))
     said = predict(strategy, micro_batches, Costs(latency=latency))
     return {"limit": round(said.limit, 3), "predicted": round(said.micro_batch_time, 3)}
+
+
+def strategy_of(name: str, stages: int) -> Strategy | None:
+    """What a contender's schedule is made of; None for peers whose schedules are not ours."""
+    if name in PEERS and name != "1F1B":
+        return None
+    block = interlocking("B-W fused" if name == "1F1B" else name, stages)
+    return Timeline(InterlockingConfig.parse(block), stages, 1).at(0)[0]
 
 
 def _units(row: Row) -> str:

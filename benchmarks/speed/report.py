@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pages import filled
+from benchmarks.speed.contenders import PEERS
 from benchmarks.speed.harness import Row
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def tables(records: dict[str, Record]) -> Iterator[tuple[str, Table]]:
     if "emulated" in records:
         rows = records["emulated"]["rows"]
         yield "emulated", across(rows, ("stages", "micro_batches"), ("K", "M"), time_and_ratio)
-        ours = [row for row in rows if row["contender"].startswith("N=")]
+        ours = [row for row in rows if row["contender"] not in PEERS]
         yield "idle share of the busiest stage", across(ours, ("stages", "micro_batches"), ("K", "M"), idle)
         short = [r for r in rows if r["contender"] in SHORT and r["stages"] > 2 and r["micro_batches"] in (1, 4, 16)]
         yield "emulated, in short", across(short, ("stages", "micro_batches"), ("K", "M"), time_and_ratio)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class SavedActivations:
     Attributes:
         bytes: by name, now.
         peak: by name, and of all together (``total``), so far.
+        passes: by name, the numbers of the forward passes, for others to take.
         peak_passes: by name, the most forward passes of which something was kept at once.
     """
 
@@ -30,6 +32,7 @@ class SavedActivations:
         self._sizes: dict[tuple[str, int], int] = {}
         self._passes: dict[str, Counter[int]] = {}
         self._number = 0
+        self.passes: dict[str, deque[int]] = defaultdict(deque)
         self.bytes: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.peak_passes: Counter[str] = Counter()
@@ -43,8 +46,19 @@ class SavedActivations:
             pack = torch.autograd.graph.saved_tensors_hooks(
                 lambda tensor: self._pack(name, number, tensor), lambda saved: saved.tensor
             )
+            self.passes[name].append(number)
             with pack:
                 return forward(*args, **kwargs)
+
+        return run
+
+    def holding(self, name: str, number: int, work: partial[None]) -> Callable[[], None]:
+        """``work`` that is done later, whose tensors count until it is forgotten."""
+        held = [_Saved(self, name, number, tensor) for tensor in work.args if isinstance(tensor, Tensor)]
+
+        def run() -> None:
+            work()
+            held.clear()
 
         return run
 

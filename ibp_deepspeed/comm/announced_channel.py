@@ -146,6 +146,10 @@ class AnnouncedReceiveChannel:
             payload.record_stream(torch.cuda.current_stream())  # its memory belongs to the thread's stream
         return payload, header
 
+    def is_here(self) -> bool:
+        """Whether :meth:`take` would return at once."""
+        return not self._arrived.empty()
+
     def close(self) -> None:
         """Wait for the sender's word that nothing follows: a process must not end inside a receive."""
         self._places.release()

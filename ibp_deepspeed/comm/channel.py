@@ -17,6 +17,7 @@ from ibp_deepspeed.comm.message import META_LENGTH, Frame, Header, Memory, Tenso
 from ibp_deepspeed.comm.sender import Sender, lost
 
 _SPARE_FRAMES = 2  # that a channel keeps for its next messages
+_NOT_YET = -1  # in the header's last place until a message comes: neither a checksum nor a loss is negative
 
 
 class SendChannel(Sender):
@@ -151,6 +152,13 @@ class ReceiveChannel:
             self._spare.append(frame)
         return payload, header
 
+    def is_here(self) -> bool:
+        """Whether :meth:`take` would return at once (also if it has to wait for the first message's shape).
+
+        gloo's Work knows that only once it was waited for, but bytes arrive in order, and the header is the last.
+        """
+        return not self._posted or int(self._posted[0][1].header[-1]) != _NOT_YET
+
     def _receive_spec(self) -> TensorSpec:
         meta = self.memory.new(META_LENGTH, torch.int64)
         work = dist.irecv(meta, self.peer, group=self.group)
@@ -164,6 +172,7 @@ class ReceiveChannel:
 
     def _post(self, spec: TensorSpec) -> None:
         frame = self._spare.pop() if self._spare else spec.new_frame(self.memory)
+        frame.header[-1] = _NOT_YET
         try:
             work = dist.irecv(frame.message, self.peer, group=self.group)
         except RuntimeError as error:

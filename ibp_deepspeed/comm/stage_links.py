@@ -74,6 +74,14 @@ class StageLinks:
         assert self._from_below is not None
         return self._from_below.take()
 
+    def has_activation(self) -> bool:
+        """Whether :meth:`receive_activation` would return at once."""
+        return self._from_above is None or self._from_above.is_here()
+
+    def has_gradient(self) -> bool:
+        """Whether :meth:`receive_gradient` would return at once."""
+        return self._from_below is None or self._from_below.is_here()
+
     def flush(self, timeout: float | None) -> None:
         """Wait until everything sent has been received, or ``timeout`` seconds."""
         for channel in (self.down, self.up):

@@ -7,15 +7,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ibp_deepspeed.errors import ConfigError
 
-Mode = Literal["furthest", "window"]
+Mode = Literal["furthest", "window", "sum"]
 
 
 class AuxHeadConfig(BaseModel):
-    """Options of the language-model heads that end every stage but the last."""
+    """Options of the language-model heads of all exits but the last."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -73,6 +73,8 @@ class Phase(BaseModel):
     """N; K or more is backpropagation (in mode furthest)."""
     mode: Mode | None = None
     """None: the configuration's mode."""
+    exit_weights: tuple[float, ...] | None = None
+    """In mode sum; None: the configuration's."""
 
 
 class MixedConfig(BaseModel):
@@ -98,11 +100,20 @@ class InterlockingConfig(BaseModel):
     strategy: Literal["local", "pairwise", "nwise", "global"] = "pairwise"
     width: int | None = Field(default=None, ge=1)
     mode: Mode = "furthest"
+    exits: Literal["every"] | int | tuple[int, ...] = "every"
+    """The stages that have a loss: all of them, every G-th counted from the last one (modules of G stages), or these
+    and the last one."""
     window_weights: tuple[float, ...] | None = None
+    exit_weights: tuple[float, ...] | None = None
+    """In mode sum, a weight for each exit, the last one's too; None: all alike, summing to 1."""
     hop_slack: int = Field(default=0, ge=0)
     channel_depth: int | None = Field(default=None, ge=1)
     streaming: bool = True
     clip_scope: Literal["stage", "global"] = "stage"
+    backward: Literal["fused", "split"] = "split"
+    """``split``: an update whose input gradient goes to the stage before computes and sends that first (B), and its
+    weight gradients later (W), which fill the time in which the stage would wait; ``fused``: both together. With
+    ``compile`` it is fused."""
     decay: Literal["matrices", "all"] = "matrices"
     """What the optimizer's weight decay acts on: ``matrices`` leaves out norms, biases and temperatures."""
     compile: bool = False
@@ -121,15 +132,31 @@ class InterlockingConfig(BaseModel):
             raise ValueError(f'strategy "global" takes no width, {self.width} was given')
         if fixed is not None and self.width not in (None, fixed):
             raise ValueError(f'strategy "{self.strategy}" has width {fixed}, not {self.width}: use "nwise"')
+        if self.compile and self.backward == "split" and "backward" in self.model_fields_set:
+            raise ValueError('backward "split" does not go together with compile, whose layers compute B and W in one')
         self._check_weights()
+        self._check_exit_weights()
         self._check_schedule()
         return self
+
+    @field_validator("exits", mode="before")
+    @classmethod
+    def _exits(cls, value: Any) -> Any:
+        if value == "every":
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        stages = list(value) if isinstance(value, list | tuple) else []
+        numbers = all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in stages)
+        if stages and numbers and len(set(stages)) == len(stages):
+            return tuple(sorted(stages))
+        raise ValueError('exits are "every", a number of stages from 1 on, or different stages from 0 on')
 
     def _check_schedule(self) -> None:
         starts = [phase.from_step for phase in self.schedule]
         if any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
             raise ValueError(f"the from_step values of schedule must rise, they are {starts}")
-        if starts[:1] == [0] and self.model_fields_set & {"strategy", "width"}:
+        if self._starts_with_a_phase() and self.model_fields_set & {"strategy", "width"}:
             raise ValueError(
                 "schedule starts at step 0, so strategy and width are never used: leave them out, or let it start later"
             )
@@ -139,6 +166,9 @@ class InterlockingConfig(BaseModel):
             raise ValueError(
                 "window_weights don't go together with aux_head.borrow, whose layers have weights of their own"
             )
+
+    def _starts_with_a_phase(self) -> bool:
+        return bool(self.schedule) and self.schedule[0].from_step == 0
 
     def _check_weights(self) -> None:
         weights = self.window_weights
@@ -152,6 +182,20 @@ class InterlockingConfig(BaseModel):
             )
         if not all(math.isfinite(w) and w >= 0 for w in weights) or weights[0] <= 0:
             raise ValueError(f"window_weights must be finite, not negative, the first above 0: {list(weights)}")
+
+    def _check_exit_weights(self) -> None:
+        if self.mode == "sum" and self.strategy in ("local", "pairwise") and not self._starts_with_a_phase():
+            raise ValueError(f'mode "sum" is for strategy "global", the strategy is "{self.strategy}"')
+        modes = [self.mode, *(phase.mode for phase in self.schedule), self.mixed and self.mixed.mode]
+        if "sum" in modes and self.aux_head is not None and self.aux_head.borrow:
+            raise ValueError('mode "sum" does not go together with aux_head.borrow')
+        for mode, weights in ((self.mode, self.exit_weights), *((p.mode, p.exit_weights) for p in self.schedule)):
+            if weights is None:
+                continue
+            if (mode or self.mode) != "sum":
+                raise ValueError(f'exit_weights are for mode "sum", the mode is "{mode or self.mode}"')
+            if not all(math.isfinite(w) and w >= 0 for w in weights) or weights[-1:] <= (0.0,):
+                raise ValueError(f"exit_weights must be finite, not negative, the last above 0: {list(weights)}")
 
     @classmethod
     def parse(cls, block: Mapping[str, Any] | InterlockingConfig | None) -> InterlockingConfig:
@@ -173,6 +217,27 @@ class InterlockingConfig(BaseModel):
         """The effective width N on ``stages`` stages: 1 … stages (N ≥ K is backpropagation)."""
         named = {"local": 1, "pairwise": 2, "global": stages}
         return min(named.get(self.strategy, self.width or stages), stages)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether input gradients come first; not with compiled layers, whose backward pass is one piece."""
+        return self.backward == "split" and not self.compile
+
+    def exits_for(self, stages: int) -> tuple[int, ...]:
+        """The stages of ``stages`` that have a loss, rising; the last one always has.
+
+        Raises:
+            ConfigError: one that there is not.
+        """
+        if self.exits == "every":
+            return tuple(range(stages))
+        if isinstance(self.exits, int):
+            return tuple(sorted(range(stages - 1, -1, -self.exits)))
+        if self.exits[-1] >= stages:
+            raise ConfigError(
+                f'"interlocking.exits" names stage {self.exits[-1]}, the {stages} stages are 0 … {stages - 1}.'
+            )
+        return tuple(sorted({*self.exits, stages - 1}))
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import sys
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ from ibp_deepspeed.stage.micro_batch import MicroBatchInFlight
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
 from ibp_deepspeed.stage.sample_ledger import SampleLedger, to_device, unpack
+from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward
+from ibp_deepspeed.strategy.strategy import StageStrategy
 from ibp_deepspeed.strategy.timeline import Timeline
 
 _FLUSH_SECONDS = 30.0
@@ -70,6 +74,10 @@ class InterlockedPipelineEngine(CheckpointingEngine):
         self._losses = StageLosses(self.grid, self.device)
         self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
         self._ledger = SampleLedger(self.stage_id)
+        self._due: deque[MicroBatchInFlight] = deque()  # whose weight gradients are still to be computed
+        self._weight_gradients = WeightGradients()
+        if any(strategy.splits(self.stage_id) for strategy in self.timeline.strategies()):
+            split_backward(self.module.forward_funcs, self._weight_gradients)
         self._failed = False
         self._running_engine_backward = True  # for DeepSpeed's hooks: all backward passes are the engine's
         atexit.register(self._close_at_exit)
@@ -128,7 +136,7 @@ class InterlockedPipelineEngine(CheckpointingEngine):
 
         Returns:
             this stage's loss: the mean over its micro-batches and data-parallel ranks, detached (NaN for a stage
-            without a head). No other stage is waited for to compute it. With borrowed layers the loss of the stage
+            without a loss). No other stage is waited for to compute it. With borrowed layers the loss of the stage
             before is computed here, and returned, but for the last stage.
 
         Raises:
@@ -156,7 +164,8 @@ class InterlockedPipelineEngine(CheckpointingEngine):
         if self.grid.get_data_parallel_rank() == 0:
             self._board.publish(self.global_steps, losses)
         self._report()
-        return losses[self.module.losses[-1]] if losses else torch.full((), torch.nan, device=self.device)
+        computed = list(self.module.objectives)
+        return losses[computed[-1]] if computed else torch.full((), torch.nan, device=self.device)
 
     @property
     def refresh_bytes(self) -> int:
@@ -236,6 +245,7 @@ class InterlockedPipelineEngine(CheckpointingEngine):
 
     def _exec_recv_activations(self, buffer_id: int, micro_batch: int) -> None:
         micro = self._in_flight(buffer_id)
+        self._fill_the_gap(self.links.has_activation)
         hidden, header = self.links.receive_activation()
         self._ledger.add(header, self.global_steps, micro_batch, micro.sample_checksum)
         micro.inputs = hidden.requires_grad_(self._schedule.tables[micro_batch].sends_gradients)
@@ -277,18 +287,21 @@ class InterlockedPipelineEngine(CheckpointingEngine):
 
     def _exec_recv_grads(self, buffer_id: int, micro_batch: int, loss: int) -> None:
         micro = self._in_flight(buffer_id)
+        self._fill_the_gap(self.links.has_gradient)
         gradient, header = self.links.receive_gradient()
         self._ledger.add(header, self.global_steps, micro_batch, loss)
         micro.output_gradients[loss] = gradient
 
     def _exec_backward_borrowed(self, buffer_id: int, micro_batch: int, loss: int) -> None:
         micro = self._in_flight(buffer_id)
-        micro.backward_borrowed(loss)
+        with self._weight_gradients.left_out():
+            micro.backward_borrowed(loss)
         micro.drop_graph()
 
     def _exec_backward_input(self, buffer_id: int, micro_batch: int, loss: int) -> None:
         micro = self._in_flight(buffer_id)
-        micro.backward_input(loss)
+        with self._weight_gradients.left_out():
+            micro.backward_input(loss)
         if loss == self.stage_id:
             micro.drop_graph()
 
@@ -298,15 +311,36 @@ class InterlockedPipelineEngine(CheckpointingEngine):
         self.links.send_gradient(gradient, (self.global_steps, micro_batch, loss))
 
     def _exec_backward_pass(self, buffer_id: int, micro_batch: int) -> None:
+        self._update(self._in_flight(buffer_id), self._schedule.tables[micro_batch])
+
+    def _exec_update_input(self, buffer_id: int, micro_batch: int) -> None:
         micro = self._in_flight(buffer_id)
-        table = self._schedule.tables[micro_batch]
+        with self._weight_gradients.put_off(micro.weight_gradients):
+            self._update(micro, self._schedule.tables[micro_batch])
+        self._due.append(micro)
+
+    def _exec_backward_weight(self, buffer_id: int, micro_batch: int) -> None:
+        if self._in_flight(buffer_id) in self._due:  # else gaps were filled with it
+            self._work_off(lambda: False)
+
+    def _update(self, micro: MicroBatchInFlight, table: StageStrategy) -> None:
         both = table.update_gives_input_gradient
         with self._accumulating():
-            micro.update(table.weights, None if both else self._trunk_parameters or None, table.borrowed_share)
+            micro.update(table.terms, None if both else self._trunk_parameters or None, table.borrowed_share)
         if both:
-            micro.input_gradients[table.reach] = micro.input_gradient(table.weights[table.reach])
+            micro.input_gradients[table.reach] = micro.input_gradient(table.input_weight)
         self.recomputations += micro.recomputations
         micro.free()
+
+    def _fill_the_gap(self, has_come: Callable[[], bool]) -> None:
+        """While a message has not come: weight gradients that are due, the oldest first, as the program has them."""
+        while self._due and not has_come():
+            self._work_off(has_come)
+
+    def _work_off(self, until: Callable[[], bool]) -> None:
+        with self._accumulating():  # one micro-batch each: bf16 gradients of two would be summed in bf16
+            if self._due[0].update_weights(until):
+                self._due.popleft()
 
     def _exec_reduce_grads(self) -> None:
         """Overrides SteppingEngine's: first the proof that all stages saw the same samples."""
@@ -326,6 +360,8 @@ class InterlockedPipelineEngine(CheckpointingEngine):
         instructions.BackwardInput: _exec_backward_input,
         instructions.SendGrad: _exec_send_grads,
         instructions.BackwardPass: _exec_backward_pass,
+        instructions.UpdateInput: _exec_update_input,
+        instructions.BackwardWeight: _exec_backward_weight,
         instructions.ReduceGrads: _exec_reduce_grads,
         instructions.OptimizerStep: PipelineEngine._exec_optimizer_step,
     }
@@ -369,7 +405,7 @@ class InterlockedPipelineEngine(CheckpointingEngine):
         logger.info(f"batch {batch}: losses of stages 0 … {self.num_stages - 1}: {text}")
         if self.monitor.enabled:
             samples = batch * self.train_batch_size()
-            events = [(f"Train/Exits/stage_{k}_loss", loss, samples) for k, loss in enumerate(losses.tolist())]
+            events = [(f"Train/Exits/stage_{k}_loss", losses[k].item(), samples) for k in self.module.placement.losses]
             if self.refresh_bytes:
                 events.append(("Train/Readout/bytes_per_refresh", self.refresh_bytes, samples))
             self.monitor.write_events(events)

@@ -74,7 +74,7 @@ def initialize(
     without_block = _for_deepspeed(ds_config)
     deepspeed_config = DeepSpeedConfig(without_block, mpu)
     micro_batches = deepspeed_config.gradient_accumulation_steps
-    _check_module(model, Timeline(interlocking, model.num_stages, micro_batches))
+    _check_module(model, Timeline(interlocking, model.num_stages, micro_batches, model.has_aux_heads))
     _configure(model, interlocking, optimizer, model_parameters)
     _check_aux_head(interlocking.aux_head, model.num_stages, micro_batches)
     if model_parameters is not None or isinstance(optimizer, torch.optim.Optimizer):
@@ -131,13 +131,7 @@ def _for_deepspeed(ds_config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_module(model: InterlockedPipelineModule, timeline: Timeline) -> None:
     """Refuse a module that some batch of the training can't be trained with."""
     stages, tied = model.num_stages, model.tied_across_stages()
-    headed = [s for s in timeline.strategies() if not s.is_backpropagation]
-    if headed and not model.has_aux_heads:
-        raise ModuleError(
-            f"width {headed[0].width} of {stages} stages in mode {headed[0].mode} needs a head for every stage: give "
-            f'aux_head, or use strategy "global" in mode "furthest" throughout.'
-        )
-    narrow = [s.width for s in timeline.strategies() if s.width < stages]
+    narrow = [s.width for s in timeline.strategies() if not s.is_widest]
     if narrow and tied:
         raise ModuleError(
             f"layer {tied[0]!r} is tied across stages, which width {narrow[0]} of {stages} stages can't train: untie "

@@ -2,6 +2,10 @@
 
 1F1B is this schedule at N = K, and the micro-batches of a batch may differ in width. Whatever depends on the
 mathematics is asked of :class:`Strategy`; the order is that of docs/how-it-works.md.
+
+Where the backward pass is split, W of a micro-batch stands where it is needed at the latest: before a forward pass that
+would hold one micro-batch more than is allowed, before another update (so that gradients are always summed in the same
+order), and at the end. A stage that has to wait for a message works off what is due earlier.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from ibp_deepspeed.schedule.instructions import (
     BackwardBorrowed,
     BackwardInput,
     BackwardPass,
+    BackwardWeight,
     ForwardPass,
     LoadMicroBatch,
     OptimizerStep,
@@ -27,6 +32,7 @@ from ibp_deepspeed.schedule.instructions import (
     ReduceGrads,
     SendActivation,
     SendGrad,
+    UpdateInput,
 )
 from ibp_deepspeed.strategy.strategy import StageStrategy, Strategy
 from ibp_deepspeed.strategy.timeline import BatchStrategy
@@ -41,9 +47,8 @@ class InterlockedTrainSchedule(PipeSchedule):
         stage_id: k, the stage that executes the schedule.
         width: N, the interlocking width.
         hop_slack: extra slots for a gradient's travel over each boundary.
-        mode: ``furthest`` or ``window``.
-        aux_heads: whether stages before the last have heads (only backpropagation works without).
-        borrow: how many first layers of the next stage these heads stand behind.
+        mode: ``furthest``, ``window`` or ``sum``.
+        options: of :class:`Strategy`: ``exits``, ``borrow``, ``split_backward``.
     """
 
     def __init__(
@@ -54,32 +59,25 @@ class InterlockedTrainSchedule(PipeSchedule):
         width: int,
         hop_slack: int = 0,
         mode: Mode = "furthest",
-        aux_heads: bool = True,
-        borrow: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__(micro_batches, stages, stage_id)
-        strategy = Strategy(stages, width, mode, hop_slack, aux_heads=aux_heads, borrow=borrow)
+        strategy = Strategy(stages, width, mode, hop_slack, **options)
         self.batch_strategy = BatchStrategy.uniform(strategy, micro_batches)
 
     @classmethod
     def for_batch(cls, batch_strategy: BatchStrategy, stage_id: int) -> Self:
         """The schedule of a batch whose micro-batches have strategies of their own."""
-        first = batch_strategy[0]
-        schedule = cls(
-            len(batch_strategy),
-            first.stages,
-            stage_id,
-            first.width,
-            first.hop_slack,
-            first.mode,
-            aux_heads=first.aux_heads,
-            borrow=first.borrow,
-        )
+        schedule = cls(len(batch_strategy), batch_strategy.stages, stage_id, batch_strategy.stages)
         schedule.batch_strategy = batch_strategy
         return schedule
 
     def num_pipe_buffers(self) -> int:
         """Places for micro-batches in flight, which are told apart by their number modulo this."""
+        return self._buffers
+
+    @cached_property
+    def _buffers(self) -> int:
         return self.batch_strategy.buffers(self.stage_id)
 
     @cached_property
@@ -102,6 +100,7 @@ class InterlockedTrainSchedule(PipeSchedule):
         k, hop_slots = self.stage_id, self.batch_strategy.hop_slots
         strategies = enumerate(self.batch_strategy.strategies)
         slots = max(m + strategy.distance(k) * hop_slots for m, strategy in strategies) + 1
+        due: list[BackwardWeight] = []
         for slot in range(slots):
             commands: list[PipeInstruction] = []
             if slot < self.micro_batches:
@@ -110,9 +109,25 @@ class InterlockedTrainSchedule(PipeSchedule):
                 micro_batch = slot - distance * hop_slots
                 if self._valid_micro_batch(micro_batch):
                     commands += self._backward(micro_batch, distance)
+            commands = list(self._with_weight_gradients(commands, due))
             if slot == slots - 1:
-                commands += [ReduceGrads(), OptimizerStep()]
+                commands += [*due, ReduceGrads(), OptimizerStep()]
             yield commands
+
+    def _with_weight_gradients(
+        self, commands: list[PipeInstruction], due: list[BackwardWeight]
+    ) -> Iterator[PipeInstruction]:
+        """Put each W before the first instruction that can't do without it; ``due``: those that wait, oldest first."""
+        for command in commands:
+            if isinstance(command, LoadMicroBatch):
+                while any(each.buffer_id == command.buffer_id for each in due):
+                    yield due.pop(0)
+            elif isinstance(command, BackwardPass):
+                yield from due
+                due.clear()
+            yield command
+            if isinstance(command, UpdateInput):
+                due.append(BackwardWeight(**self._at(command.micro_batch)))
 
     def _forward(self, micro_batch: int) -> list[PipeInstruction]:
         """Forward, the losses computed here, their input gradients upstream; without a reach, the update too."""
@@ -160,6 +175,8 @@ class InterlockedTrainSchedule(PipeSchedule):
         reach = strategy.reach(k)
         commands: list[PipeInstruction] = [] if strategy.distance(k) == 0 else [RecvGrad(**at, loss=reach)]
         send = [SendGrad(**at, loss=reach)] if strategy.crosses(reach, k) else []
+        if strategy.splits(k):
+            return [*commands, UpdateInput(**at), *send]
         if send and not strategy.update_gives_input_gradient(k):
             return [*commands, BackwardInput(**at, loss=reach), *send, BackwardPass(**at)]
         return [*commands, BackwardPass(**at), *send]

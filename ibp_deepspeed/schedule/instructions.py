@@ -20,6 +20,7 @@ __all__ = [
     "BackwardBorrowed",
     "BackwardInput",
     "BackwardPass",
+    "BackwardWeight",
     "ForwardPass",
     "Instruction",
     "Link",
@@ -32,6 +33,7 @@ __all__ = [
     "Schedule",
     "SendActivation",
     "SendGrad",
+    "UpdateInput",
     "Value",
     "message_of",
 ]
@@ -174,15 +176,11 @@ class BackwardBorrowed(BackwardInput):
         return [Value("output", self.micro_batch), Value("borrowed gradient", self.micro_batch, self.loss)]
 
 
-class BackwardPass(Instruction, deepspeed_schedule.BackwardPass):
-    """B and W in one: accumulate the trunk's gradient, and free the micro-batch's graph and buffer."""
-
-    letter, meaning = "BW", "backward pass (B and W)"
-    costs = ("input_gradient", "weight_gradient")
-    ends = True
+class _Update(Instruction):
+    """The backward pass of what trains the trunk."""
 
     def uses(self, table: StageStrategy) -> list[Value]:
-        values = [Value("output gradient", self.micro_batch, loss) for loss in table.weights]
+        values = [Value("output gradient", self.micro_batch, loss) for loss in table.terms]
         if table.borrowed_share:
             values.append(Value("borrowed gradient", self.micro_batch, table.stage - 1))
         return [Value("output", self.micro_batch), *values]
@@ -190,6 +188,38 @@ class BackwardPass(Instruction, deepspeed_schedule.BackwardPass):
     def makes(self, table: StageStrategy) -> list[Value]:
         given = table.update_gives_input_gradient
         return [Value("input gradient", self.micro_batch, table.reach)] if given else []
+
+
+class BackwardPass(_Update, deepspeed_schedule.BackwardPass):
+    """B and W in one: accumulate the trunk's gradient, and free the micro-batch's graph and buffer."""
+
+    letter, meaning = "BW", "backward pass (B and W)"
+    costs = ("input_gradient", "weight_gradient")
+    ends = True
+
+
+class UpdateInput(_Update):
+    """B of the update: the gradient that goes upstream, and what the weight gradients are made of later."""
+
+    letter, meaning = "B", "input gradient (B), for the stage before"
+    costs = ("input_gradient",)
+
+    def makes(self, table: StageStrategy) -> list[Value]:
+        return [*super().makes(table), Value("weight gradient's factors", self.micro_batch)]
+
+
+class BackwardWeight(Instruction):
+    """W: accumulate the trunk's gradient, and free the micro-batch's graph and buffer.
+
+    At the latest here: a stage that waits for a message works off the oldest of those that are due.
+    """
+
+    letter, meaning = "W", "weight gradient (W)"
+    costs = ("weight_gradient",)
+    ends = True
+
+    def uses(self, table: StageStrategy) -> list[Value]:
+        return [Value("weight gradient's factors", self.micro_batch)]
 
 
 class SendGrad(Instruction, deepspeed_schedule.SendGrad):

@@ -93,9 +93,10 @@ def _measure(simulator: Simulator, warm_up: int, micro_batches: int) -> Predicti
         row = [e for e in simulator.events if e.stage == stage]
         count = len(bounds) - 1 - warm_up
         first = bounds[warm_up]
-        start = row[first - 1].end if first else 0.0
+        measured = [e for e in row if e.index >= first]
+        start = max((e.end for e in row if e.index < first), default=0.0)
         spans.append((row[-1].end - start) / count)
-        busy.append(sum(e.end - e.start for e in row[first:]) / count)
+        busy.append(sum(e.end - e.start for e in measured) / count)
         in_flight.append(_most_in_flight(row))
     batch_time = max(spans)
     return Prediction(
@@ -110,7 +111,7 @@ def _measure(simulator: Simulator, warm_up: int, micro_batches: int) -> Predicti
 def _most_in_flight(events: Sequence[Event]) -> int:
     count = most = 0
     for event in events:
-        if isinstance(event.instruction, Instruction):
+        if isinstance(event.instruction, Instruction) and not event.partly:
             count += event.instruction.begins - event.instruction.ends
         most = max(most, count)
     return most

@@ -2,7 +2,9 @@
 
 It proves that a set of schedules fits together (:mod:`ibp_deepspeed.schedule.validate`) and, given costs and latencies,
 tells how long a batch takes (:mod:`ibp_deepspeed.schedule.predict`). Each stage is a sequential program and each
-channel is first in, first out, so the times do not depend on the order in which the stages are advanced.
+channel is first in, first out, so the times do not depend on the order in which the stages are advanced. One thing a
+stage does out of its order: while it waits for a message, it works off weight gradients that are due, and leaves off
+when the message comes (the engine does so layer by layer).
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from ibp_deepspeed.errors import ScheduleError
-from ibp_deepspeed.schedule.instructions import Instruction, Link, PipeInstruction, Schedule, message_of
+from ibp_deepspeed.schedule.instructions import (
+    BackwardWeight,
+    Instruction,
+    Link,
+    PipeInstruction,
+    Schedule,
+    UpdateInput,
+    message_of,
+)
 
 Program = list[PipeInstruction]
 
@@ -40,13 +50,15 @@ class Costs:
 
 @dataclass(frozen=True)
 class Event:
-    """One executed instruction: ``index`` counts the stage's instructions over all batches."""
+    """One executed instruction: ``index`` counts the stage's instructions over all batches; ``partly``: the rest of it
+    follows."""
 
     stage: int
     index: int
     instruction: PipeInstruction
     start: float
     end: float
+    partly: bool = False
 
 
 @dataclass
@@ -92,6 +104,9 @@ class Simulator:
         self._position = [0] * self.stages
         self._batch = [0] * self.stages
         self._begun = [0] * self.stages
+        self._due: list[dict[int, float]] = [
+            {} for _ in range(self.stages)
+        ]  # places of W that may come early → its rest
         self._channels = {link: [_Channel() for _ in range(self.stages)] for link in Link}  # by their senders
         self._batch_ends: list[dict[int, float]] = [{} for _ in batches]
 
@@ -110,6 +125,18 @@ class Simulator:
         self._check_finished()
         return self.events
 
+    def _fill_the_gap(self, stage: int, until: float) -> None:
+        """Execute W that are due, the oldest first, while a stage waits."""
+        for position, rest in list(self._due[stage].items()):
+            start = self._clock[stage]
+            if start >= until:
+                return
+            end = min(start + rest, until)
+            self._due[stage][position] = start + rest - end
+            partly = end < start + rest
+            self.events.append(Event(stage, position, self.programs[stage][position], start, end, partly))
+            self._clock[stage] = end
+
     def _advance(self, stage: int) -> bool:
         """Execute the next instruction of a stage; False if it has to wait for another stage."""
         position = self._position[stage]
@@ -117,10 +144,14 @@ class Simulator:
         ready = self._ready_time(stage, instruction)
         if ready is None:
             return False
+        if self._source(stage, instruction) is not None:
+            self._fill_the_gap(stage, ready)
         start = max(self._clock[stage], ready)
-        end = start + self.costs.of(instruction)
+        rest = self._due[stage].pop(position, None)  # of a W
+        end = start + (self.costs.of(instruction) if rest is None else rest)
         self._exchange(stage, instruction, start, end)
-        self.events.append(Event(stage, position, instruction, start, end))
+        if rest is None or end > start:  # else it has come early as a whole
+            self.events.append(Event(stage, position, instruction, start, end))
         self._clock[stage] = end
         self._position[stage] = position + 1
         if position + 1 == self.bounds[stage][self._batch[stage] + 1]:
@@ -171,6 +202,9 @@ class Simulator:
     def _exchange(self, stage: int, instruction: PipeInstruction, start: float, end: float) -> None:
         if not isinstance(instruction, Instruction):
             return
+        if isinstance(instruction, UpdateInput):
+            place = self._place_of_weight_gradient(stage, instruction.micro_batch)
+            self._due[stage][place] = self.costs.of(self.programs[stage][place])
         if instruction.sends is not None:
             channel = self._channels[instruction.sends][stage]
             channel.sent.append((message_of(instruction), end + self.costs.latency))
@@ -179,6 +213,15 @@ class Simulator:
         if source is not None:
             source.sent.popleft()
             source.taken_at.append(start)
+
+    def _place_of_weight_gradient(self, stage: int, micro_batch: int) -> int:
+        """Where in its program a stage computes W of the micro-batch whose B it is at, at the latest."""
+        program, position = self.programs[stage], self._position[stage]
+        for place in range(position + 1, self.bounds[stage][self._batch[stage] + 1]):
+            instruction = program[place]
+            if isinstance(instruction, BackwardWeight) and instruction.micro_batch == micro_batch:
+                return place
+        self.fail(stage, position, "computes an input gradient whose weight gradients nobody computes")
 
     def _check_finished(self) -> None:
         for stage, program in enumerate(self.programs):

@@ -90,7 +90,7 @@ class SingleProcessCheckpoints:
     def _heads(self) -> dict[int, int]:
         """Loss → the layer before which its head stands."""
         placement = self._reference.placement
-        return {loss: placement.boundary(loss, self.bounds) for loss in range(len(self._reference.aux_heads))}
+        return {loss: placement.boundary(loss, self.bounds) for loss in self._reference.aux_heads}
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True)

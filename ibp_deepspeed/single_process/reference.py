@@ -25,31 +25,34 @@ Weighted = tuple[list[nn.Parameter], float]
 
 
 class InterlockedReference:
-    """K stages and K-1 heads on one device, differentiated as interlocking backpropagation says.
+    """K stages and the heads of their exits on one device, differentiated as interlocking backpropagation says.
 
     With ``aux_head.readout`` shared or frozen the heads' copies are overwritten by the last stage's LM head here.
 
     Args:
         stages: the K trunks; stage k maps h_{k-1} to h_k, the last one to what ``loss_fn`` takes.
-        aux_heads: the K-1 heads a_k, modules or objectives, or None for backpropagation without heads.
+        aux_heads: the heads a_k of stages 0 … K-2, modules or objectives, None where a stage is no exit (a head given
+            there is not used); or None for backpropagation without heads.
         loss_fn: ``loss_fn(outputs, labels)`` → scalar.
         interlocking: the configuration, as in the DeepSpeed JSON.
 
     Attributes:
         placement: where the heads stand.
-        objectives: of all K losses.
+        objectives: of all losses, by their stage.
+        aux_heads: the heads' modules, by their stage.
         batch: the number of the next batch, from 0; strategies and copies of the LM head follow it.
         taken: copies of the last LM head that are not used yet, by the batch at whose beginning they were taken.
         source: what makes these copies; None with private LM heads.
 
     Raises:
-        ConfigError: more borrowed layers than a stage has.
+        ConfigError: more borrowed layers than a stage has, or what :class:`Timeline` refuses.
+        ValueError: an exit without a head.
     """
 
     def __init__(
         self,
         stages: Sequence[nn.Module],
-        aux_heads: Sequence[nn.Module | Objective] | None,
+        aux_heads: Sequence[nn.Module | Objective | None] | None,
         loss_fn: Callable[[Any, Any], Tensor],
         interlocking: InterlockingConfig | Mapping[str, Any],
     ) -> None:
@@ -62,16 +65,18 @@ class InterlockedReference:
             raise ValueError(f"{count} stages need {count - 1} heads, not {len(aux_heads)}")
         self.placement = HeadPlacement.from_config(self.interlocking, count, self._has_heads)
         options = self.interlocking.aux_head if aux_heads else None
-        made = [as_objective(head).configured(options, loss_fn) for head in aux_heads or ()]
-        self.objectives = {**dict(enumerate(made)), count - 1: last_objective().configured(None, loss_fn)}
-        self.aux_heads = [objective.module for objective in made]
+        made = {
+            k: as_objective(_head_of(aux_heads or (), k)).configured(options, loss_fn) for k in self.placement.heads
+        }
+        self.objectives = {**made, count - 1: last_objective().configured(None, loss_fn)}
+        self.aux_heads = {k: objective.module for k, objective in made.items()}
         self._check_borrow()
         self.batch = 0
         self.taken: dict[int, list[Tensor]] = {}
         self.source: ReadoutSource | None = None
         self._copies: list[list[Tensor]] = []
         if options and options.readout != "private":
-            self._copies = [objective.copied_readout() for objective in made]
+            self._copies = [objective.copied_readout() for objective in made.values()]
             initial = source_readout(self.stages[-1])
             self.source = ReadoutSource(initial, options.average)
             self._install(initial)
@@ -158,7 +163,7 @@ class InterlockedReference:
                 groups += [(_trained(self._borrowed(k)), share), (_trained(self._own(k)), weights[loss])]
             else:
                 groups.append((_trained(self.stages[k]), weights[loss]))
-        if loss < len(self.aux_heads):
+        if loss in self.aux_heads:
             groups.append((_trained(self.aux_heads[loss]), 1.0))
             if self.placement.borrow and strategy.mode == "window":
                 share = 1.0 / (len(strategy.weights(loss + 1)) + 1)
@@ -175,7 +180,9 @@ class InterlockedReference:
         borrow = self.placement.borrow
         if not borrow:
             return
-        for k, stage in enumerate(self.stages[1:], 1):
+        for k, stage in enumerate(self.stages):
+            if self.placement.borrowed_from(k) == 0:
+                continue
             if not isinstance(stage, nn.Sequential) or len(stage) <= borrow:
                 raise ConfigError(
                     f'"interlocking.aux_head.borrow" is {borrow}, but stage {k} is not an nn.Sequential of more layers.'
@@ -216,6 +223,13 @@ class InterlockedReference:
         for k in rows[0]:
             means[k] = torch.stack([row[k] for row in rows]).double().mean()
         return means
+
+
+def _head_of(aux_heads: Sequence[nn.Module | Objective | None], stage: int) -> nn.Module | Objective:
+    head = aux_heads[stage]
+    if head is None:
+        raise ValueError(f"stage {stage} has a loss and needs a head, None was given")
+    return head
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

@@ -40,7 +40,7 @@ class VirtualPipeline:
 
     Args:
         stages: K trunks of layers.
-        aux_heads: K-1 heads, or None for backpropagation without heads.
+        aux_heads: K-1 heads, None where a stage is no exit; or None for backpropagation without heads.
         loss_fn: ``loss_fn(outputs, labels)`` → scalar.
         ds_config: a DeepSpeed configuration with its ``"interlocking"`` block. Optimizers: Adam, AdamW, SGD;
             learning-rate schedules: DeepSpeed's. bf16 keeps fp32 master weights and sums gradients in fp32.
@@ -59,7 +59,7 @@ class VirtualPipeline:
     def __init__(
         self,
         stages: Sequence[nn.Sequential],
-        aux_heads: Sequence[nn.Module | Objective] | None,
+        aux_heads: Sequence[nn.Module | Objective | None] | None,
         loss_fn: Callable[[Any, Any], Tensor],
         ds_config: Mapping[str, Any],
         device: torch.device | str = "cpu",
@@ -70,12 +70,14 @@ class VirtualPipeline:
         self.device = torch.device(device)
         self._micro_batches, self._micro_batch_size = _batch_sizes(ds_config)
         dtype = torch.bfloat16 if is_enabled(ds_config, "bf16") else None
-        for part in (*stages, *(aux_heads or ())):
+        for part in (*stages, *(head for head in aux_heads or () if head is not None)):
             module = part.module if isinstance(part, Objective) else part
             module.to(device=self.device, dtype=dtype)
         self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(ds_config))
         if self.reference.interlocking.compile:
-            compile_layers([layer for stage in stages for layer in stage], self.reference.aux_heads, self.device)
+            compile_layers(
+                [layer for stage in stages for layer in stage], [*self.reference.aux_heads.values()], self.device
+            )
         self.num_stages = len(stages)
         self.optimizers = [self._optimizer(k) for k in range(self.num_stages)]
         self.schedulers = [self._scheduler(optimizer) for optimizer in self.optimizers]
@@ -223,7 +225,7 @@ class VirtualPipeline:
         return rows
 
     def _train(self, mode: bool) -> None:
-        for module in (*self.reference.stages, *self.reference.aux_heads):
+        for module in (*self.reference.stages, *self.reference.aux_heads.values()):
             module.train(mode)
 
 

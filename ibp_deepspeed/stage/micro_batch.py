@@ -30,6 +30,7 @@ class MicroBatchInFlight:
         output_gradients: loss index → dL/dh_k, on the last stage dL/d(its undivided loss).
         borrowed_gradients: loss index → dL/d(cut), of the loss that stands there.
         input_gradients: loss index → dL/dh_{k-1}.
+        weight_gradients: what is left to do of an update whose input gradient came first.
         recomputations: how often the trunk ran again, 0 or 1.
     """
 
@@ -50,6 +51,7 @@ class MicroBatchInFlight:
         self.output_gradients: dict[int, Tensor] = {}
         self.borrowed_gradients: dict[int, Tensor] = {}
         self.input_gradients: dict[int, Tensor] = {}
+        self.weight_gradients: list[Callable[[], None]] = []
         self.recomputations = 0
         self._behind_borrowed: Tensor | None = None  # the cut with the graph of the borrowed layers
         self._random_state: RandomState | None = None
@@ -116,8 +118,23 @@ class MicroBatchInFlight:
         if self._behind_borrowed.requires_grad:
             torch.autograd.backward(self._behind_borrowed, gradient, inputs=parameters)
 
+    def update_weights(self, until: Callable[[], bool] = lambda: False) -> bool:
+        """W of an update whose B came before: compute and forget what was put off, layer by layer.
+
+        Args:
+            until: asked after each layer; leave off when it says so.
+
+        Returns:
+            whether nothing is left.
+        """
+        while self.weight_gradients:
+            self.weight_gradients.pop(0)()
+            if until():
+                break
+        return not self.weight_gradients
+
     def free(self) -> None:
-        """Give everything back."""
+        """Give everything back, but what weight gradients that were put off are made of."""
         self.inputs = self.labels = self.outputs = self.cut = self._behind_borrowed = None
         self.output_gradients.clear()
         self.borrowed_gradients.clear()

@@ -23,7 +23,7 @@ from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
 
 class InterlockedPipelineModule(PipelineModule):
-    """A :class:`deepspeed.pipe.PipelineModule` with an auxiliary head at the end of every stage but the last.
+    """A :class:`deepspeed.pipe.PipelineModule` with an auxiliary head at every exit but the last stage's own.
 
     Each rank builds its own layers and its own head, nothing else; counting parameters for the partition uses the
     meta device (DeepSpeed builds every layer on every rank for that).
@@ -179,7 +179,7 @@ class InterlockedPipelineModule(PipelineModule):
         if not placement.borrow:
             return
         for stage, (low, high) in enumerate(pairwise(self.parts)):
-            if stage and high - low <= placement.borrow:
+            if high - low <= placement.borrowed_from(stage):
                 raise ModuleError(
                     f'"interlocking.aux_head.borrow" is {placement.borrow}, but stage {stage} has {high - low} layers: '
                     "it needs more than are borrowed. Use fewer stages, or borrow less."

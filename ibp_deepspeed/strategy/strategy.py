@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
-from ibp_deepspeed.config.interlocking import InterlockingConfig, Mode
+from ibp_deepspeed.config.interlocking import Mode
 from ibp_deepspeed.errors import ConfigError
-from ibp_deepspeed.strategy.head_placement import HeadPlacement, borrowed_layers
+from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,17 @@ class Strategy:
 
     Attributes:
         stages: K, the number of pipeline stages.
-        width: N: 1 is local learning, 2 pairwise, N ≥ K ordinary backpropagation.
-        mode: ``furthest``: trunk k is trained by the loss of stage reach(k) alone; ``window``: by the weighted
-            sum of the losses of stages k … reach(k).
+        width: N, counted in exits: 1 is local learning, 2 pairwise; as many as there are is backpropagation.
+        mode: ``furthest``: trunk k is trained by the loss of exit reach(k) alone; ``window``: by the weighted
+            sum of the losses of the next N exits; ``sum``: by that of all exits behind it (N = K), which travels as one
+            gradient.
         hop_slack: slots that a gradient may take beyond one for each stage it travels.
-        window_weights: N weights of the losses of stages k, k+1, … (None: equal, summing to 1).
-        aux_heads: whether stages before the last have a loss of their own.
+        window_weights: N weights of the losses of the next exits (None: equal, summing to 1).
         borrow: q: the loss of stage k < K-1 stands behind the first q layers of stage k+1, and is computed there.
+        exits: the stages that have a loss, rising; the last one always has (None: all have).
+        exit_weights: in mode sum a weight for each exit (None: equal, summing to 1).
+        split_backward: whether an update whose input gradient goes upstream computes and sends that first (B), and its
+            weight gradients later (W).
     """
 
     stages: int
@@ -34,52 +39,51 @@ class Strategy:
     mode: Mode = "furthest"
     hop_slack: int = 0
     window_weights: tuple[float, ...] | None = None
-    aux_heads: bool = True
     borrow: int = 0
+    exits: tuple[int, ...] | None = None
+    exit_weights: tuple[float, ...] | None = None
+    split_backward: bool = True
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.width < 1 or self.hop_slack < 0:
             raise ValueError(f"stages and width must be at least 1 and hop_slack at least 0: {self}")
-        if self.mode not in ("furthest", "window"):
-            raise ValueError(f"mode must be furthest or window, not {self.mode!r}")
-        if not self.aux_heads and not self.is_backpropagation:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode must be furthest, window or sum, not {self.mode!r}")
+        if self.mode == "sum" and (self.width < self.stages or self.borrow):
+            raise ValueError(f"mode sum is for width >= stages, without borrowed layers: {self}")
+        if self.exit_weights is not None and len(self.exit_weights) != len(self.placement.losses):
             raise ValueError(
-                f"only backpropagation (width >= stages, mode furthest) works without heads, not width {self.width} "
-                f"of {self.stages} stages in mode {self.mode}"
+                f"there are {len(self.placement.losses)} exits and {len(self.exit_weights)} weights: {self}"
             )
-
-    @classmethod
-    def from_config(cls, interlocking: InterlockingConfig, stages: int, aux_heads: bool = True) -> Strategy:
-        """The strategy that a configuration means on ``stages`` stages."""
-        weights, borrow = interlocking.window_weights, borrowed_layers(interlocking)
-        return cls(
-            stages,
-            interlocking.width_for(stages),
-            interlocking.mode,
-            interlocking.hop_slack,
-            weights,
-            aux_heads,
-            borrow,
-        )
+        object.__setattr__(self, "exits", self.placement.losses)
 
     @property
     def is_backpropagation(self) -> bool:
         """Whether every trunk is trained by the last loss alone."""
-        return self.width >= self.stages and self.mode == "furthest"
+        return all(self.weights(k) == {self.stages - 1: 1.0} for k in range(self.stages))
+
+    @property
+    def is_widest(self) -> bool:
+        """Whether the last loss trains the first trunk, so that no stage can be ahead of it."""
+        return self.reach(0) == self.stages - 1
 
     @property
     def hop_slots(self) -> int:
         """Slots between a gradient's use on one stage and on the stage before it."""
         return 1 + self.hop_slack
 
-    def reach(self, stage: int) -> int:
-        """The furthest stage whose loss trains trunk ``stage``."""
-        return min(stage + self.width - 1, self.stages - 1)
-
     @cached_property
     def placement(self) -> HeadPlacement:
         """Where the losses stand."""
-        return HeadPlacement(self.stages, self.borrow if self.aux_heads else 0, self.aux_heads)
+        return HeadPlacement(self.stages, self.borrow, self.exits)
+
+    def next_exits(self, stage: int) -> tuple[int, ...]:
+        """The next N exits at or behind a stage, or as many as there are."""
+        return tuple(loss for loss in self.placement.losses if loss >= stage)[: self.width]
+
+    def reach(self, stage: int) -> int:
+        """The furthest exit whose loss trains trunk ``stage``."""
+        return self.next_exits(stage)[-1]
 
     def distance(self, stage: int) -> int:
         """home(reach(k)) - k: how many boundaries the update gradient of trunk k crosses."""
@@ -88,55 +92,92 @@ class Strategy:
     def weights(self, stage: int) -> dict[int, float]:
         """Loss index → its weight in the gradient of trunk ``stage``.
 
-        Near the last stage given weights are cut and rescaled to keep their sum.
+        In mode window given weights are cut near the last stage and rescaled to keep their sum.
         """
-        reach = self.reach(stage)
+        exits = self.next_exits(stage)
         if self.mode == "furthest":
-            return {reach: 1.0}
-        count = reach - stage + 1
+            return {exits[-1]: 1.0}
+        if self.mode == "sum":
+            losses = self.placement.losses
+            given = self.exit_weights or (1.0 / len(losses),) * len(losses)
+            return {loss: weight for loss, weight in zip(losses, given, strict=True) if loss >= stage}
         if self.window_weights is None:
-            return {loss: 1.0 / count for loss in range(stage, reach + 1)}
-        kept = self.window_weights[:count]
+            return dict.fromkeys(exits, 1.0 / len(exits))
+        kept = self.window_weights[: len(exits)]
         scale = sum(self.window_weights) / sum(kept)
-        return {stage + i: weight * scale for i, weight in enumerate(kept)}
+        return {loss: weight * scale for loss, weight in zip(exits, kept, strict=True)}
+
+    def terms(self, stage: int) -> dict[int, float]:
+        """Index of an output gradient of ``stage`` → its factor in the update gradient of its trunk.
+
+        The weights, but in mode sum: what arrives as the last loss's is the weighted sum of all exits behind.
+        """
+        weights = self.weights(stage)
+        if self.mode != "sum" or stage == self.stages - 1:
+            return weights
+        own = {stage: weights[stage]} if stage in weights else {}
+        return {**own, self.stages - 1: 1.0}
 
     def users(self, loss: int) -> range:
         """The trunks that loss ``loss`` trains (contiguous, empty if there is none)."""
-        first = loss - self.width + 1
-        if self.mode == "window" or loss == self.stages - 1:
-            return range(max(0, first), loss + 1)
-        return range(first, first + 1) if first >= 0 else range(0)
+        return self._users.get(loss, range(0))
+
+    @cached_property
+    def _users(self) -> dict[int, range]:
+        found: dict[int, range] = {}
+        for k in range(self.stages):
+            for loss in self.weights(k):
+                found[loss] = range(found[loss].start if loss in found else k, k + 1)
+        return found
 
     def crosses(self, loss: int, stage: int) -> bool:
-        """Whether dL_loss/dh travels from ``stage`` to ``stage`` - 1: only if a trunk before ``stage`` uses it."""
+        """Whether dL_loss/dh travels from ``stage`` to ``stage`` - 1: only if a trunk before ``stage`` uses it.
+
+        In mode sum one gradient alone does, in the last loss's name.
+        """
+        if self.mode == "sum" and loss < self.stages - 1:
+            return False
         users = self.users(loss)
         return stage <= self.placement.home(loss) and len(users) > 0 and users[0] < stage
 
     def sends_gradients(self, stage: int) -> bool:
         """Whether ``stage`` sends any gradient to the stage before it."""
-        return any(self.crosses(loss, stage) for loss in range(self.stages))
+        return any(self.crosses(loss, stage) for loss in self.placement.losses)
 
     def borrowed_share(self, stage: int) -> float:
         """Weight of the loss of the stage before in the gradient of the first layers of ``stage``, where it stands.
 
         In mode window it is one more in the mean of the trunk's n losses, 1/(n+1); 0: it does not train them.
         """
-        if not (self.borrow and self.aux_heads and self.mode == "window" and stage > 0):
+        if self.mode != "window" or not self.placement.borrowed_from(stage):
             return 0.0
         return 1.0 / (len(self.weights(stage)) + 1)
 
     def update_gives_input_gradient(self, stage: int) -> bool:
         """Whether the update's backward pass of ``stage`` also yields the gradient that goes upstream.
 
-        It does when the whole trunk is trained by one loss; a weighted sum of several needs an input gradient of its
-        own for the last of them, because what travels is the gradient of one loss, unweighted.
+        It does when the whole trunk is trained by one loss, and in mode sum; a window of several needs an input
+        gradient of its own for the last of them, because what travels is the gradient of one loss, unweighted.
         """
-        one_loss = len(self.weights(stage)) == 1 and not self.borrowed_share(stage)
-        return one_loss and self.crosses(self.reach(stage), stage)
+        whole = self.mode == "sum" or len(self.weights(stage)) == 1 and not self.borrowed_share(stage)
+        return whole and self.crosses(self.reach(stage), stage)
+
+    def splits(self, stage: int) -> bool:
+        """Whether the update of ``stage`` is made in two steps, B and W."""
+        return self.split_backward and self.update_gives_input_gradient(stage)
+
+    def slots_in_flight(self, stage: int) -> int:
+        """The most micro-batches that ``stage`` may hold at once, however many there are.
+
+        Those whose update gradient is on its way, d·hop + 1; where W is put off, up to as many as the stage that has
+        most of them holds: what waits for its W is held too.
+        """
+        stages = range(self.stages) if self.splits(stage) else (stage,)
+        return max(self.distance(k) for k in stages) * self.hop_slots + 1
 
     def most_in_flight(self, stage: int, micro_batches: int) -> int:
         """The most micro-batches whose activations ``stage`` holds at once."""
-        return min(micro_batches, self.distance(stage) * self.hop_slots + 1)
+        return min(micro_batches, self.slots_in_flight(stage))
 
     def channel_depth(self, micro_batches: int, requested: int | None = None) -> int:
         """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
@@ -144,13 +185,13 @@ class Strategy:
         Raises:
             ConfigError: the requested depth is below what the schedule keeps in flight.
         """
-        least = self.most_in_flight(0, micro_batches)
+        most = max(self.distance(k) for k in range(self.stages)) * self.hop_slots + 1
         if requested is None:
-            return max(2 * micro_batches, self.distance(0) * self.hop_slots + 1)
-        if requested < least:
+            return max(2 * micro_batches, most)
+        if requested < min(micro_batches, most):
             raise ConfigError(
                 f'"interlocking.channel_depth" is {requested}, the least for width {self.width} with hop_slack '
-                f"{self.hop_slack} on {self.stages} stages is {least}."
+                f"{self.hop_slack} on {self.stages} stages is {min(micro_batches, most)}."
             )
         return requested
 
@@ -169,7 +210,9 @@ class StageStrategy:
         used: the losses that train some trunk.
         crosses: the losses whose gradient goes to the stage before.
         reach: the furthest loss that trains trunk k.
-        weights: loss index → its weight in the gradient of trunk k.
+        terms: see :meth:`Strategy.terms`.
+        input_weight: what the update's input gradient is divided by before it goes upstream: the one loss's weight, 1
+            for a weighted sum.
         update_gives_input_gradient: see :meth:`Strategy.update_gives_input_gradient`.
         borrowed_share: see :meth:`Strategy.borrowed_share`.
     """
@@ -183,7 +226,8 @@ class StageStrategy:
     used: frozenset[int]
     crosses: frozenset[int]
     reach: int
-    weights: dict[int, float]
+    terms: dict[int, float]
+    input_weight: float
     update_gives_input_gradient: bool
     borrowed_share: float
 
@@ -198,10 +242,11 @@ class StageStrategy:
             computes_losses=bool(losses),
             sends_gradients=strategy.sends_gradients(stage),
             input_gradient_follows=any(strategy.crosses(loss, stage) for loss in losses),
-            used=frozenset(loss for loss in range(strategy.stages) if len(strategy.users(loss))),
-            crosses=frozenset(loss for loss in range(strategy.stages) if strategy.crosses(loss, stage)),
+            used=frozenset(loss for loss in strategy.placement.losses if len(strategy.users(loss))),
+            crosses=frozenset(loss for loss in strategy.placement.losses if strategy.crosses(loss, stage)),
             reach=strategy.reach(stage),
-            weights=strategy.weights(stage),
+            terms=strategy.terms(stage),
+            input_weight=1.0 if strategy.mode == "sum" else strategy.weights(stage).get(strategy.reach(stage), 1.0),
             update_gives_input_gradient=strategy.update_gives_input_gradient(stage),
             borrowed_share=strategy.borrowed_share(stage),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig, Mode
@@ -17,7 +17,7 @@ class BatchStrategy:
     """The strategies of one batch.
 
     Attributes:
-        strategies: one for each micro-batch; they differ in width, mode and weights only.
+        strategies: one for each micro-batch; they differ in width, mode and weights only, exits are the same.
     """
 
     strategies: tuple[Strategy, ...]
@@ -25,7 +25,7 @@ class BatchStrategy:
     def __post_init__(self) -> None:
         if not self.strategies:
             raise ValueError("a batch needs at least one micro-batch")
-        if len({(s.stages, s.hop_slack, s.aux_heads, s.borrow) for s in self.strategies}) > 1:
+        if len({(s.stages, s.hop_slack, s.placement, s.split_backward) for s in self.strategies}) > 1:
             raise ValueError(f"the micro-batches of a batch differ in more than width, mode and weights: {self}")
 
     @classmethod
@@ -56,16 +56,23 @@ class BatchStrategy:
 
     def most_in_flight(self, stage: int) -> int:
         """The most micro-batches whose activations ``stage`` holds at once."""
-        last_slots = [m + s.distance(stage) * s.hop_slots for m, s in enumerate(self.strategies)]
+        if any(s.splits(stage) for s in self._distinct):
+            return self.buffers(stage)
+        hops = {s: s.distance(stage) * s.hop_slots for s in self._distinct}
+        last_slots = [m + hops[s] for m, s in enumerate(self.strategies)]
         return max(sum(last >= slot for last in last_slots[: slot + 1]) for slot in range(len(self)))
 
     def buffers(self, stage: int) -> int:
         """Places for micro-batches that are told apart by their number modulo this."""
-        return min(len(self), self.distance(stage) * self.hop_slots + 1)
+        return min(len(self), max(s.slots_in_flight(stage) for s in self._distinct))
+
+    @cached_property
+    def _distinct(self) -> list[Strategy]:
+        return list(dict.fromkeys(self.strategies))
 
     @cached_property
     def _widest(self) -> Strategy:
-        return max(self.strategies, key=lambda strategy: strategy.width)
+        return max(self._distinct, key=lambda strategy: strategy.width)
 
     def channel_depth(self, requested: int | None = None) -> int:
         """Micro-batches that a stage may run ahead of what the next stage has received (default 2M).
@@ -73,7 +80,7 @@ class BatchStrategy:
         Raises:
             ConfigError: the requested depth is below what the schedule of one of the strategies keeps in flight.
         """
-        return max(strategy.channel_depth(len(self), requested) for strategy in self.strategies)
+        return max(strategy.channel_depth(len(self), requested) for strategy in self._distinct)
 
 
 class Timeline:
@@ -83,19 +90,25 @@ class Timeline:
         interlocking: with its ``schedule``, ``mixed`` and ``global_interval``.
         stages: K.
         micro_batches: M.
-        aux_heads: whether stages before the last have a loss of their own.
+        aux_heads: whether there are auxiliary heads.
 
     Raises:
-        ConfigError: a mixed width that is not above one it is mixed into.
+        ConfigError: a mixed width that is not above one it is mixed into; an exit that there is not, mode sum at
+            another width than K, or weights for another number of exits; no heads for a strategy that needs them.
     """
 
     def __init__(
         self, interlocking: InterlockingConfig, stages: int, micro_batches: int, aux_heads: bool = True
     ) -> None:
         self._interlocking, self._stages, self._count, self._aux_heads = interlocking, stages, micro_batches, aux_heads
-        phases = [(p.from_step, self._strategy(p.width, p.mode)) for p in interlocking.schedule]
+        given = interlocking
+        phases = [
+            (p.from_step, self._strategy(p.width, p.mode, exit_weights=p.exit_weights or given.exit_weights))
+            for p in given.schedule
+        ]
         if not phases or phases[0][0] > 0:
-            phases.insert(0, (0, Strategy.from_config(interlocking, stages, aux_heads)))
+            weights = {"window_weights": given.window_weights, "exit_weights": given.exit_weights}
+            phases.insert(0, (0, self._strategy(given.width_for(stages), given.mode, **weights)))
         self._phases = [(start, self._mixed(strategy)) for start, strategy in phases]
         self._global = BatchStrategy.uniform(self._strategy(stages, "furthest"), micro_batches)
 
@@ -132,7 +145,7 @@ class Timeline:
 
     def _mixed(self, strategy: Strategy) -> BatchStrategy:
         mixed = self._interlocking.mixed
-        if mixed is None or strategy.width == self._stages:  # nothing is wider
+        if mixed is None or strategy.width >= len(strategy.placement.losses):  # nothing is wider
             return BatchStrategy.uniform(strategy, self._count)
         if mixed.width <= strategy.width:
             raise ConfigError(
@@ -143,8 +156,41 @@ class Timeline:
         wider = self._strategy(mixed.width, mixed.mode)
         return BatchStrategy((wider,) * wide + (strategy,) * (self._count - wide))
 
-    def _strategy(self, width: int, mode: Mode | None) -> Strategy:
-        given = self._interlocking
-        width = min(width, self._stages)
-        mode = mode or given.mode
-        return Strategy(self._stages, width, mode, given.hop_slack, None, self._aux_heads, borrowed_layers(given))
+    def _strategy(
+        self,
+        width: int,
+        mode: Mode | None,
+        *,
+        window_weights: tuple[float, ...] | None = None,
+        exit_weights: tuple[float, ...] | None = None,
+    ) -> Strategy:
+        given, stages = self._interlocking, self._stages
+        mode, exits = mode or given.mode, given.exits_for(stages)
+        if mode == "sum" and width < stages:
+            raise ConfigError(
+                f'"interlocking": mode "sum" is for width {stages} or more on {stages} stages, not {width}.'
+            )
+        weights = exit_weights if mode == "sum" else None
+        if weights is not None and len(weights) != len(exits):
+            raise ConfigError(
+                f'"interlocking.exit_weights" has {len(weights)} values for the {len(exits)} exits on {stages} stages.'
+            )
+        strategy = Strategy(
+            stages,
+            min(width, stages),
+            mode,
+            given.hop_slack,
+            window_weights,
+            borrowed_layers(given),
+            exits,
+            weights,
+            given.splits_backward,
+        )
+        if self._aux_heads:
+            return strategy
+        if not strategy.is_backpropagation:
+            raise ConfigError(
+                f"width {width} of {stages} stages in mode {mode} needs a head for every exit: give aux_head, or use "
+                'strategy "global" in mode "furthest" throughout.'
+            )
+        return replace(strategy, exits=(stages - 1,), borrow=0)

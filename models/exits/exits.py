@@ -55,7 +55,7 @@ class Exits:
     @cached_property
     def objectives(self) -> dict[int, Objective]:
         """Exit (1 … K) → its objective in fp32: those whose head the checkpoint has, and the model's own."""
-        states = {exit_: self.checkpoint.head_state(self.boundary(exit_)) for exit_ in range(1, len(self))}
+        states = {loss + 1: self.checkpoint.head_state(self.boundary(loss + 1)) for loss in self.placement.heads}
         found = {exit_: self._objective(exit_, state) for exit_, state in states.items() if state is not None}
         return {**found, len(self): last_objective().configured(None, CausalLMLoss())}
 

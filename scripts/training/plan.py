@@ -87,7 +87,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         _warn_of_schedule(ds_config, args.steps)
         _warn_of_mode(interlocking, num_stages)
     partition = parse_partition(args.partition)
-    bounds = model.partition(num_stages, aux_heads=interlocking.aux_head, manual=partition)
+    bounds = model.partition(
+        num_stages, aux_heads=interlocking.aux_head, exits=interlocking.exits_for(num_stages), manual=partition
+    )
     description = _description(args, ds_config, model, bounds, interlocking, train)
     files = {**description.files(), **begin.files, **tokenizer_texts(args.data / layout.TOKENIZER)}
     resume = checkpoint_to_resume(args.output / "checkpoint", args.resume, description, args.steps)

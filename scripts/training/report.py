@@ -121,7 +121,8 @@ def flops_per_token(plan: Plan, sequence_length: int) -> float:
     """Of a run's model, with the heads that it trains."""
     from models.costs import training_flops
 
-    return training_flops(plan.model, plan.interlocking.aux_head, plan.num_stages, sequence_length)
+    heads = len(plan.interlocking.exits_for(plan.num_stages)) - 1
+    return training_flops(plan.model, plan.interlocking.aux_head, heads, sequence_length)
 
 
 def on_gpu() -> bool:

@@ -65,13 +65,16 @@ def test_overhead_has_a_row_for_each_engine_and_bare_loop(tmp_path: Path) -> Non
 
 def test_saved_activations_reach_their_bound_and_no_more(tmp_path: Path) -> None:
     """A real Llama, K = 3, M = 4: live micro-batches of every stage, over batches that follow each other at once."""
-    small = ("--width", "32", "--tokens", "16", "--vocabulary", "64", "--contenders", "N=1", "N=2", "1F1B")
+    small = ("--width", "32", "--tokens", "16", "--vocabulary", "64", "--contenders", "N=1", "N=2 fused", "B-W", "1F1B")
     done = speed_benchmark("memory", "--stages", "3", "--micro-batches", "4", *small, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
-    assert [row["live"] for row in rows] == [row["bound"] for row in rows] == [1, 1, 1, 2, 2, 1, 3, 2, 1]
+    assert [row["bound"] for row in rows] == [1, 1, 1, 2, 2, 1, 3, 3, 3, 3, 2, 1]
+    for row in rows:  # a stage that waits works off what is due, so that it may stay below
+        reached = row["live"] == row["bound"] or row["contender"] == "B-W" and row["stage"] > 0
+        assert reached and row["live"] <= row["bound"], row
     first = {row["contender"]: row["against_1f1b"] for row in rows if row["stage"] == 0}
-    assert first["N=1"] < 0.4 and first["N=2"] < 0.7 and first["1F1B"] == 1
+    assert first["N=1"] < 0.4 and first["N=2 fused"] < 0.7 and first["B-W"] == pytest.approx(1, abs=0.01)
 
 
 def test_cheaper_heads_compute_the_same_loss(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_heads_of_another_kind_begin_with_the_readout(tmp_path: Path) -> None:
     assert other.load_report == [f"head before layer {b}: from the model's LM head" for b in (2, 4, 6)]
     last = list(other.reference.stages[-1].children())[-1]
     moments = other.optimizers[0].state
-    for head in other.reference.aux_heads:
+    for head in other.reference.aux_heads.values():
         for ours, theirs in zip(head.parameters(), last.parameters(), strict=True):
             assert torch.equal(ours, theirs)
     pair = cast(nn.Parameter, other.reference.aux_heads[0].weight), cast(nn.Parameter, last.weight)

@@ -17,7 +17,7 @@ from tests.launch import launch
         ("other samples", "rank 2: stages 1 and 2 look at different samples in batch 1, micro-batch 0"),
         ("data ends", "rank 0: the data of stage 0 ended in batch 2: give a repeating iterator"),
         ("tied", "'embedding' is tied across stages, which width 2 of 4 stages can't train: untie it"),
-        ("no heads", "width 2 of 4 stages in mode furthest needs a head for every stage"),
+        ("no heads", "width 2 of 4 stages in mode furthest needs a head for every exit"),
         ("stages", "4 processes can't be divided into pipelines of 3 stages"),
         ("layers", "4 stages are more than the model's 3 layers"),
         ("two configs", "differs from the configuration's"),

@@ -27,6 +27,18 @@ def run(world_size: int, cases: list[dict[str, Any]]) -> None:
             assert row["loss"] <= 1e-5 and row["eval"] <= 1e-5, f"rank {rank}, {case}: {row}"
 
 
+def test_modules_of_stages() -> None:
+    """Exits on chosen stages, gaps filled with weight gradients while announced messages are on their way."""
+    blocks: list[dict[str, Any]] = [interlocking(1, exits=2), interlocking(2, mode="window", exits=[1], hop_slack=1)]
+    blocks += [interlocking(1, exits=4), {"strategy": "global", "mode": "sum", "exits": 2}]
+    cases = [
+        {"stages": 4, "micro_batches": count, "eval": True, "steps": 3, "transport": transport, "interlocking": block}
+        for block in blocks
+        for count, transport in zip((1, 2, 5), TRANSPORTS, strict=True)
+    ]
+    run(4, cases)
+
+
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
 def test_every_strategy(stages: int, full: bool) -> None:
     """Widths, M, modes, slack; evaluations in between; a device that is synchronised at random places."""
@@ -54,6 +66,9 @@ def test_changes_of_width_mixtures_borrowed_layers_and_shared_heads() -> None:
         interlocking(2, mode="window", aux_head={"borrow": 1, **SHARED}),
         interlocking(1, aux_head=SHARED),
         {"strategy": "global", "aux_head": None},
+        interlocking(1, exits=2),
+        interlocking(2, mode="window", exits=[0], backward="fused"),
+        {"strategy": "global", "mode": "sum", "exit_weights": [0.5, 0.5, 1.0]},
     ]
     cases = [
         {

@@ -28,7 +28,7 @@ def pipeline(compiled: bool) -> VirtualPipeline:
 
 def compiled_modules(run: VirtualPipeline) -> tuple[list[nn.Module], list[nn.Module]]:
     """Compiled ones, and the decoder layers of trunks and heads."""
-    modules = [m for part in (*run.reference.stages, *run.reference.aux_heads) for m in part.modules()]
+    modules = [m for part in (*run.reference.stages, *run.reference.aux_heads.values()) for m in part.modules()]
     layers = [module.layer for module in modules if isinstance(module, DecoderLayer)]
     return [module for module in modules if module._compiled_call_impl is not None], layers
 

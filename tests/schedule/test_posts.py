@@ -40,7 +40,18 @@ def test_every_small_schedule_comes_to_its_end(stages: int) -> None:
     for micro_batches, width, slack, mode, borrow in axes:
         strategy = Strategy(stages, width, mode, slack, borrow=borrow)
         one(strategy, micro_batches, depth=strategy.most_in_flight(0, micro_batches))
-    one(Strategy(stages, stages, aux_heads=False), 5)
+    one(Strategy(stages, stages, exits=(stages - 1,)), 5)
+
+
+@pytest.mark.parametrize("stages", range(2, 7))
+def test_chosen_exits_and_weight_gradients_apart_come_to_their_end(stages: int) -> None:
+    """Modules of every size, the sum of all exits; weight gradients at their latest place, which holds up most."""
+    for every, micro_batches, split, slack in itertools.product(range(1, stages + 1), (1, 2, 5), (False, True), (0, 1)):
+        options: dict[str, Any] = {"split_backward": split, "exits": InterlockingConfig(exits=every).exits_for(stages)}
+        depth = min(micro_batches, (every - 1) * (1 + slack) + 1)
+        one(Strategy(stages, 1, "furthest", slack, **options), micro_batches, depth=depth)
+        one(Strategy(stages, 2, "window", slack, **options), micro_batches)
+        one(Strategy(stages, stages, "sum", slack, **options), micro_batches)
 
 
 def test_every_change_of_width_comes_to_its_end() -> None:

@@ -41,7 +41,21 @@ def test_every_small_schedule_is_valid(stages: int) -> None:
         strategy = Strategy(stages, width, mode, slack, borrow=borrow)
         least = strategy.most_in_flight(0, micro_batches)
         validated_schedules(BatchStrategy.uniform(strategy, micro_batches), least)
-    validated_schedules(BatchStrategy.uniform(Strategy(stages, stages, aux_heads=False), 8))
+
+
+@pytest.mark.parametrize("stages", range(1, 7))
+def test_every_small_schedule_with_chosen_exits_is_valid(stages: int) -> None:
+    """K ≤ 6, M ≤ 5, every set of exits, N ≤ 2 and all, slack ≤ 1, all modes, B and W at once and apart."""
+    others = itertools.chain.from_iterable(itertools.combinations(range(stages - 1), n) for n in range(stages))
+    for chosen, micro_batches, split in itertools.product(others, (1, 2, 5), (False, True)):
+        options: dict[str, Any] = {"exits": (*chosen, stages - 1), "split_backward": split}
+        strategies = [Strategy(stages, stages, "sum", **options)]
+        widths = sorted({1, min(2, stages), stages})
+        for width, mode, slack in itertools.product(widths, MODES, (0, 1)):
+            strategies.append(Strategy(stages, width, mode, slack, **options))
+        for strategy in dict.fromkeys(strategies):
+            least = max(strategy.distance(k) for k in range(stages)) * strategy.hop_slots + 1
+            validated_schedules(BatchStrategy.uniform(strategy, micro_batches), min(least, micro_batches))
 
 
 def mixtures(stages: int, micro_batches: int) -> Iterator[BatchStrategy]:
@@ -68,17 +82,22 @@ def test_every_small_mixture_is_valid(stages: int) -> None:
     micro_batches=st.integers(1, 4),
     slack=st.integers(0, 2),
     borrow=st.booleans(),
+    split=st.booleans(),
+    every=st.integers(1, 5),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=80)
 def test_any_batches_follow_each_other(
-    data: st.DataObject, stages: int, micro_batches: int, slack: int, borrow: bool
+    data: st.DataObject, stages: int, micro_batches: int, slack: int, borrow: bool, split: bool, every: int
 ) -> None:
     """Whatever the strategy of each micro-batch, in any order, at the least channel depth."""
-    alike = {"hop_slack": st.just(slack), "borrow": st.just(borrow)}
+    exits = InterlockingConfig(exits=every).exits_for(stages)
+    options = {"hop_slack": slack, "borrow": borrow, "exits": exits, "split_backward": split}
+    alike = {name: st.just(value) for name, value in options.items()}
     strategies = st.builds(Strategy, st.just(stages), st.integers(1, stages), st.sampled_from(MODES), **alike)
     rows = st.lists(strategies, min_size=micro_batches, max_size=micro_batches)
     batches = [BatchStrategy(tuple(row)) for row in data.draw(st.lists(rows, min_size=1, max_size=6))]
-    depth = max(s.most_in_flight(0, micro_batches) for batch in batches for s in batch.strategies)
+    every_strategy = [s for batch in batches for s in batch.strategies]
+    depth = max(min(micro_batches, s.distance(k) * s.hop_slots + 1) for s in every_strategy for k in range(stages))
     Simulator([validated_schedules(batch, depth) for batch in batches], channel_depth=depth).run()
 
 
@@ -231,15 +250,62 @@ def test_simulated_times_of_narrow_widths(
     """The table of docs/how-it-works.md; with one micro-batch and N = 3 the modes differ in the last stages."""
     if (micro_batches, width, mode) == (1, 3, "window"):
         expected = 8.0  # the second input gradient of stage K-2 goes up before its update
-    assert predict(Strategy(stages, width, mode), micro_batches).micro_batch_time == pytest.approx(expected, abs=0.01)
+    fused = Strategy(stages, width, mode, split_backward=False)
+    assert predict(fused, micro_batches).micro_batch_time == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "every", "fused", "split"),
+    [
+        (8, 1, 2, 6.1, 5.1),
+        (8, 4, 2, 3.85, 3.35),
+        (8, 16, 2, 3.29, 3.16),
+        (8, 4, 4, 5.35, 3.85),
+        (8, 16, 4, 3.66, 3.29),
+        (8, 4, 8, 8.25, 5.75),
+        (4, 1, 4, 12.0, 9.0),
+        (4, 16, 4, 3.56, 3.19),
+    ],
+)
+def test_simulated_times_of_modules(stages: int, micro_batches: int, every: int, fused: float, split: float) -> None:
+    """Local learning over modules of so many stages (all: backpropagation), with B and W at once and apart."""
+    exits = InterlockingConfig(exits=every).exits_for(stages)
+    for splits, expected in ((False, fused), (True, split)):
+        said = predict(Strategy(stages, 1, exits=exits, split_backward=splits), micro_batches)
+        assert said.micro_batch_time == pytest.approx(expected, abs=0.01)
+        assert max(said.in_flight) == min(micro_batches, every), "as many micro-batches as a module has stages"
+
+
+def test_exits_make_local_learning_of_fewer_stages() -> None:
+    """G stages a module at N = 1: every trunk is trained by the next exit, and no gradient leaves its module."""
+    strategy = Strategy(8, 1, exits=(3, 7))
+    assert [strategy.reach(k) for k in range(8)] == [3] * 4 + [7] * 4
+    assert [strategy.sends_gradients(k) for k in range(8)] == [False, True, True, True] * 2
+    wider = Strategy(8, 2, "window", exits=(0, 3, 7), window_weights=(1.0, 0.5))
+    assert [wider.weights(k) for k in (0, 1, 4)] == [{0: 1.0, 3: 0.5}, {3: 1.0, 7: 0.5}, {7: 1.5}]
+    assert Strategy(8, 1, exits=(7,)).is_backpropagation and not strategy.is_backpropagation
+
+
+def test_the_sum_of_all_exits_travels_as_one_gradient() -> None:
+    strategy = Strategy(4, 4, "sum", exits=(1, 3), exit_weights=(0.25, 1.0))
+    assert [strategy.weights(k) for k in range(4)] == [{1: 0.25, 3: 1.0}] * 2 + [{3: 1.0}] * 2
+    assert [strategy.terms(k) for k in range(4)] == [{3: 1.0}, {1: 0.25, 3: 1.0}, {3: 1.0}, {3: 1.0}]
+    assert [[loss for loss in (1, 3) if strategy.crosses(loss, k)] for k in range(4)] == [[], [3], [3], [3]]
+    for split, peer in ((False, 8.25), (True, 5.75)):  # backpropagation's times, but for the heads
+        summed = predict(Strategy(8, 8, "sum", split_backward=split), 4)
+        assert summed.micro_batch_time == pytest.approx(peer, abs=0.3)
+    with pytest.raises(ValueError, match="mode sum is for width >= stages"):
+        Strategy(4, 2, "sum")
 
 
 def test_simulated_times_of_wide_and_slow_pipelines() -> None:
     assert predict(Strategy(8, 3), 4).micro_batch_time == pytest.approx(5.1, abs=0.01)
-    backpropagation = Strategy(8, 8, aux_heads=False)
+    backpropagation = Strategy(8, 8, exits=(7,), split_backward=False)
     assert predict(backpropagation, 4).micro_batch_time == pytest.approx(8.25, abs=0.01)  # (M + K - 1) · 3 / M
     slow = Costs(latency=2.0)
-    assert predict(Strategy(8, 2, hop_slack=1), 16, slow).micro_batch_time == pytest.approx(4.34, abs=0.02)
+    for split, expected in ((False, 4.34), (True, 4.21)):
+        slackened = Strategy(8, 2, hop_slack=1, split_backward=split)
+        assert predict(slackened, 16, slow).micro_batch_time == pytest.approx(expected, abs=0.02)
     assert predict(backpropagation, 16, slow).micro_batch_time == pytest.approx(9.25, abs=0.1)
 
 
@@ -247,14 +313,16 @@ def test_depth_costs_nothing_at_narrow_widths() -> None:
     """K = 64, M = 8: local and pairwise stay at their work, 1F1B does not."""
     assert predict(Strategy(64, 1), 8, batches=16).micro_batch_time == pytest.approx(3.1, abs=0.01)
     assert predict(Strategy(64, 2), 8, batches=16).micro_batch_time == pytest.approx(4.1, abs=0.01)
-    assert predict(Strategy(64, 64, aux_heads=False), 8, batches=4).micro_batch_time > 26
+    one_f_one_b = Strategy(64, 64, exits=(63,), split_backward=False)
+    assert predict(one_f_one_b, 8, batches=4).micro_batch_time > 26
 
 
 def test_idle_share_and_micro_batches_in_flight() -> None:
     prediction = predict(Strategy(8, 2), 4)
     assert max(prediction.idle[1:-1]) < 1e-6 and prediction.limit == pytest.approx(4.1)
-    assert prediction.in_flight == [2] * 7 + [1]
-    assert predict(Strategy(8, 8), 16).in_flight == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert prediction.in_flight == [2] * 8
+    assert predict(Strategy(8, 8, split_backward=False), 16).in_flight == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert max(predict(Strategy(8, 8), 16).in_flight) == 8, "stages that put weight gradients off hold as many at most"
     blocked = predict(Strategy(4, 1), 4, streaming=False)
     assert blocked.micro_batch_time > predict(Strategy(4, 1), 4).micro_batch_time
 
@@ -285,7 +353,7 @@ def test_simulated_time_of_a_change_of_width() -> None:
 
 def test_wide_micro_batches_come_first_because_their_gradients_travel_meanwhile() -> None:
     """The numbers of docs/how-it-works.md: a quarter of the micro-batches at N = 2 and at N = K."""
-    for micro_batches, width, first, last in ((4, 2, 3.35, 3.83), (8, 8, 3.64, 5.70)):
+    for micro_batches, width, first, last in ((4, 2, 3.35, 3.60), (8, 8, 3.35, 4.70)):
         mixed = timeline(8, micro_batches, strategy="local", mixed={"width": width, "fraction": 0.25})
         assert predict_timeline(mixed).micro_batch_time == pytest.approx(first, abs=0.01)
         late = BatchStrategy(tuple(reversed(mixed.at(0).strategies)))

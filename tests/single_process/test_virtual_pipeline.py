@@ -81,7 +81,7 @@ def make(follow: bool = False, **changes: Any) -> VirtualPipeline:
     parts = make_reference(2, {"strategy": "local"}, follow=follow)
     config = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
     stages = cast(list[nn.Sequential], parts.stages)
-    return VirtualPipeline(stages, parts.aux_heads, loss_fn, config | changes)
+    return VirtualPipeline(stages, list(parts.aux_heads.values()), loss_fn, config | changes)
 
 
 def test_resumed_bf16_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_many_stages_train_on_one_device(tmp_path: Path) -> None:
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
         "interlocking": {"strategy": "nwise", "width": 4, "mode": "window"},
     }
-    run = VirtualPipeline(cast(list[nn.Sequential], parts.stages), parts.aux_heads, loss_fn, config)
+    run = VirtualPipeline(cast(list[nn.Sequential], parts.stages), list(parts.aux_heads.values()), loss_fn, config)
     batch = micro_batches(0, 1)
     first = run.train_batch(iter(batch))
     for _ in range(10):

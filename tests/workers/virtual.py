@@ -44,7 +44,7 @@ def make_virtual(case: dict[str, Any]) -> VirtualPipeline:
     """All replicas' micro-batches are those of the one that it is."""
     parts = make_reference(stages_of(case), {"strategy": "local"}, follow=case.get("follow", False))
     stages, replicas = cast(list[nn.Sequential], parts.stages), dist.get_world_size() // stages_of(case)
-    return VirtualPipeline(stages, parts.aux_heads, loss_fn, settings(case, COUNT * replicas))
+    return VirtualPipeline(stages, list(parts.aux_heads.values()), loss_fn, settings(case, COUNT * replicas))
 
 
 def difference(virtual: VirtualPipeline, engine: Any) -> float:

@@ -114,12 +114,11 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def _work(name: str, stages: int) -> str:
+    from benchmarks.speed.emulated import strategy_of
     from ibp_deepspeed.schedule.predict import predict
-    from ibp_deepspeed.strategy.strategy import Strategy
 
-    if not name.startswith("N="):
-        return "3.00"
-    return f"{predict(Strategy(stages, int(name[2:]), 'window'), 4).limit:.2f}"
+    strategy = strategy_of(name, stages)
+    return "3.00" if strategy is None else f"{predict(strategy, 4).limit:.2f}"
 
 
 def draw(rows: list[Row], path: Any) -> None:

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.speed.contenders import Batch, make
-from benchmarks.speed.emulated import hop_slack, model, time_batches
+from benchmarks.speed.emulated import model, time_batches
 from benchmarks.speed.harness import Row, Spread, add_timing_arguments, interleaved
 from benchmarks.speed.namespaces import hosts, missing
 from benchmarks.speed.sleeping import WIDTH
@@ -48,7 +48,7 @@ def worker(arguments: dict[str, Any]) -> list[list[tuple[float, float]]]:
     batches = max(2, arguments["measured"] // count)
     jobs = []
     for name in arguments["contenders"]:
-        engine = make(name.split()[0], model(stages, unit, hop_slack(name)), stages, count)
+        engine = make(name, model(stages, unit), stages, count)
         jobs.append(partial(time_batches, engine, batches, rows=data(arguments["kib"])))
     measured = interleaved(jobs, arguments["repeats"])
     dist.barrier()

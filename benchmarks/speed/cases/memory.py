@@ -54,7 +54,22 @@ def watch(engine: Any) -> SavedActivations:
         module.aux_head.forward = saved.watched("head", module.aux_head.forward)
     for objective in module.objectives.values():
         objective.loss_fn = saved.watched("head", objective.loss_fn)
+    _watch_what_is_put_off(engine, saved)
     return saved
+
+
+def _watch_what_is_put_off(engine: Any, saved: SavedActivations) -> None:
+    """Count what weight gradients that wait are made of as the trunk's, too."""
+    update, add = engine._update, engine._weight_gradients.add
+    number = 0  # of the forward pass whose backward pass is at work
+
+    def updating(*args: Any) -> None:
+        nonlocal number
+        number = saved.passes["trunk"].popleft()  # a strategy for all: micro-batches are updated in their order
+        update(*args)
+
+    engine._update = updating
+    engine._weight_gradients.add = lambda work: add(saved.holding("trunk", number, work))
 
 
 def _mib(value: float) -> str:
@@ -110,9 +125,10 @@ _ARGUMENTS = ("stages", "micro_batches", "contenders", "width", "tokens", "vocab
 
 def bound(name: str, stages: int, micro_batches: int, stage: int) -> int:
     """The most micro-batches that may be in flight."""
-    from ibp_deepspeed.strategy.strategy import Strategy
+    from benchmarks.speed.emulated import strategy_of
 
-    strategy = Strategy(stages, stages if name == "1F1B" else int(name[2:]))
+    strategy = strategy_of(name, stages)
+    assert strategy is not None, f"nobody knows how many micro-batches {name} keeps"
     return strategy.most_in_flight(stage, micro_batches)
 
 
