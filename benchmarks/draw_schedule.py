@@ -2,8 +2,8 @@
 
     python benchmarks/draw_schedule.py --out docs/schedule.png
 
-Four processes run local learning, pairwise interlocking and backpropagation on stages that sleep; two batches of
-four micro-batches are drawn, the second one paler.
+Four processes run each strategy on stages that sleep; two batches of four micro-batches are drawn, the second one
+paler.
 """
 
 from __future__ import annotations
@@ -23,11 +23,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.speed.contenders import make
 from benchmarks.speed.emulated import model, time_batches
 from benchmarks.speed.harness import spawn
-from ibp_deepspeed.schedule.instructions import AuxLoss, BackwardInput, BackwardPass, ForwardPass
+from ibp_deepspeed.schedule.instructions import AuxLoss, BackwardInput, BackwardPass, BackwardWeight, ForwardPass
 
 STAGES, MICRO_BATCHES, UNIT = 4, 4, 0.1
-KINDS = (ForwardPass, AuxLoss, BackwardInput, BackwardPass)
-COLOURS = {"F": "#4c78a8", "L": "#e45756", "B": "#f2b447", "BW": "#54a24b"}  # by an instruction's letter
+KINDS = (ForwardPass, AuxLoss, BackwardInput, BackwardWeight, BackwardPass)
+# by the letters of instructions
+COLOURS = {"F": "#4c78a8", "L": "#e45756", "B": "#f2b447", "W": "#b8d8a8", "BW": "#54a24b"}
+PANELS = {
+    "N=1": "N = 1, local learning: a loss on every stage",
+    "G=2": "N = 1, modules of two: a loss on every second stage",
+    "N=2": "N = 2, pairwise interlocking",
+    "B-W": "backpropagation, input gradients first",
+    "1F1B": "backpropagation as 1F1B (N = K, B and W at once)",
+}
 Stamp = tuple[str, int, int, float, float]  # the instruction's letter, batch, micro-batch, start, end
 
 
@@ -37,22 +45,35 @@ def record(arguments: dict[str, Any]) -> list[Stamp]:
 
     deepspeed.init_distributed("gloo")
     deepspeed.utils.logger.setLevel("ERROR")
-    mode = "furthest" if arguments["width"] == STAGES else "window"
-    sleeping = replace(model(STAGES, UNIT), interlocking={"mode": mode})
-    engine: Any = make(f"N={arguments['width']}", sleeping, STAGES, MICRO_BATCHES)
+    name = {"1F1B": "B-W fused"}.get(arguments["name"], arguments["name"])
+    mode = {"mode": "window"} if name == "N=2" else {}
+    engine: Any = make(name, replace(model(STAGES, UNIT), interlocking=mode), STAGES, MICRO_BATCHES)
     time_batches(engine, 1, warm_up=0)
     stamps: list[Stamp] = []
+    put_off: dict[int, tuple[int, int]] = {}  # by the micro-batch in flight: its batch and number
+    work_off = engine._work_off
 
     def stamped(name: str, function: Any) -> Any:
         def run(self: Any, **kwargs: Any) -> None:
             start = time.time()
             function(self, **kwargs)
             stamps.append((name, self.global_steps, kwargs.get("micro_batch", -1), start, time.time()))
+            if self._due:
+                put_off.setdefault(id(self._due[-1]), (self.global_steps, kwargs.get("micro_batch", -1)))
 
         return run
 
+    def stamped_work(until: Any) -> None:
+        start, place = time.time(), id(engine._due[0])
+        work_off(until)
+        stamps.append(("W", *put_off[place], start, time.time()))
+        if not engine._due or id(engine._due[0]) != place:
+            del put_off[place]
+
+    engine._work_off = stamped_work
     engine._INSTRUCTION_MAP = {
-        kind: stamped(getattr(kind, "letter", ""), f) for kind, f in engine._INSTRUCTION_MAP.items()
+        kind: stamped("" if kind is BackwardWeight else getattr(kind, "letter", ""), f)
+        for kind, f in engine._INSTRUCTION_MAP.items()
     }
     time_batches(engine, 2, warm_up=0)
     engine.close()
@@ -67,7 +88,7 @@ def draw(rows: dict[str, list[list[Stamp]]], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    figure, panels = plt.subplots(len(rows), 1, figsize=(11, 5.6), sharex=True, constrained_layout=True)
+    figure, panels = plt.subplots(len(rows), 1, figsize=(11, 8.6), sharex=True, constrained_layout=True)
     for axes, (title, stages) in zip(panels, rows.items(), strict=True):
         origin = min(stamp[3] for stamps in stages for stamp in stamps)
         first = min(stamp[1] for stamps in stages for stamp in stamps)
@@ -88,17 +109,16 @@ def draw(rows: dict[str, list[list[Stamp]]], path: Path) -> None:
     panels[-1].set_xlabel("time (1 = a stage's forward pass); the number is the micro-batch, paler is the next batch")
     kinds = {kind.letter: kind.meaning for kind in KINDS}
     handles = [Patch(color=colour, label=kinds[letter]) for letter, colour in COLOURS.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
-    """Run the three strategies, draw."""
+    """Run the strategies, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/schedule.png"), metavar="FILE", help="PNG to write")
     args = parser.parse_args()
-    titles = {1: "N = 1, local learning", 2: "N = 2, pairwise interlocking", 4: "N = K, backpropagation (1F1B)"}
-    draw({title: spawn(STAGES, record, {"width": width}) for width, title in titles.items()}, args.out)
+    draw({title: spawn(STAGES, record, {"name": name}) for name, title in PANELS.items()}, args.out)
 
 
 if __name__ == "__main__":

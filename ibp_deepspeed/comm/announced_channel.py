@@ -123,15 +123,15 @@ class AnnouncedReceiveChannel:
     def __init__(self, wire: Wire, memory: Memory, name: str, *, ahead: int) -> None:
         self.wire, self.memory, self.name = wire, memory, name
         self._places = threading.Semaphore(max(1, ahead))
-        self._arrived: queue.SimpleQueue[tuple[Tensor, Tensor] | Exception] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[tuple[Tensor, Header] | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"receive {name}", daemon=True)
         self._thread.start()
 
-    def take(self) -> tuple[Tensor, Tensor]:
+    def take(self) -> tuple[Tensor, Header]:
         """Wait for the next message.
 
         Returns:
-            its payload, which the caller now owns, and its header [3], on the host.
+            its payload, which the caller now owns, and its header.
 
         Raises:
             PeerLostError: the sender ended or the connection broke.
@@ -165,7 +165,7 @@ class AnnouncedReceiveChannel:
         except Exception as error:
             self._arrived.put(error)
 
-    def _receive(self) -> tuple[Tensor, Tensor] | None:
+    def _receive(self) -> tuple[Tensor, Header] | None:
         words = torch.empty(_HEADER + META_LENGTH, dtype=torch.int64)
         self._places.acquire()
         dist.recv(words, self.wire.peer, group=self.wire.control, tag=self.wire.tag)
@@ -175,7 +175,8 @@ class AnnouncedReceiveChannel:
         payload = self.memory.new(spec.payload_bytes // spec.dtype.itemsize, spec.dtype).view(spec.shape)
         dist.send(torch.ones(1, dtype=torch.int64), self.wire.peer, group=self.wire.control, tag=self.wire.tag + 1)
         _finish(dist.irecv(payload, self.wire.peer, group=self.wire.data), self.wire.device)
-        return payload, words[:_HEADER].clone()
+        batch, micro_batch, key = words[:_HEADER].tolist()
+        return payload, (batch, micro_batch, key)
 
 
 def _mark(device: torch.device) -> Any:

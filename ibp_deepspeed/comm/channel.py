@@ -49,7 +49,7 @@ class SendChannel(Sender):
             self._post(meta.copy_(spec.encode()))
         frame = self._spare.pop() if self._spare else spec.new_frame(self.memory)
         frame.payload.copy_(tensor)
-        frame.header.copy_(torch.tensor(header, dtype=torch.int64))
+        frame.header[:] = header
         self._post(frame.message, frame)
 
     def _in_flight(self) -> int:
@@ -129,11 +129,11 @@ class ReceiveChannel:
         if spec is not None:
             self._post_ahead(spec)
 
-    def take(self) -> tuple[Tensor, Tensor]:
+    def take(self) -> tuple[Tensor, Header]:
         """Wait for the next message.
 
         Returns:
-            its payload, memory that the caller now owns, and its header [3].
+            its payload, memory that the caller now owns, and its header.
 
         Raises:
             PeerLostError: the sender ended or the connection broke.
@@ -144,10 +144,11 @@ class ReceiveChannel:
         self._post(self.spec)
         work, frame = self._posted.popleft()
         self._wait(work)
+        batch, micro_batch, key = frame.header.tolist()
+        header = (batch, micro_batch, key)
         if not self.memory.staged:
-            # cloned: a header that is kept for the sample check would keep its whole message
-            return frame.payload, frame.header.clone()
-        payload, header = self.memory.fetch(frame.payload), frame.header.clone()
+            return frame.payload, header
+        payload = self.memory.fetch(frame.payload)
         if len(self._spare) < _SPARE_FRAMES:
             self._spare.append(frame)
         return payload, header
@@ -157,7 +158,7 @@ class ReceiveChannel:
 
         gloo's Work knows that only once it was waited for, but bytes arrive in order, and the header is the last.
         """
-        return not self._posted or int(self._posted[0][1].header[-1]) != _NOT_YET
+        return not self._posted or self._posted[0][1].header[-1] != _NOT_YET
 
     def _receive_spec(self) -> TensorSpec:
         meta = self.memory.new(META_LENGTH, torch.int64)

@@ -7,14 +7,16 @@ the keys when it wants to print. Nothing is lost if nobody reads, and nothing gr
 from __future__ import annotations
 
 import json
-import queue
 import threading
+import time
+from collections import deque
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _PATIENCE = 5.0  # seconds; a store that has ended raises at once
+_REST = 0.1  # seconds at most between two writes
 
 
 class LossBoard:
@@ -23,13 +25,14 @@ class LossBoard:
     Args:
         store: key-value store of the job; the board uses keys ``<prefix>/<loss>``.
         stages: K.
-        window: how many batches of losses a stage keeps visible; at least as many as the first stage can be ahead
-            of the last one.
+        window: how many batches of losses a stage keeps visible; more than the first stage can be ahead of the last
+            one, and as many again as may be trained between two writes.
     """
 
     def __init__(self, store: dist.Store, stages: int, window: int) -> None:
         self.store, self.stages, self.window = store, stages, window
-        self._queue: queue.SimpleQueue[tuple[int, dict[int, Tensor]] | None] = queue.SimpleQueue()
+        self._given: deque[tuple[int, dict[int, Tensor]] | None] = deque()
+        self._is_given = threading.Event()
         self._recent: dict[int, dict[int, float]] = {}  # loss → batch → value
         self._thread: threading.Thread | None = None
 
@@ -39,18 +42,18 @@ class LossBoard:
         store = dist.distributed_c10d._get_default_store()
         engine_number = store.add(f"ibp_engines/{dist.get_rank()}", 1)  # the same on all ranks
         store = dist.PrefixStore(f"ibp_losses/{engine_number}", store.clone())  # type: ignore[attr-defined]
-        return cls(store, stages, window=stages * (batches_ahead + 2) + 4)
+        return cls(store, stages, window=stages * (batches_ahead + 2) + 16)
 
     def publish(self, batch: int, losses: dict[int, Tensor]) -> None:
         """Make a stage's losses of a batch visible, by their indices; returns at once."""
-        self._queue.put((batch, losses))
+        self._give((batch, losses))
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name="loss board", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
         """End the background thread after what is queued; a thread inside the store would abort an ending process."""
-        self._queue.put(None)
+        self._give(None)
         if self._thread is not None:
             self._thread.join(_PATIENCE)
 
@@ -66,18 +69,35 @@ class LossBoard:
         batch = max(common)
         return torch.tensor([row[batch] for row in rows], dtype=torch.float64), batch
 
+    def _give(self, entry: tuple[int, dict[int, Tensor]] | None) -> None:
+        self._given.append(entry)
+        if not self._is_given.is_set():
+            self._is_given.set()
+
     def _write(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            batch, losses = entry
-            for index, loss in losses.items():
-                recent = self._recent.setdefault(index, {})
-                recent[batch] = float(loss)
-                for old in sorted(recent)[: -self.window]:
-                    del recent[old]
-            if not self._queue.empty():
-                continue
+        """Write what is given, then rest ten times as long as that took: the thread takes time from the training."""
+        ended = False
+        while not ended:
+            self._is_given.wait()
+            self._is_given.clear()
+            while self._given:
+                entry = self._given.popleft()
+                if entry is None:
+                    ended = True
+                else:
+                    self._remember(*entry)
+            began = time.monotonic()
             try:
                 for index, recent in self._recent.items():
                     self.store.set(str(index), json.dumps(list(recent.items())))
             except RuntimeError:  # the store ended with the job: nobody is left to read
                 return
+            if not ended:
+                time.sleep(min(_REST, 10 * (time.monotonic() - began)))
+
+    def _remember(self, batch: int, losses: dict[int, Tensor]) -> None:
+        for index, loss in losses.items():
+            recent = self._recent.setdefault(index, {})
+            recent[batch] = float(loss)
+            for old in sorted(recent)[: -self.window]:
+                del recent[old]

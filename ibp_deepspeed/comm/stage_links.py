@@ -59,8 +59,8 @@ class StageLinks:
         if self._from_below is None:
             self._from_below = self._receiver(Kind.GRADIENTS, self.stage + 1, spec)
 
-    def receive_activation(self) -> tuple[Tensor, Tensor]:
-        """h_{k-1} and its header [3]."""
+    def receive_activation(self) -> tuple[Tensor, Header]:
+        """h_{k-1} and its header."""
         assert self._from_above is not None
         return self._from_above.take()
 
@@ -69,8 +69,8 @@ class StageLinks:
         assert self.up is not None
         self.up.send(TensorSpec(tuple(gradient.shape), gradient.dtype), gradient, header)
 
-    def receive_gradient(self) -> tuple[Tensor, Tensor]:
-        """dL/dh_k and its header [3]."""
+    def receive_gradient(self) -> tuple[Tensor, Header]:
+        """dL/dh_k and its header."""
         assert self._from_below is not None
         return self._from_below.take()
 
@@ -143,8 +143,8 @@ class EvaluationLink:
         self._down.send(spec, hidden, header)
         self._down.wait_in_flight(0)
 
-    def receive(self) -> tuple[Tensor, Tensor]:
-        """h_{k-1} and its header [3]."""
+    def receive(self) -> tuple[Tensor, Header]:
+        """h_{k-1} and its header."""
         assert self._above is not None
         return self._above.take()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
+from torch import nn
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, left_out
@@ -20,6 +22,15 @@ class SteppingEngine(PipelineEngine):
 
     interlocking: InterlockingConfig
     _states_are_linked = False
+
+    @cached_property
+    def _parameters_of_stage(self) -> list[nn.Parameter]:
+        """All of them; walking through the modules in every batch costs as much as a small stage's step."""
+        return list(self.module.parameters())
+
+    def zero_grad(self) -> None:
+        """Overrides DeepSpeedEngine's, which walks through the modules."""
+        drop_gradients(self._parameters_of_stage)
 
     @contextmanager
     def _accumulating(self) -> Iterator[None]:
@@ -70,7 +81,7 @@ class SteppingEngine(PipelineEngine):
         Gradients are averaged over data-parallel ranks already, so the norm needs no reduction there. All stages take
         part in a norm of the pipeline, those without a gradient too.
         """
-        norm = gradient_norm(self.module.parameters()).to(self.device)
+        norm = gradient_norm(self._parameters_of_stage).to(self.device)
         if self.interlocking.clip_scope == "global" and self.gradient_clipping() > 0:
             squared = norm.double().square()  # of one type, whatever the stages' gradients are
             dist.all_reduce(squared, group=self.grid.get_pipe_parallel_group())
@@ -78,11 +89,12 @@ class SteppingEngine(PipelineEngine):
         self._global_grad_norm = norm
         if not bool(norm.isfinite()):
             self.skipped_steps += 1
-            drop_gradients(self.module.parameters())
+            drop_gradients(self._parameters_of_stage)
 
     def clip_fp32_gradients(self) -> None:
         """Overrides DeepSpeedEngine's, whose norm spans the pipeline: clip by the norm that the step began with."""
-        torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.gradient_clipping(), self._global_grad_norm)
+        limit, norm = self.gradient_clipping(), self._global_grad_norm
+        torch.nn.utils.clip_grads_with_norm_(self._parameters_of_stage, limit, norm)
 
     def _link_states_of_all_groups(self) -> None:
         """DeepSpeedZeroOptimizer links parameters with their moments after the first group's first step

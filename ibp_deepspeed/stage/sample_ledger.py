@@ -8,22 +8,20 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ibp_deepspeed.comm.message import Header
 from ibp_deepspeed.errors import BatchError
 
 
 class SampleLedger:
-    """Headers that came with messages, beside what this stage expected them to say.
-
-    Headers are compared once a batch, before the optimizer step: on an accelerator that is one transfer a batch.
-    """
+    """Headers that came with messages, beside what this stage expected them to say: compared before each step."""
 
     def __init__(self, stage: int) -> None:
         self.stage = stage
-        self._rows: list[tuple[Tensor, list[int]]] = []
+        self._rows: list[tuple[Header, Header]] = []
 
-    def add(self, header: Tensor, batch: int, micro_batch: int, key: int) -> None:
-        """Remember a message's header [3] and what it should hold; ``key``: sample checksum, or a gradient's loss."""
-        self._rows.append((header, [batch, micro_batch, key]))
+    def add(self, header: Header, batch: int, micro_batch: int, key: int) -> None:
+        """Remember a message's header and what it should hold; ``key``: sample checksum, or a gradient's loss."""
+        self._rows.append((header, (batch, micro_batch, key)))
 
     def check(self) -> None:
         """Compare and forget all headers.
@@ -31,16 +29,12 @@ class SampleLedger:
         Raises:
             BatchError: a neighbour is at another micro-batch or looks at other samples.
         """
-        if not self._rows:
-            return
-        seen = torch.stack([header for header, _ in self._rows]).tolist()
-        expected = [row for _, row in self._rows]
-        self._rows.clear()
-        for got, want in zip(seen, expected, strict=True):
+        rows, self._rows = self._rows, []
+        for got, want in rows:
             if got != want:
                 self._fail(got, want)
 
-    def _fail(self, got: list[int], want: list[int]) -> NoReturn:
+    def _fail(self, got: Header, want: Header) -> NoReturn:
         if got[:2] != want[:2]:
             raise BatchError(
                 f"stage {self.stage} is at batch {want[0] + 1}, micro-batch {want[1]}, its neighbour sent batch "

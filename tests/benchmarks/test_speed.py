@@ -40,9 +40,9 @@ def benchmark(
 def test_no_contender_is_faster_than_its_work(tmp_path: Path) -> None:
     """Sleeping stages, K = 2, M = 4, all peers: nobody takes less time than a stage's work."""
     rows = benchmark("emulated", tmp_path, "--stages", "2", "--micro-batches", "4", "--unit", "0.01")
-    assert list(rows) == ["N=1", "1F1B", "DualPipeV", "ZBV"]
+    assert list(rows) == ["N=1", "B-W", "sum", "1F1B", "DualPipeV", "ZBV", "ZB1", "2BW"]
     for name, row in rows.items():
-        assert row["units"][0] >= (3.1 if name == "N=1" else 3.0), row  # type: ignore[index]
+        assert row["units"][0] >= (3.1 if name in ("N=1", "sum") else 3.0), row  # type: ignore[index]
         assert all(0 <= share < 1 for share in row["idle"]), row  # type: ignore[attr-defined]
     assert rows["1F1B"]["speedup"] == 1 and rows["N=1"]["limit"] == pytest.approx(3.1)
 
@@ -77,6 +77,13 @@ def test_saved_activations_reach_their_bound_and_no_more(tmp_path: Path) -> None
     assert first["N=1"] < 0.4 and first["N=2 fused"] < 0.7 and first["B-W"] == pytest.approx(1, abs=0.01)
 
 
+def test_the_split_backward_pass_of_real_layers_is_measured(tmp_path: Path) -> None:
+    sizes = ("--width", "64", "--tokens", "16", "--repeats", "2", "--kinds", "llama", "--dtypes", "fp32")
+    rows = benchmark("split", tmp_path, *sizes)
+    assert list(rows) == ["fused", "split", "graph", "twice"] and rows["fused"]["both"] == 1
+    assert rows["split"]["held"] < 1 < rows["graph"]["held"]  # type: ignore[operator]
+
+
 def test_cheaper_heads_compute_the_same_loss(tmp_path: Path) -> None:
     sizes = ("--vocabularies", "600", "--tokens", "64", "--width", "16")
     rows = benchmark("heads", tmp_path, *sizes)
@@ -88,7 +95,8 @@ def test_cheaper_heads_compute_the_same_loss(tmp_path: Path) -> None:
 @pytest.mark.skipif(missing() is not None, reason=f"slow links: {missing()}")
 def test_a_slow_link_is_waited_for(tmp_path: Path) -> None:
     """0.25 MiB at 20 Mb/s take 0.1 s: 1F1B with one micro-batch waits for it twice a batch."""
-    sizes = ("--stages", "2", "--micro-batches", "1", "--kib", "256", "--unit", "0.01", "--measured", "3")
+    layout = ("--stages", "2", "--stages-a-host", "1", "--micro-batches", "1")
+    sizes = (*layout, "--kib", "256", "--unit", "0.01", "--measured", "3")
     rows = benchmark("links", tmp_path, *sizes, "--contenders", "N=1", "1F1B", "--megabits", "20")
     assert rows["1F1B"]["megabits"] == 20 and rows["1F1B"]["units"][0] >= 6 + 2 * 10  # type: ignore[index]
 

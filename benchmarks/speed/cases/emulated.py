@@ -1,7 +1,7 @@
 """Stages that sleep, on the real engines: how close each comes to its work, and who wastes how much of a stage's time.
 
 A unit is a stage's forward pass, its input gradient (B), or its weight gradient (W); a head costs 0.1 units.
-DualPipeV and zero bubble (ZBV) need M ≥ 2K and are left out below.
+DualPipeV and zero bubble in a V (ZBV) need M ≥ 2K, interleaved zero bubble (ZB1) a multiple of K.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 
 from tqdm import tqdm
 
+from benchmarks.speed.contenders import PEERS
 from benchmarks.speed.emulated import COLUMNS, draw, measure
 from benchmarks.speed.harness import Row, add_timing_arguments
 
@@ -18,11 +19,11 @@ __all__ = ["COLUMNS", "add_arguments", "draw", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
-    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8], help="K")
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="M")
-    names = ["N=1", "N=2", "N=3", "1F1B", "DualPipeV", "ZBV"]
+    parser.add_argument("--stages", type=int, nargs="+", default=[4, 8], help="K")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="M")
+    names = ["N=1", "N=2", "G=2", "G=4", "B-W", "sum", *PEERS]
     parser.add_argument("--contenders", nargs="+", default=names, help="1F1B must be among them")
-    add_timing_arguments(parser, unit=0.06, measured=8)
+    add_timing_arguments(parser, unit=0.05, measured=8)
 
 
 def run(args: argparse.Namespace) -> list[Row]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.speed.contenders import Batch, make
+from benchmarks.speed.contenders import Batch, applies, make
 from benchmarks.speed.emulated import model, time_batches
 from benchmarks.speed.harness import Row, Spread, add_timing_arguments, interleaved
 from benchmarks.speed.namespaces import hosts, missing
@@ -57,11 +57,11 @@ def worker(arguments: dict[str, Any]) -> list[list[tuple[float, float]]]:
 
 def launch(arguments: dict[str, Any], megabits: float | None) -> list[list[tuple[float, float]]]:
     """All stages on their hosts; what the first one measured."""
-    with hosts(arguments["stages"], megabits) as made, tempfile.TemporaryDirectory() as folder:
+    together, stages = arguments["stages_a_host"], arguments["stages"]
+    with hosts(stages // together, megabits) as made, tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ,
-            "WORLD_SIZE": str(len(made)),
-            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(stages),
             "MASTER_ADDR": made[0].address,
             "MASTER_PORT": "29500",
             "GLOO_SOCKET_IFNAME": made[0].interface,
@@ -70,13 +70,13 @@ def launch(arguments: dict[str, Any], megabits: float | None) -> list[list[tuple
         words = [sys.executable, "-m", "benchmarks.speed.cases.links", json.dumps(arguments), str(result)]
         processes = [
             subprocess.Popen(
-                host.command(*words),
-                env={**environment, "RANK": str(rank)},
+                made[rank // together].command(*words),
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % together)},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for rank, host in enumerate(made)
+            for rank in range(stages)
         ]
         try:
             said = [process.communicate(timeout=_SECONDS)[1] for process in processes]
@@ -95,6 +95,8 @@ def _mib(row: Row) -> str:
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
+    "K": lambda row: str(row["stages"]),
+    "stages a host": lambda row: str(row["stages_a_host"]),
     "Mb/s": lambda row: "no limit" if row["megabits"] is None else f"{row['megabits']:g}",
     "MiB a message": _mib,
     "": lambda row: row["contender"],
@@ -105,11 +107,12 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
-    parser.add_argument("--stages", type=int, default=4, help="K")
+    parser.add_argument("--stages", type=int, nargs="+", default=[4, 8], help="K")
+    parser.add_argument("--stages-a-host", type=int, nargs="+", default=[1, 4], help="for each K: on fast links")
     parser.add_argument("--micro-batches", type=int, default=8, help="M")
     parser.add_argument("--megabits", type=float, nargs="+", default=[1000, 200, 50], help="rates of the links")
     parser.add_argument("--kib", type=int, default=416, help="of a hidden state")
-    names = ["N=1", "N=2", "N=2 slack 1", "N=2 slack 2", "1F1B"]
+    names = ["N=1", "N=2", "N=2 slack 1", "N=2 slack 2", "G=4", "B-W", "1F1B"]
     parser.add_argument("--contenders", nargs="+", default=names, help="slack: hop_slack")
     add_timing_arguments(parser, unit=0.05, measured=16)
 
@@ -120,15 +123,29 @@ def run(args: argparse.Namespace) -> list[Row]:
     if reason is not None:
         print(f"slow links are not measured: {reason}.", file=sys.stderr)
         return []
-    given = {key: value for key, value in vars(args).items() if key not in ("case", "out", "megabits")}
+    rows: list[Row] = []
+    layouts = list(zip(args.stages, args.stages_a_host, strict=True))
+    bar = tqdm(total=len(layouts) * (1 + len(args.megabits)), desc="links", unit="rate")
+    for stages, together in layouts:
+        rows += _layout(args, stages, together, bar)
+    return rows
+
+
+def _layout(args: argparse.Namespace, stages: int, together: int, bar: Any) -> list[Row]:
+    """All rates for so many stages, so many of them on a host."""
+    contenders = [name for name in args.contenders if applies(name, stages, args.micro_batches)]
+    own = {"stages": stages, "stages_a_host": together, "contenders": contenders}
+    given = {**{key: value for key, value in vars(args).items() if key not in ("case", "out", "megabits")}, **own}
     rows: list[Row] = []
     free: dict[str, float] = {}
-    for megabits in tqdm([None, *args.megabits], desc="links", unit="rate"):
-        for name, measured in zip(args.contenders, launch(given, megabits), strict=True):
+    for megabits in (None, *args.megabits):
+        for name, measured in zip(contenders, launch(given, megabits), strict=True):
             seconds = Spread.of([second for second, _ in measured])
             free.setdefault(name, seconds.median)
             rows.append(
                 {
+                    "stages": stages,
+                    "stages_a_host": together,
                     "megabits": megabits,
                     "kib": args.kib,
                     "contender": name,
@@ -136,6 +153,7 @@ def run(args: argparse.Namespace) -> list[Row]:
                     "lost": round(1 - free[name] / seconds.median, 4),
                 }
             )
+        bar.update(1)
     return rows
 
 
@@ -146,13 +164,17 @@ def draw(rows: list[Row], path: Any) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(5.6, 3.4))
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        shown = [row for row in rows if row["contender"] == name and row["megabits"] is not None]
-        panel.plot([row["megabits"] for row in shown], [100 * row["lost"] for row in shown], "o-", label=name)
-    panel.set(xscale="log", xlabel="Mb/s", ylabel="throughput lost (%)")
-    panel.grid(alpha=0.3)
-    panel.legend()
+    layouts = sorted({(row["stages"], row["stages_a_host"]) for row in rows})
+    figure, panels = plt.subplots(1, len(layouts), figsize=(4.8 * len(layouts), 3.4), squeeze=False)
+    for panel, layout in zip(panels[0], layouts, strict=True):
+        limited = [r for r in rows if (r["stages"], r["stages_a_host"]) == layout and r["megabits"] is not None]
+        for name in dict.fromkeys(row["contender"] for row in limited):
+            shown = [row for row in limited if row["contender"] == name]
+            panel.plot([row["megabits"] for row in shown], [100 * row["lost"] for row in shown], "o-", label=name)
+        title = f"K = {layout[0]}, {layout[1]} a host"
+        panel.set(xscale="log", xlabel="Mb/s", ylabel="throughput lost (%)", title=title)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
