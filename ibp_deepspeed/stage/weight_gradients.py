@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -78,15 +79,14 @@ def split_backward(layers: Iterable[Any], weight_gradients: WeightGradients) -> 
 
 def split_linear(module: nn.Module, weight_gradients: WeightGradients, *, transposed: bool = False) -> None:
     """Do that to one layer x → x·Wᵀ + b, with ``transposed`` x → x·W + b, that has ``weight`` and ``bias``."""
-    forward = module.forward
+    # a bound method, so that a copy of the layer has one of its own
+    module.forward = MethodType(partial(_forward, transposed, weight_gradients), module)
 
-    def split(inputs: Tensor) -> Tensor:
-        weight, bias = module.weight, module.bias
-        if not (torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad):
-            return forward(inputs)
-        return _Linear.apply(inputs, weight, bias, transposed, weight_gradients)
 
-    module.forward = split
+def _forward(transposed: bool, weight_gradients: WeightGradients, module: nn.Module, inputs: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and module.weight.requires_grad:
+        return _Linear.apply(inputs, module.weight, module.bias, transposed, weight_gradients)
+    return type(module).forward(module, inputs)
 
 
 class _Linear(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,18 @@ def test_a_layer_can_split_by_itself() -> None:
     for work in queue:
         work()
     assert all(p.grad is not None for p in layers.parameters())
+
+
+def test_a_copy_of_a_layer_has_weights_of_its_own() -> None:
+    layers = nn.Sequential(nn.Linear(6, 6))
+    split_backward(layers, WeightGradients())
+    copied, inputs = copy.deepcopy(layers), torch.randn(4, 6)
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.zero_()
+    assert not torch.equal(copied(inputs), layers(inputs))
+    copied(inputs).sum().backward()
+    assert all(p.grad is not None for p in copied.parameters()) and all(p.grad is None for p in layers.parameters())
 
 
 def test_without_gradients_layers_are_as_before() -> None:

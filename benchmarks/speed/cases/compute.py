@@ -81,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
     parser.add_argument("--stages", type=int, default=2, help="K")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8], help="M")
-    parser.add_argument("--contenders", nargs="+", default=["N=1", "N=2", "1F1B"], help="1F1B among them; mode window")
+    names = ["N=1", "B-W", "B-W fused", "1F1B"]
+    parser.add_argument("--contenders", nargs="+", default=names, help="1F1B among them; widths in mode window")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers")
     parser.add_argument("--width", type=int, default=320, help="hidden size")
     parser.add_argument("--vocabulary", type=int, default=2048, help="tokens")

@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=int, default=4, help="K")
     parser.add_argument("--micro-batches", type=int, default=8, help="M")
     parser.add_argument("--latencies", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0], help="units")
-    names = ["N=1", "N=2", "N=2 slack 1", "N=2 slack 2", "1F1B"]
+    names = ["N=1", "G=2", "N=2", "N=2 slack 1", "N=2 slack 2", "B-W", "1F1B"]
     parser.add_argument("--contenders", nargs="+", default=names, help="1F1B must be among them")
-    add_timing_arguments(parser, unit=0.06, measured=8)
+    add_timing_arguments(parser, unit=0.05, measured=8)
 
 
 def run(args: argparse.Namespace) -> list[Row]:
