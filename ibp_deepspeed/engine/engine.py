@@ -5,39 +5,34 @@ from __future__ import annotations
 import atexit
 import sys
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 from torch import Tensor
 
 from ibp_deepspeed.comm.loss_board import LossBoard
-from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
 from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.engine.checkpointing import CheckpointingEngine, EngineCheckpoints
+from ibp_deepspeed.engine.checkpointing import EngineCheckpoints
 from ibp_deepspeed.engine.evaluation import evaluate
-from ibp_deepspeed.errors import BatchError, InterlockingError
-from ibp_deepspeed.schedule import instructions
+from ibp_deepspeed.engine.execution import ExecutingEngine
+from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
 from ibp_deepspeed.schedule.validate import ScheduleMaker, validated_timeline
 from ibp_deepspeed.stage.losses import StageLosses
-from ibp_deepspeed.stage.micro_batch import MicroBatchInFlight
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
-from ibp_deepspeed.stage.sample_ledger import SampleLedger, to_device, unpack
+from ibp_deepspeed.stage.sample_ledger import SampleLedger
 from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward
-from ibp_deepspeed.strategy.strategy import StageStrategy
 from ibp_deepspeed.strategy.timeline import Timeline
 
 _FLUSH_SECONDS = 30.0
 
 
-class InterlockedPipelineEngine(CheckpointingEngine):
+class InterlockedPipelineEngine(ExecutingEngine):
     """Trains an :class:`InterlockedPipelineModule`. Made by :func:`ibp_deepspeed.initialize`.
 
     Streams across batches: a stage starts its next batch as soon as its own optimizer step is done, and waits for
@@ -47,7 +42,6 @@ class InterlockedPipelineEngine(CheckpointingEngine):
     Attributes:
         interlocking: the configuration.
         timeline: the strategies of all batches.
-        recomputations: how often the trunk was run again for activation checkpointing.
     """
 
     module: InterlockedPipelineModule
@@ -66,7 +60,7 @@ class InterlockedPipelineEngine(CheckpointingEngine):
             head = self.module.aux_head
             compile_layers(self.module.forward_funcs, [] if head is None else [head], torch.device(self.device))
         self._trunk_parameters = self.module.trunk_parameters()
-        self._borrowed = self.module.placement.borrowed_from(self.stage_id)  # layers of this stage before a head
+        self._borrowed = self.module.placement.borrowed_from(self.stage_id)
         self._set_schedule()
         self.links = StageLinks(self.grid, self.device, self._channel_depth)
         self._readouts = ReadoutCopies.from_config(interlocking, self.module, self.grid, self.micro_batches)
@@ -74,7 +68,7 @@ class InterlockedPipelineEngine(CheckpointingEngine):
         self._losses = StageLosses(self.grid, self.device)
         self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
         self._ledger = SampleLedger(self.stage_id)
-        self._due: deque[MicroBatchInFlight] = deque()  # whose weight gradients are still to be computed
+        self._due = deque()
         self._weight_gradients = WeightGradients()
         if any(strategy.splits(self.stage_id) for strategy in self.timeline.strategies()):
             split_backward(self.module.forward_funcs, self._weight_gradients)
@@ -94,12 +88,6 @@ class InterlockedPipelineEngine(CheckpointingEngine):
     def _train_schedule(self) -> InterlockedTrainSchedule:
         """Overrides PipelineEngine's: the object that was validated, for the batch at hand."""
         return self._schedules[self.timeline.at(self.global_steps)]
-
-    def _exec_schedule(self, pipe_schedule: InterlockedTrainSchedule) -> None:
-        """Overrides PipelineEngine's, which makes all instructions in every batch again."""
-        self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
-        for command in pipe_schedule.program:
-            self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Overrides PipelineEngine's: another number of micro-batches needs another schedule."""
@@ -230,165 +218,6 @@ class InterlockedPipelineEngine(CheckpointingEngine):
     def _close_at_exit(self) -> None:
         self._failed = self._failed or getattr(sys, "last_value", None) is not None
         self.close()
-
-    # Instructions
-
-    def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
-        recompute = self._recompute and self._schedule.tables[micro_batch].waits
-        if self._borrowed:
-            layers, borrowed = self.module.remaining_layers, self.module.borrowed_layers
-            micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute)
-        else:
-            micro = MicroBatchInFlight(self.module.trunk, recompute=recompute)
-        micro.inputs, micro.labels, micro.sample_checksum = self.load_micro_batch()
-        self.pipe_buffers["in_flight"][buffer_id] = micro
-
-    def _exec_recv_activations(self, buffer_id: int, micro_batch: int) -> None:
-        micro = self._in_flight(buffer_id)
-        self._fill_the_gap(self.links.has_activation)
-        hidden, header = self.links.receive_activation()
-        self._ledger.add(header, self.global_steps, micro_batch, micro.sample_checksum)
-        micro.inputs = hidden.requires_grad_(self._schedule.tables[micro_batch].sends_gradients)
-
-    def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
-        micro = self._in_flight(buffer_id)
-        self.links.wait_for_credit()
-        micro.forward(input_gradient_follows=self._schedule.tables[micro_batch].input_gradient_follows)
-        if self.is_last_stage():
-            micro.outputs = self.module.objectives[self.stage_id].loss(micro.outputs, micro.labels)
-            self._losses.add(self.stage_id, micro.outputs)
-            micro.output_gradients[self.stage_id] = torch.full_like(micro.outputs, 1 / self.micro_batches)
-
-    def _exec_send_activations(self, buffer_id: int, micro_batch: int) -> None:
-        micro = self._in_flight(buffer_id)
-        spec = TensorSpec.of(micro.outputs, self.stage_id)
-        header = (self.global_steps, micro_batch, micro.sample_checksum)
-        self.links.send_activation(spec, micro.outputs.detach(), header)
-        if not self._schedule.tables[micro_batch].computes_losses:
-            micro.drop_graph()
-
-    def _exec_aux_loss(self, buffer_id: int, micro_batch: int, loss: int) -> None:
-        micro = self._in_flight(buffer_id)
-        table, objective = self._schedule.tables[micro_batch], self.module.objectives[loss]
-        read, gradients = (
-            (micro.cut, micro.borrowed_gradients) if self._borrowed else (micro.outputs, micro.output_gradients)
-        )
-        assert read is not None
-        hidden = read.detach().requires_grad_(loss in table.used)
-        outputs = objective.outputs(hidden)
-        value = objective.training_loss(outputs, micro.labels, batch=self.global_steps, index=loss)
-        self._losses.add(loss, value)
-        with self._accumulating():
-            (value / self.micro_batches).backward()
-        if hidden.grad is not None:
-            gradients[loss] = hidden.grad
-        if loss not in table.crosses:
-            micro.drop_graph()
-
-    def _exec_recv_grads(self, buffer_id: int, micro_batch: int, loss: int) -> None:
-        micro = self._in_flight(buffer_id)
-        self._fill_the_gap(self.links.has_gradient)
-        gradient, header = self.links.receive_gradient()
-        self._ledger.add(header, self.global_steps, micro_batch, loss)
-        micro.output_gradients[loss] = gradient
-
-    def _exec_backward_borrowed(self, buffer_id: int, micro_batch: int, loss: int) -> None:
-        micro = self._in_flight(buffer_id)
-        with self._weight_gradients.left_out():
-            micro.backward_borrowed(loss)
-        micro.drop_graph()
-
-    def _exec_backward_input(self, buffer_id: int, micro_batch: int, loss: int) -> None:
-        micro = self._in_flight(buffer_id)
-        with self._weight_gradients.left_out():
-            micro.backward_input(loss)
-        if loss == self.stage_id:
-            micro.drop_graph()
-
-    def _exec_send_grads(self, buffer_id: int, micro_batch: int, loss: int) -> None:
-        micro = self._in_flight(buffer_id)
-        gradient = micro.input_gradients.pop(loss)
-        self.links.send_gradient(gradient, (self.global_steps, micro_batch, loss))
-
-    def _exec_backward_pass(self, buffer_id: int, micro_batch: int) -> None:
-        self._update(self._in_flight(buffer_id), self._schedule.tables[micro_batch])
-
-    def _exec_update_input(self, buffer_id: int, micro_batch: int) -> None:
-        micro = self._in_flight(buffer_id)
-        with self._weight_gradients.put_off(micro.weight_gradients):
-            self._update(micro, self._schedule.tables[micro_batch])
-        self._due.append(micro)
-
-    def _exec_backward_weight(self, buffer_id: int, micro_batch: int) -> None:
-        if self._in_flight(buffer_id) in self._due:  # else gaps were filled with it
-            self._work_off(lambda: False)
-
-    def _update(self, micro: MicroBatchInFlight, table: StageStrategy) -> None:
-        both = table.update_gives_input_gradient
-        with self._accumulating():
-            micro.update(table.terms, None if both else self._trunk_parameters or None, table.borrowed_share)
-        if both:
-            micro.input_gradients[table.reach] = micro.input_gradient(table.input_weight)
-        self.recomputations += micro.recomputations
-        micro.free()
-
-    def _fill_the_gap(self, has_come: Callable[[], bool]) -> None:
-        """While a message has not come: weight gradients that are due, the oldest first, as the program has them."""
-        while self._due and not has_come():
-            self._work_off(has_come)
-
-    def _work_off(self, until: Callable[[], bool]) -> None:
-        with self._accumulating():  # one micro-batch each: bf16 gradients of two would be summed in bf16
-            if self._due[0].update_weights(until):
-                self._due.popleft()
-
-    def _exec_reduce_grads(self) -> None:
-        """Overrides SteppingEngine's: first the proof that all stages saw the same samples."""
-        self._ledger.check()
-        if self.module.tied_comms:
-            self._exec_reduce_tied_grads()
-        super()._exec_reduce_grads()
-
-    _INSTRUCTION_MAP = {
-        instructions.LoadMicroBatch: _exec_load_micro_batch,
-        instructions.RecvActivation: _exec_recv_activations,
-        instructions.ForwardPass: _exec_forward_pass,
-        instructions.SendActivation: _exec_send_activations,
-        instructions.AuxLoss: _exec_aux_loss,
-        instructions.RecvGrad: _exec_recv_grads,
-        instructions.BackwardBorrowed: _exec_backward_borrowed,
-        instructions.BackwardInput: _exec_backward_input,
-        instructions.SendGrad: _exec_send_grads,
-        instructions.BackwardPass: _exec_backward_pass,
-        instructions.UpdateInput: _exec_update_input,
-        instructions.BackwardWeight: _exec_backward_weight,
-        instructions.ReduceGrads: _exec_reduce_grads,
-        instructions.OptimizerStep: PipelineEngine._exec_optimizer_step,
-    }
-
-    # Pieces
-
-    def _in_flight(self, buffer_id: int) -> MicroBatchInFlight:
-        micro: MicroBatchInFlight = self.pipe_buffers["in_flight"][buffer_id]
-        return micro
-
-    def load_micro_batch(self) -> tuple[Any, Any, int]:
-        """The next micro-batch: inputs (first stage only), labels (stages with a loss only), sample checksum."""
-        if self.data_iterator is None:
-            raise BatchError(f"stage {self.stage_id} was given no data: every rank needs a data_iter.")
-        try:
-            row = self._next_batch()
-        except StopIteration:
-            raise BatchError(
-                f"the data of stage {self.stage_id} ended in batch {self.global_steps + 1}: give a repeating iterator."
-            ) from None
-        inputs, labels, key = unpack(row)
-        has_loss = bool(self.module.objectives)
-        return (
-            to_device(inputs, self.device) if self.is_first_stage() else None,
-            to_device(labels, self.device) if has_loss else None,
-            key,
-        )
 
     # Reports
 
