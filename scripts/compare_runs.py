@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import cli
 from ibp_deepspeed.errors import InterlockingError
+
+if TYPE_CHECKING:
+    from ibp_deepspeed.config.interlocking import InterlockingConfig
 
 
 @dataclass(frozen=True)
@@ -67,21 +72,28 @@ def read(folder: Path) -> Result:
     cost = head_cost(CausalLM(description.hf_config()), options, num_stages, description.sequence_length)
     timeline = Timeline(interlocking, num_stages, micro_batches, aux_heads=options is not None)
     prediction = predict_timeline(timeline, Costs(head=cost))
-    name = f"{interlocking.strategy}, N = {interlocking.width_for(num_stages)} of {num_stages}"
-    last = evaluated[-1]
-    return Result(
-        str(folder), name, num_stages, micro_batches, last["step"], last["held_out"][-1], prediction.batch_time
-    )
+    name, last = in_words(interlocking, num_stages), evaluated[-1]
+    loss = math.nan if last["held_out"][-1] is None else last["held_out"][-1]
+    return Result(str(folder), name, num_stages, micro_batches, last["step"], loss, prediction.batch_time)
+
+
+def in_words(interlocking: InterlockingConfig, num_stages: int) -> str:
+    """A strategy's name and width, which counts exits where not every stage is one."""
+    exits = len(interlocking.exits_for(num_stages))
+    width = min(interlocking.width_for(num_stages), exits)
+    words = f"{interlocking.strategy}, N = {width} of {exits}" + (" exits" if exits < num_stages else "")
+    return f"{words}, sum" if interlocking.mode == "sum" else words
 
 
 def table(results: list[Result]) -> str:
     """One line a run."""
     widest = max(len(r.name) for r in results)
-    names = f"{'strategy':<20} {'batches':>8} {'held-out loss':>14} {'units a batch':>14} {'time':>7}"
+    what = max(20, *(len(r.strategy) for r in results))
+    names = f"{'strategy':<{what}} {'batches':>8} {'held-out loss':>14} {'units a batch':>14} {'time':>7}"
     lines = [f"{'run':<{widest}}  {names}"]
     for r in results:
         lines.append(
-            f"{r.name:<{widest}}  {r.strategy:<20} {r.batches:>8,} {r.loss:>14.3f} {r.batch_time:>14.2f} "
+            f"{r.name:<{widest}}  {r.strategy:<{what}} {r.batches:>8,} {r.loss:>14.3f} {r.batch_time:>14.2f} "
             f"{r.time / results[0].time:>6.2f}x"
         )
     return "\n".join(lines)

@@ -59,15 +59,15 @@ def evaluate_exits(args: argparse.Namespace) -> tuple[Evaluation, float]:
 
 
 def perplexities(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """A row an exit by the metric beside this script: exit, loss, perplexity, tokens."""
+    """A row for each exit that has a loss, by the metric beside this script: exit, loss, perplexity, tokens."""
     import evaluate
 
     folder = str(Path(__file__).resolve().parent / "metrics" / "exit_perplexity")
     rows = []
-    for exit_, loss in enumerate(evaluation.losses, 1):
-        metric = evaluate.load(folder, experiment_id=f"{os.getpid()}-{exit_}")
-        metric.add(predictions=loss, references=evaluation.tokens)
-        rows.append({"exit": exit_, **metric.compute()})
+    for row in evaluation.rows():
+        metric = evaluate.load(folder, experiment_id=f"{os.getpid()}-{row['exit']}")
+        metric.add(predictions=row["loss"], references=evaluation.tokens)
+        rows.append({"exit": row["exit"], **metric.compute()})
     return rows
 
 

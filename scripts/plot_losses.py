@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,12 @@ def draw(rows: list[dict[str, Any]], path: Path, entropy: float | None) -> None:
         for exits in sorted({len(row[kind]) for row in rows if kind in row}):  # a resumed run may have other stages
             points = [(row["step"], row[kind]) for row in rows if len(row.get(kind, ())) == exits]
             for index in range(exits):
+                steps, given = [step for step, _ in points], [values[index] for _, values in points]
+                losses = [math.nan if loss is None else loss for loss in given]  # null: a stage without a loss
+                if all(map(math.isnan, losses)):
+                    continue
                 name = "model" if index == exits - 1 else f"exit {index + 1} of {exits}"
                 label = None if kind == "held_out" else name
-                steps, losses = [step for step, _ in points], [values[index] for _, values in points]
                 axes.plot(steps, losses, color=f"C{index}", label=label, **style)
     if entropy is not None:
         axes.axhline(entropy, color="grey", linestyle=":", label="unigram entropy")

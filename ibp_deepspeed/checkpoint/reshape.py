@@ -71,6 +71,11 @@ def fill_head(head: nn.Module, origin: HeadOrigin, saved: CheckpointReader) -> N
         state[name].copy_(value)
 
 
+def dropped_report(saved: PipelineShape, now: PipelineShape) -> list[str]:
+    """A line for the user for each head of the checkpoint at whose boundary none stands any more."""
+    return [f"head before layer {b}: dropped, none stands there now" for b in sorted(saved.heads.keys() - now.heads)]
+
+
 def decay_report(saved: PipelineShape, now: PipelineShape) -> list[str]:
     """A line for the user if the parameter groups are others than the checkpoint's; else none."""
     if saved.decay == now.decay:

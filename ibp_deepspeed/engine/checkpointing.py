@@ -70,7 +70,7 @@ class EngineCheckpoints:
             lines, client_state = self._load_by_name(path, saved)
             self.load_report, found = [] if same or regrouped else lines, str(path / "reshaped")
             if self._engine.global_rank == 0:
-                self.load_report += reshape.decay_report(saved, own)
+                self.load_report += reshape.dropped_report(saved, own) + reshape.decay_report(saved, own)
         if found is not None:
             self._store.resume_random_state(path)
             if self._readouts is not None:
@@ -88,7 +88,7 @@ class EngineCheckpoints:
             replicas=engine.grid.data_parallel_size,
             micro_batches=engine.micro_batches,
             heads=module.placement.boundaries(module.parts),
-            head_options=head_structure(engine.interlocking.aux_head) if module.has_aux_heads else None,
+            head_options=head_structure(engine.interlocking.aux_head) if module.placement.heads else None,
             optimizer="/".join(classes),
             decay=engine.interlocking.decay,
         )

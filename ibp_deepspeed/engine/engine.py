@@ -230,8 +230,8 @@ class InterlockedPipelineEngine(ExecutingEngine):
         if latest is None:
             return
         losses, batch = latest
-        text = " ".join(f"{loss:.4f}" for loss in losses.tolist())
-        logger.info(f"batch {batch}: losses of stages 0 … {self.num_stages - 1}: {text}")
+        text = ", ".join(f"stage {k} {losses[k]:.4f}" for k in self.module.placement.losses)
+        logger.info(f"batch {batch}: losses of the exits: {text}")
         if self.monitor.enabled:
             samples = batch * self.train_batch_size()
             events = [(f"Train/Exits/stage_{k}_loss", losses[k].item(), samples) for k in self.module.placement.losses]

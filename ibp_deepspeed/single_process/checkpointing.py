@@ -12,7 +12,15 @@ from torch import nn
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
 from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, head_name, read
-from ibp_deepspeed.checkpoint.reshape import HeadOrigin, decay_report, fill_head, head_origin, restore_plain, source_of
+from ibp_deepspeed.checkpoint.reshape import (
+    HeadOrigin,
+    decay_report,
+    dropped_report,
+    fill_head,
+    head_origin,
+    restore_plain,
+    source_of,
+)
 from ibp_deepspeed.checkpoint.store import CheckpointStore
 from ibp_deepspeed.objectives.shared_readout import RefreshRule, fill_pending, source_readout
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
@@ -65,7 +73,7 @@ class SingleProcessCheckpoints:
         lines = [] if same else self._load_by_name(saved)
         if same:
             self._load_stages(path, saved)
-        self.load_report = ([] if regrouped else lines) + decay_report(shape, own)
+        self.load_report = ([] if regrouped else lines) + dropped_report(shape, own) + decay_report(shape, own)
         counters = saved.stage_file()
         self._reference.batch = counters["global_steps"]
         for scheduler in self._schedulers:

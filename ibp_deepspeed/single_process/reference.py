@@ -64,7 +64,7 @@ class InterlockedReference:
         if aux_heads is not None and len(aux_heads) != count - 1:
             raise ValueError(f"{count} stages need {count - 1} heads, not {len(aux_heads)}")
         self.placement = HeadPlacement.from_config(self.interlocking, count, self._has_heads)
-        options = self.interlocking.aux_head if aux_heads else None
+        options = self.interlocking.aux_head if self.placement.heads else None
         made = {
             k: as_objective(_head_of(aux_heads or (), k)).configured(options, loss_fn) for k in self.placement.heads
         }

@@ -137,8 +137,8 @@ class VirtualPipeline:
             return
         assert self._losses is not None
         samples = self.global_steps * self.train_batch_size()
-        rows = enumerate(self._losses.tolist())
-        self.monitor.write_events([(f"Train/Exits/stage_{k}_loss", loss, samples) for k, loss in rows])
+        losses, exits = self._losses.tolist(), self.reference.placement.losses
+        self.monitor.write_events([(f"Train/Exits/stage_{k}_loss", losses[k], samples) for k in exits])
 
     @property
     def data_parallel_rank(self) -> int:

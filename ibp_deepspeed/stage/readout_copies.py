@@ -72,12 +72,7 @@ class ReadoutCopies:
     ) -> ReadoutCopies | None:
         """What a configuration asks for; None if the heads have private LM heads, or there are none."""
         stages = grid.pipe_parallel_size
-        if (
-            not module.has_aux_heads
-            or stages == 1
-            or interlocking.aux_head is None
-            or interlocking.aux_head.readout == "private"
-        ):
+        if not module.placement.heads or interlocking.aux_head is None or interlocking.aux_head.readout == "private":
             return None
         return cls(module, grid, RefreshRule.from_config(interlocking, stages, micro_batches))
 

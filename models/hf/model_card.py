@@ -64,9 +64,12 @@ def _title(exits: Exits, exit_: int) -> str:
 def _what(exits: Exits, exit_: int) -> str:
     if exits.description.data is None:
         return f"The weights of {exits.description.init_from}, unchanged."
+    if len(exits.placement.losses) == 1:
+        return f"Trained with backpropagation in {len(exits)} pipeline stages."
+    who = "each stage has" if len(exits.placement.losses) == len(exits) else f"exits {_numbers(exits)} have"
     story = (
-        f"Trained with interlocking backpropagation in {len(exits)} pipeline stages: each stage has a loss, and its "
-        "layers are trained by the losses of the next stages."
+        f"Trained with interlocking backpropagation in {len(exits)} pipeline stages: {who} a loss, and layers are "
+        "trained by the losses of the next exits."
     )
     if exit_ == len(exits):
         return story
@@ -82,6 +85,7 @@ def _training(exits: Exits) -> dict[str, str]:
     batches = layout.batches_of(exits.folder.name)
     rows = {
         "strategy": f"{interlocking.strategy}, width {interlocking.width_for(stages)} of {stages} stages",
+        "exits": _numbers(exits),
         "mode": interlocking.mode,
         "layers of the stages": str(description.bounds),
         "batches": "unknown" if batches is None else f"{batches:,}",
@@ -89,3 +93,8 @@ def _training(exits: Exits) -> dict[str, str]:
     }
     extra = {"text": description.source, "began with the weights of": description.init_from}
     return rows | {name: value for name, value in extra.items() if value}
+
+
+def _numbers(exits: Exits) -> str:
+    """Of the exits that have a loss."""
+    return ", ".join(str(loss + 1) for loss in exits.placement.losses)

@@ -72,13 +72,14 @@ class Run:
 
         evaluation = evaluate(self.pipeline, held_out)
         if self.first:
-            self.write({"step": step, "held_out": evaluation.losses, "tokens": evaluation.tokens})
+            self.write({"step": step, "held_out": or_null(evaluation.losses), "tokens": evaluation.tokens})
             text = in_words(evaluation.losses)
             self.bar.write(f"batch {step}: held-out losses of the exits {text} ({evaluation.tokens:,} tokens)")
             monitor = self.pipeline.monitor
             if monitor is not None and monitor.enabled:
                 samples = step * self.pipeline.train_batch_size()
-                events = [(f"Eval/Exits/stage_{k}_loss", x, samples) for k, x in enumerate(evaluation.losses)]
+                rows = evaluation.rows()
+                events = [(f"Eval/Exits/stage_{row['exit'] - 1}_loss", row["loss"], samples) for row in rows]
                 monitor.write_events(events)
         return evaluation
 
@@ -91,7 +92,7 @@ class Run:
         if latest is None or latest[1] == self.logged:
             return
         losses, self.logged = latest
-        self.write({"step": self.logged, "train": losses.tolist()})
+        self.write({"step": self.logged, "train": or_null(losses.tolist())})
         seconds = (time.perf_counter() - self.began) / (step - self.start)
         rate = f"{self.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
         text = in_words(losses.tolist())
@@ -112,6 +113,11 @@ class Run:
 def in_words(losses: Sequence[float]) -> str:
     """Of the exits that have one."""
     return " ".join(f"{loss:.3f}" for loss in losses if not math.isnan(loss))
+
+
+def or_null(losses: Sequence[float]) -> list[float | None]:
+    """As JSON has them: null where a stage has none."""
+    return [None if math.isnan(loss) else loss for loss in losses]
 
 
 def open_history(path: Path, batches: int) -> IO[str]:

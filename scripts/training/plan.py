@@ -66,6 +66,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from ibp_deepspeed.config.auto import fill_auto
     from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config, resolve_interlocking
     from ibp_deepspeed.data import open_tokens
+    from ibp_deepspeed.strategy.timeline import Timeline
     from models import CausalLM
     from models.runs.checkpoint import tokenizer_texts
     from models.runs.resume import checkpoint_to_resume
@@ -83,6 +84,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     defaults = default_hyperparameters(args, model.hidden_size)
     ds_config = fill_auto(ds_config, given_hyperparameters(args), defaults, replicas)
     check_ds_config(ds_config)
+    micro_batches = ds_config.get("gradient_accumulation_steps") or 1
+    Timeline(interlocking, num_stages, micro_batches, interlocking.aux_head is not None).channel_depth()
     if first:
         _warn_of_schedule(ds_config, args.steps)
         _warn_of_mode(interlocking, num_stages)
@@ -201,7 +204,7 @@ def _warn_of_mode(interlocking: InterlockingConfig, num_stages: int) -> None:
     """Say it when language models are known to learn slowly with these options."""
     options, width = interlocking.aux_head, interlocking.width_for(num_stages)
     linear = options is not None and options.blocks == options.borrow == 0
-    if interlocking.mode == "furthest" and 1 < width < num_stages and linear:
+    if interlocking.mode == "furthest" and 1 < width < len(interlocking.exits_for(num_stages)) and linear:
         print(
             f'warning: mode "furthest" at width {width} with linear heads learns language slowly (docs/learning.md): '
             'set "mode": "window", or "aux_head": {"blocks": 1}.',

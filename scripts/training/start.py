@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scripts.training.arguments import EVAL_MICRO_BATCHES
@@ -85,12 +86,16 @@ def open_data(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Data:
 def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data) -> None:
     """Say on rank 0 what is going to be trained, and what of the data is left out."""
     options, micro_batches = plan.interlocking.aux_head, pipeline.gradient_accumulation_steps()
+    exits = plan.interlocking.exits_for(plan.num_stages)
+    if len(exits) == 1:
+        options = None  # no head is left
     head_parameters = plan.model.aux_head_parameters(options) if options else 0
     lines = [
         f"{plan.num_stages} stages × {plan.replicas} replicas, layers {plan.bounds}, "
         f"{sum(plan.model.parameter_counts()):,} parameters and {head_parameters:,} a head, strategy "
         f"{plan.interlocking.strategy} ({plan.interlocking.mode}), {micro_batches} micro-batches of "
-        f"{pipeline.train_micro_batch_size_per_gpu()} samples, learning rate {_learning_rate(plan)}"
+        f"{pipeline.train_micro_batch_size_per_gpu()} samples, learning rate {_learning_rate(plan)}",
+        *_few_exits(exits, plan.num_stages),
     ]
     if args.init_from and not plan.resume:
         heads = "at random" if args.init_heads == "fresh" else "as its final norm and LM head"
@@ -113,6 +118,15 @@ def summarise(speed: Speed, plan: Plan, args: argparse.Namespace) -> str:
     """All ranks together, at the end: memory, speed and MFU in words, for rank 0 to show."""
     peaks = gathered_peaks(peak_memory(on_gpu()))
     return end_line(Machine.here(on_gpu()), speed, flops_per_token(plan, args.sequence_length), peaks) if peaks else ""
+
+
+def _few_exits(exits: Sequence[int], stages: int) -> list[str]:
+    """Which exits there are, by their numbers, where not every stage is one."""
+    if len(exits) == stages:
+        return []
+    if len(exits) == 1:
+        return [f"the last of the {stages} stages is the only exit: this is backpropagation"]
+    return [f"exits {', '.join(str(k + 1) for k in exits)} of {stages} have a loss"]
 
 
 def _learning_rate(plan: Plan) -> str:

@@ -20,6 +20,11 @@ GLOBAL = {"strategy": "global", "clip_scope": "global"}
 FOUR, THREE, TWO = [0, 2, 4, 6, 8], [0, 2, 5, 8], [0, 4, 8]
 TRUNK = [f"{layer}.{name}" for layer in range(LAYERS) for name in ("bias", "weight")]
 HEADS = {4: "head before layer 4: from the checkpoint"}
+GONE = [f"head before layer {boundary}: dropped, none stands there now" for boundary in (2, 6)]
+BORN = [f"head before layer {boundary}: from the head before layer 4" for boundary in (2, 6)]
+SUM: dict[str, Any] = {"strategy": "global", "mode": "sum"}
+PHASES = [{"from_step": 2, "width": 4, "mode": "sum"}, {"from_step": 4, "width": 2}]
+HALF, MODULE = {**LOCAL, "exits": 2}, {**LOCAL, "exits": 4}
 
 
 def case(bounds: list[int], replicas: int = 1, strategy: dict[str, Any] = LOCAL, **more: Any) -> dict[str, Any]:
@@ -61,13 +66,10 @@ def test_processes_in_other_shapes(tmp_path: Path) -> None:
     assert not unchanged["lines"] and unchanged["error"] <= 1e-6, unchanged
     for row in rows[:4]:
         check_kept(row, [4])
-        assert row["lines"] == [HEADS[4]] and not row["moved"], row
+        assert row["lines"] == sorted([*GONE, HEADS[4]]) and not row["moved"], row
     back, bounds, *exact = rows[4:]
     check_kept(back, [4])
-    assert back["lines"] == [
-        "head before layer 2: from the head before layer 4", HEADS[4],
-        "head before layer 6: from the head before layer 4",
-    ]  # fmt: skip
+    assert back["lines"] == sorted([*BORN, HEADS[4]])
     assert set(back["moved"].values()) == {"head 4.weight", "head 4.bias"}
     assert bounds["lines"][0] == "head before layer 1: from the head before layer 2"
     check_kept(bounds, [4])
@@ -84,6 +86,51 @@ def test_processes_in_other_shapes(tmp_path: Path) -> None:
     virtual = make(FOUR, GLOBAL)
     virtual.load_checkpoint(tmp_path / "exact")
     assert_trunk_is(virtual, tmp_path / "exact")
+
+
+@pytest.mark.parametrize("precision", [{}, {"zero": 1}], ids=["plain", "zero"])
+def test_processes_with_other_exits(precision: dict[str, Any], tmp_path: Path) -> None:
+    """Every stage, every second, the last alone, and back: heads go, stay with all their state, and come."""
+    folders = {name: str(tmp_path / name) for name in ("every", "half", "module")}
+    blocks: dict[str, dict[str, Any]] = {"every": LOCAL, "half": HALF, "module": MODULE}
+    saving = [case(FOUR, strategy=block, save=folders[name]) for name, block in blocks.items()]
+    loading = [
+        case(FOUR, strategy=HALF, load=folders["every"]),
+        case(FOUR, strategy=LOCAL, load=folders["half"]),
+        case(FOUR, strategy=MODULE, load=folders["half"]),
+        case(FOUR, strategy=HALF, load=folders["module"], sources=True),
+    ]
+    reports = launch("reshape", 4, [each | precision for each in saving + loading]).check().reports[0]
+    fewer, more, none, first = reports[len(saving) :]
+    for row, heads, lines in (
+        (fewer, [4], [*GONE, HEADS[4]]),
+        (more, [4], [*BORN, HEADS[4]]),
+        (none, [], ["head before layer 4: dropped, none stands there now"]),
+        (first, [], ["head before layer 4: from the model's LM head"]),
+    ):
+        check_kept(row, heads)
+        assert row["lines"] == sorted(lines), row
+    assert not fewer["moved"] and not none["moved"]
+    assert set(more["moved"]) == {f"head {boundary}.{name}" for boundary in (2, 6) for name in ("bias", "weight")}
+    assert set(more["moved"].values()) == {"head 4.weight", "head 4.bias"}
+    assert first["moved"] == {f"head 4.{name}": f"{LAYERS - 1}.{name}" for name in ("bias", "weight")}
+    virtual = make(FOUR, MODULE)
+    virtual.load_checkpoint(tmp_path / "module")
+    assert virtual.load_report == []
+    assert_trunk_is(virtual, tmp_path / "module")
+
+
+def test_processes_go_on_within_the_sum_of_all_exits(tmp_path: Path) -> None:
+    """Stopped in a phase of mode sum; and a local training that goes on in it: the same shape, heads as they were."""
+    phases, local, folders = {**HALF, "schedule": PHASES}, HALF, [str(tmp_path / name) for name in ("phases", "local")]
+    saving = [case(FOUR, strategy=block, save=folder) for block, folder in zip((phases, local), folders, strict=True)]
+    loading = [case(FOUR, strategy=phases, load=folders[0])]
+    loading.append(case(FOUR, strategy={**SUM, "exits": 2}, load=folders[1]))
+    reports = launch("reshape", 4, saving + loading).check().reports[0][len(saving) :]
+    for row in reports:
+        check_kept(row, [4])
+        assert not row["lines"] and not row["moved"], row
+    assert reports[0]["error"] <= 1e-6 < reports[1]["error"]
 
 
 @pytest.mark.parametrize("precision", [{}, {"zero": 1}, {"zero": 1, "bf16": True}], ids=["plain", "zero", "bf16"])
@@ -128,7 +175,8 @@ def make(bounds: list[int], interlocking: dict[str, Any], sources: bool = False,
     layers = [Layer(seed) for seed in range(LAYERS - 1)] + [Head(LAYERS - 1)]
     stages = [nn.Sequential(*layers[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
     kind = HeadWithSources if sources else Head
-    heads = None if interlocking["strategy"] == "global" else [kind(100 + k) for k in range(len(stages) - 1)]
+    without = interlocking["strategy"] == "global" and interlocking.get("mode") != "sum"
+    heads = None if without else [kind(100 + k) for k in range(len(stages) - 1)]
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": SAMPLES,
@@ -207,6 +255,52 @@ def test_another_strategy_is_the_same_shape(tmp_path: Path) -> None:
     for ours, theirs in zip(other.optimizers, one.optimizers, strict=True):
         for a, b in zip(ours.state.values(), theirs.state.values(), strict=True):
             assert torch.equal(a["exp_avg"], b["exp_avg"])
+
+
+def test_heads_go_stay_and_come_with_the_exits(tmp_path: Path) -> None:
+    """One process: a head that stays has its weights and moments, a new one begins as its neighbour."""
+    every, half, again = make(FOUR, LOCAL), make(FOUR, HALF), make(FOUR, LOCAL)
+    train(every, range(2))
+    every.save_checkpoint(tmp_path)
+    half.load_checkpoint(tmp_path)
+    assert half.load_report == [HEADS[4], *GONE]
+    assert list(half.reference.aux_heads) == [1]
+    assert_same_head(half, 1, every, 1)
+    train(half, range(2, 4))
+    half.save_checkpoint(tmp_path)
+    assert [path.name for path in (tmp_path / "global_step4").glob("aux_head_*")] == ["aux_head_04-model_states.pt"]
+    again.load_checkpoint(tmp_path)
+    assert again.load_report == [BORN[0], HEADS[4], BORN[1]]
+    for loss in (0, 1, 2):
+        assert_same_head(again, loss, half, 1)
+    assert all(map(torch.equal, trunk(again), trunk(half)))
+    train(again, range(4, 5))
+
+
+def assert_same_head(ours: VirtualPipeline, loss: int, theirs: VirtualPipeline, other: int) -> None:
+    """Weights and moments."""
+    heads = ours.reference.aux_heads[loss], theirs.reference.aux_heads[other]
+    for one, two in zip(*(head.parameters() for head in heads), strict=True):
+        assert torch.equal(one, two)
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(ours.optimizers[loss].state[one][key], theirs.optimizers[other].state[two][key])
+
+
+def test_phases_of_mode_sum_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """Local, the sum of all exits, pairwise: stopped in the second, or before it, nothing changes."""
+    block = {**HALF, "schedule": PHASES}
+    whole = make(FOUR, block)
+    for batch in range(6):
+        if batch in (2, 3):
+            whole.save_checkpoint(tmp_path)
+        train(whole, range(batch, batch + 1))
+    for batch in (2, 3):
+        resumed = make(FOUR, block)
+        resumed.load_checkpoint(tmp_path, f"global_step{batch}")
+        assert resumed.load_report == []
+        train(resumed, range(batch, 6))
+        assert all(map(torch.equal, trunk(resumed), trunk(whole)))
+        assert_same_head(resumed, 1, whole, 1)
 
 
 def test_steps_may_be_numbers_or_tensors(tmp_path: Path) -> None:

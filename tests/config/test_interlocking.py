@@ -10,6 +10,7 @@ from ibp_deepspeed import ConfigError, InterlockingConfig, Strategy
 from ibp_deepspeed.comm.distributed import check_compiler, check_connections
 from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.strategy.timeline import Timeline
 
 
 @pytest.mark.parametrize(
@@ -57,12 +58,39 @@ from ibp_deepspeed.config.interlocking import AuxHeadConfig
             {"mode": "window", "window_weights": [1, 1], "aux_head": {"borrow": 1}},
             "window_weights don't go together with aux_head.borrow",
         ),
+        *[
+            ({"exits": wrong}, '"interlocking.exits": exits are "every", a number of stages from 1 on, or different')
+            for wrong in (0, -1, [], [1, 1], [-1], True, 1.5, "all", None)
+        ],
+        ({"mode": "sum"}, 'mode "sum" is for strategy "global", the strategy is "pairwise"'),
+        ({"strategy": "local", "mode": "sum"}, 'the strategy is "local"'),
+        ({"exit_weights": [1, 1]}, 'exit_weights are for mode "sum", the mode is "furthest"'),
+        ({"strategy": "global", "mode": "sum", "exit_weights": [1, 0]}, "not negative, the last above 0"),
+        ({"strategy": "global", "mode": "sum", "exit_weights": []}, r'"interlocking\.exit_weights|the last above 0'),
+        ({"strategy": "global", "mode": "sum", "aux_head": {"borrow": 1}}, "does not go together with aux_head.borrow"),
+        ({"backward": "split", "compile": True}, 'backward "split" does not go together with compile'),
         ("local", "must be an object"),
     ],
 )
 def test_wrong_blocks_get_one_sentence(block: Any, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence) as caught:
         InterlockingConfig.parse(block)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("block", "sentence"),
+    [
+        ({"exits": [1, 7]}, '"interlocking.exits" names stage 7, the 4 stages are 0 … 3'),
+        ({"exits": [4]}, "names stage 4"),
+        ({"strategy": "nwise", "width": 3, "mode": "sum"}, 'mode "sum" is for width 4 or more on 4 stages, not 3'),
+        ({"strategy": "global", "mode": "sum", "exits": 2, "exit_weights": [1, 1, 1]}, "3 values for the 2 exits on 4"),
+        ({"schedule": [{"from_step": 1, "width": 2, "mode": "sum"}]}, "on 4 stages, not 2"),
+    ],
+)
+def test_what_only_the_number_of_stages_shows(block: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        Timeline(InterlockingConfig.parse(block), stages=4, micro_batches=2)
     assert "\n" not in str(caught.value)
 
 

@@ -19,6 +19,7 @@ from ibp_deepspeed.schedule.validate import validated_timeline
 from ibp_deepspeed.strategy.timeline import Timeline
 
 DEFAULTS: dict[str, Any] = {option: 1e-3 if option == "--learning-rate" else 4 for option in FILLED.values()}
+STRATEGIES = ("local", "modules", "pairwise", "3wise", "global")
 PRESETS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
 
@@ -63,9 +64,7 @@ def test_known_keys_are_those_that_deepspeed_asks_for() -> None:
 
 
 def test_there_is_a_cpu_and_a_gpu_preset_of_each_strategy() -> None:
-    names = {
-        f"{strategy}_{kind}.json" for strategy in ("local", "pairwise", "3wise", "global") for kind in ("cpu", "gpu")
-    }
+    names = {f"{strategy}_{kind}.json" for strategy in STRATEGIES for kind in ("cpu", "gpu")}
     assert {path.name for path in PRESETS} == names
 
 
@@ -77,10 +76,18 @@ def test_preset(path: Path) -> None:
     config = resolve_interlocking(settings)
     parsed = DeepSpeedConfig({k: v for k, v in settings.items() if k != "interlocking"})
     timeline = Timeline(config, 4, parsed.gradient_accumulation_steps, aux_heads=config.aux_head is not None)
-    width = {"local": 1, "pairwise": 2, "3wise": 3, "global": 4}[path.stem.split("_")[0]]
+    name = path.stem.split("_")[0]
+    width = {"local": 1, "modules": 1, "pairwise": 2, "3wise": 3, "global": 4}[name]
     assert [strategy.width for strategy in timeline.strategies()] == [width]
     validated_timeline(timeline)
+    whole = name in ("modules", "global")
+    assert all(strategy.is_backpropagation == whole for strategy in timeline.strategies())
     assert parsed.bfloat16_config.enabled == path.stem.endswith("gpu")
+
+
+def test_modules_are_four_stages() -> None:
+    config = resolve_interlocking(load_ds_config(PRESETS[0].with_name("modules_cpu.json")))
+    assert [config.exits_for(stages) for stages in (2, 4, 8, 10)] == [(1,), (3,), (3, 7), (1, 5, 9)]
 
 
 def test_an_unknown_key_is_named_with_its_neighbour() -> None:

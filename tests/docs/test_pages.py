@@ -95,6 +95,8 @@ def test_commands_of_the_checkpoints_page(tmp_path: Path) -> None:
     lines = [line for line in printed.splitlines() if line.startswith("head before layer")]
     assert lines == [
         "head before layer 4: from the checkpoint",
+        "head before layer 2: dropped, none stands there now",
+        "head before layer 6: dropped, none stands there now",
         "head before layer 2: from the head before layer 4",
         "head before layer 4: from the checkpoint",
         "head before layer 6: from the head before layer 4",

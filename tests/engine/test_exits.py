@@ -66,6 +66,7 @@ def test_exits_combine_with_what_else_there_is() -> None:
         interlocking(1, exits=2, mode="window", aux_head={"borrow": 1}),
         interlocking(2, exits=[0, 1], aux_head={"borrow": 1, **shared}),
         interlocking(1, exits=2, aux_head=shared),
+        interlocking(1, exits=4, aux_head=shared),  # no head is left to share it with
         interlocking(1, exits=2, clip_scope="global"),
         interlocking(1, exits=4, streaming=False),
     ]

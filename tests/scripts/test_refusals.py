@@ -46,6 +46,14 @@ def truncated(data: Path, tmp_path: Path, keep: int | None) -> Path:
         ({"interlocking": {"stratgy": "local"}}, 'unknown key "interlocking.stratgy" (did you mean "strategy"?)'),
         ({"interlocking": {"strategy": "nwise", "width": 0}}, "greater than or equal to 1, got 0"),
         ({"interlocking": {"strategy": "nwise", "width": -1}}, "got -1"),
+        ({"interlocking": {"exits": [1, 7]}}, '"interlocking.exits" names stage 7, the 4 stages are 0 … 3'),
+        ({"interlocking": {"strategy": "nwise", "width": 2, "mode": "sum"}}, 'mode "sum" is for width 4 or more'),
+        (
+            {"interlocking": {"strategy": "global", "mode": "sum", "exits": 2, "exit_weights": [1, 1, 1]}},
+            '"interlocking.exit_weights" has 3 values for the 2 exits on 4 stages',
+        ),
+        ({"interlocking": {"strategy": "global", "channel_depth": 1}}, '"interlocking.channel_depth" is 1, the least'),
+        ({"interlocking": {"strategy": "local", "aux_head": None}}, "needs a head for every exit"),
         ({"settings": {"fp16": {"enabled": True}}}, "fp16 is not supported"),
         ({"settings": {"zero_optimization": {"stage": 3}}}, "ZeRO stage 3 does not work with pipelines"),
         ({"--stages": "3"}, "4 processes can't be divided into pipelines of 3 stages"),
@@ -108,8 +116,8 @@ def test_a_learning_rate_that_ends_too_early_is_named(
 def test_a_slow_mode_is_named(
     data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for mode, warned in (("furthest", True), ("window", False)):
-        slow = str(changed(config, tmp_path / "slow.json", mode=mode, aux_head={}))
+    for mode, exits, warned in (("furthest", "every", True), ("window", "every", False), ("furthest", 2, False)):
+        slow = str(changed(config, tmp_path / "slow.json", mode=mode, exits=exits, aux_head={}))
         refusal(wrong(tmp_path, data, config, **{"--deepspeed_config": slow, "--partition": "9"}), monkeypatch)
         assert ('mode "furthest" at width 2 with linear heads' in capsys.readouterr().err) == warned
 

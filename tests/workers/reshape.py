@@ -30,7 +30,7 @@ def make_engine(case: dict[str, Any]) -> Any:
     bounds, replicas = case["bounds"], case.get("replicas", 1)
     dtype = torch.bfloat16 if case.get("bf16") else torch.float32
     specs = [LayerSpec(Layer, seed, dtype) for seed in range(LAYERS - 1)] + [LayerSpec(Head, LAYERS - 1, dtype)]
-    heads = case["interlocking"]["strategy"] != "global"
+    heads = case["interlocking"]["strategy"] != "global" or case["interlocking"].get("mode") == "sum"
     kind = HeadWithSources if case.get("sources") else Head
     module = InterlockedPipelineModule(
         specs,
