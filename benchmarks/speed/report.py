@@ -19,7 +19,7 @@ from benchmarks.speed.harness import Row
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/speed"
 PAGES = (ROOT / "docs/performance.md", ROOT / "README.md")
-SHORT = ("N=1", "N=2", "N=3", "1F1B")  # of the README
+SHORT = ("N=1", "G=2", "G=4", "N=2", "B-W", "1F1B")  # of the README
 
 Table = list[list[str]]
 Record = dict[str, Any]

@@ -97,7 +97,7 @@ def test_a_slow_link_is_waited_for(tmp_path: Path) -> None:
     """0.25 MiB at 20 Mb/s take 0.1 s: 1F1B with one micro-batch waits for it twice a batch."""
     layout = ("--stages", "2", "--stages-a-host", "1", "--micro-batches", "1")
     sizes = (*layout, "--kib", "256", "--unit", "0.01", "--measured", "3")
-    rows = benchmark("links", tmp_path, *sizes, "--contenders", "N=1", "1F1B", "--megabits", "20")
+    rows = benchmark("links", tmp_path, *sizes, "--contenders", "N=1", "B-W", "1F1B", "--megabits", "20")
     assert rows["1F1B"]["megabits"] == 20 and rows["1F1B"]["units"][0] >= 6 + 2 * 10  # type: ignore[index]
 
 
