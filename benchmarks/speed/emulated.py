@@ -182,11 +182,20 @@ def draw(rows: list[Row], path: Any) -> None:
     stages = sorted({row["stages"] for row in rows})
     figure, panels = plt.subplots(1, len(stages), figsize=(4.4 * len(stages), 3.4), squeeze=False)
     for panel, k in zip(panels[0], stages, strict=True):
-        for name in dict.fromkeys(row["contender"] for row in rows):
+        for number, name in enumerate(dict.fromkeys(row["contender"] for row in rows)):
             points = [(row[across], row["units"][0]) for row in rows if (row["stages"], row["contender"]) == (k, name)]
             if points:
-                panel.plot(*zip(*points, strict=True), marker="o", label=name)
-        panel.set(title=f"K = {k}", xlabel="latency (units)" if across == "latency" else "micro-batches M", ylim=0)
+                dashes, colour = "--" if name in PEERS else "-", f"C{number}" if number < 10 else "black"
+                panel.plot(*zip(*points, strict=True), dashes, marker="o", ms=4, color=colour, label=name)
+        panel.set(title=f"K = {k}", xlabel="latency (units)" if across == "latency" else "micro-batches M")
+        if across == "latency":
+            panel.set_ylim(bottom=0)
+        else:
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log", base=2)
+            panel.set_yticks([3, 4, 6, 8, 12, 16, 24], ["3", "4", "6", "8", "12", "16", "24"])
+            panel.set_xticks(sorted({row["micro_batches"] for row in rows}), [])
+            panel.xaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("units a micro-batch")
     panels[0][-1].legend(fontsize=8)
