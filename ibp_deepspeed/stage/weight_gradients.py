@@ -83,8 +83,12 @@ def split_linear(module: nn.Module, weight_gradients: WeightGradients, *, transp
     module.forward = MethodType(partial(_forward, transposed, weight_gradients), module)
 
 
-def _forward(transposed: bool, weight_gradients: WeightGradients, module: nn.Module, inputs: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and module.weight.requires_grad:
+def _forward(
+    transposed: bool, weight_gradients: WeightGradients, module: nn.Module, *given: Tensor, **named: Tensor
+) -> Tensor:
+    (inputs,) = (*given, *named.values())  # nn.Linear and Conv1D name it differently
+    # a weight that is computed from others (weight_norm) has a graph of its own, which B would free
+    if torch.is_grad_enabled() and module.weight.requires_grad and module.weight.is_leaf:
         return _Linear.apply(inputs, module.weight, module.bias, transposed, weight_gradients)
     return type(module).forward(module, inputs)
 

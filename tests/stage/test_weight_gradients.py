@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,18 @@ def frozen() -> nn.Sequential:
     return layers
 
 
-STAGES: list[Callable[[], nn.Sequential]] = [llama, gpt2, mixtral, shared, frozen]
+def computed() -> nn.Sequential:
+    """Weights that are computed from others, by a hook before the layer's forward and by a parametrization."""
+    torch.manual_seed(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        hooked = torch.nn.utils.weight_norm(nn.Linear(32, 32))
+    return nn.Sequential(
+        hooked, nn.Tanh(), torch.nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)), nn.Linear(32, 32)
+    )
+
+
+STAGES: list[Callable[[], nn.Sequential]] = [llama, gpt2, mixtral, shared, frozen, computed]
 
 
 def train(layers: nn.Sequential, *, split: bool, dtype: torch.dtype) -> tuple[Gradients, list[Tensor], int]:
@@ -173,7 +185,7 @@ def test_without_gradients_layers_are_as_before() -> None:
     expected = layers(inputs)
     split_backward(layers, WeightGradients())
     with torch.no_grad():
-        assert torch.equal(layers(inputs), expected)
+        assert torch.equal(layers(inputs), expected) and torch.equal(layers[0](input=inputs), expected)
     plain = layers(inputs.requires_grad_())
     plain.sum().backward()  # nobody asks for anything else: at once
     assert layers[0].weight.grad is not None and torch.equal(plain, expected)
