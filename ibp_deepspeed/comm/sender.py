@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from ibp_deepspeed.comm.message import Header, TensorSpec
 from ibp_deepspeed.errors import BoundaryError, PeerLostError, first_line
 
 
-class Sender:
+class Sender(ABC):
     """Messages to one neighbour, delivered by a background thread that reports under ``_changed``.
 
     Args:
@@ -26,6 +27,7 @@ class Sender:
         self._changed = threading.Condition()
         self._error: Exception | None = None
 
+    @abstractmethod
     def send(self, spec: TensorSpec, tensor: Tensor, header: Header) -> None:
         """Copy ``tensor`` and have it sent; returns at once.
 
@@ -33,11 +35,10 @@ class Sender:
             BoundaryError: the shape or dtype differs from the first message's.
             PeerLostError: an earlier message could not be delivered.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """End the background thread behind what is on its way."""
-        raise NotImplementedError
 
     def wait_in_flight(self, at_most: int, timeout: float | None = None) -> bool:
         """Wait until no more than ``at_most`` messages are on their way; False if ``timeout`` seconds pass first.
@@ -50,8 +51,9 @@ class Sender:
         self._raise_error()
         return done
 
+    @abstractmethod
     def _in_flight(self) -> int:
-        raise NotImplementedError
+        """Messages on their way; called under ``_changed``."""
 
     def _is_first(self, spec: TensorSpec) -> bool:
         """Whether this is the first message's, which all others then have to have; raises a BoundaryError."""
