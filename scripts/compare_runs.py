@@ -1,6 +1,7 @@
 """What runs reached, beside the time that their schedules need on a device for each stage.
 
     python scripts/compare_runs.py runs/pairwise runs/global
+    python scripts/compare_runs.py --equal-time runs/pairwise runs/global    # only a number: see --help
 
 The time is simulated from the schedule (forward pass, input gradient and weight gradient of a stage one unit each, a
 head by its size), without communication; runs are compared with the first one.
@@ -103,9 +104,17 @@ def main(phase: cli.SameOnAllRanks) -> None:
     """Read, simulate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folder of train_lm.py")
+    parser.add_argument(
+        "--equal-time",
+        action="store_true",
+        help="print only how many batches of the last run take the first one's time",
+    )
     args = parser.parse_args()
     cli.quiet()
     results = [read(folder) for folder in args.runs]
+    if args.equal_time:
+        print(int(results[0].time / results[-1].batch_time))
+        return
     print(table(results))
     print(
         "held-out loss of the last exit, nats per token; time: all batches, one device a stage, simulated "

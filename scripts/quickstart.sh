@@ -9,7 +9,6 @@ source "$(dirname "$0")/environment.sh" requirements.txt
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 stages=4
 steps=${QUICKSTART_STEPS:-1500}
-equal_time=$((steps * 818 / 1000)) # batches of backpropagation in the simulated time of pairwise, see the last table
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -46,10 +45,13 @@ say "text sampled from the exported model"
 "$PYTHON" scripts/generate.py --model "$out/hf" --prompt "import " --tokens 80
 
 say "backpropagation, for comparison: all four stages in one process, the same numbers as in four"
-for batches in "$steps" "$equal_time"; do
-  training "$out/backpropagation-$batches" global_cpu "$batches"
+backpropagation() { # STEPS
+  training "$out/backpropagation-$1" global_cpu "$1"
   "$PYTHON" "${command[@]}" --one-process --stages "$stages"
-done
+}
+backpropagation "$steps"
+equal_time=$("$PYTHON" scripts/compare_runs.py --equal-time "$out" "$out/backpropagation-$steps")
+backpropagation "$equal_time" # so many batches take pairwise interlocking's time
 
 say "what it is good for: less waiting, so more batches in the same time"
 "$PYTHON" scripts/compare_runs.py "$out" "$out/backpropagation-$equal_time" "$out/backpropagation-$steps"
