@@ -158,7 +158,7 @@ class ReceiveChannel:
 
         gloo's Work knows that only once it was waited for, but bytes arrive in order, and the header is the last.
         """
-        return not self._posted or self._posted[0][1].header[-1] != _NOT_YET
+        return not self._posted or bool(self._posted[0][1].header[-1] != _NOT_YET)
 
     def _receive_spec(self) -> TensorSpec:
         meta = self.memory.new(META_LENGTH, torch.int64)

@@ -95,6 +95,14 @@ def test_replicas_and_bf16() -> None:
     run(2, [{**case, "dtype": "bf16"} for case in cases], 3e-2)
 
 
+@pytest.mark.parametrize("worker", ["arrivals", "nccl"])
+def test_a_stage_sees_that_a_message_has_come(worker: str) -> None:
+    """Or it would never fill a gap, or always: over gloo, and where messages are announced."""
+    first, second = (rows[0] for rows in launch(worker, 2, [{"worker": "arrivals"}], timeout=100).check().reports)
+    assert first == {}
+    assert second == {"before": False, "there": True, "header": [7, 3, 5], "same": True, "after": False}
+
+
 @pytest.mark.parametrize("stages", [4])
 def test_both_backward_passes_give_the_same_bits_in_fp64(stages: int) -> None:
     """Parameters after five steps, whoever waits for whom: sums are always taken in the same order."""
@@ -111,3 +119,6 @@ def test_both_backward_passes_give_the_same_bits_in_fp64(stages: int) -> None:
     # the stages in front of an exit put something off, or the test shows nothing
     reports = launch("split_bits", stages, cases[:1], timeout=120).check().reports
     assert [rows[0]["put off"] > 0 for rows in reports] == [False, True, False, True]
+    # in backpropagation stages wait for each other, and do some of it meanwhile
+    reports = launch("split_bits", stages, [{**cases[3], "interlocking": interlocking(1, exits=4)}]).check().reports
+    assert sum(rows[0]["early"] for rows in reports) > 0
