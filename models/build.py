@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -69,6 +69,7 @@ def virtual_pipeline(
     manual: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     monitor: Any = None,
+    kind: Callable[..., VirtualPipeline] = VirtualPipeline,
 ) -> VirtualPipeline:
     """All stages of a language model on one device, with the weights that processes would start from.
 
@@ -79,6 +80,7 @@ def virtual_pipeline(
         manual: a partition, see :meth:`CausalLM.partition`.
         device: where they go.
         monitor: DeepSpeed's, for the losses.
+        kind: what is built of them.
     """
     interlocking = resolve_interlocking(ds_config)
     options = interlocking.aux_head
@@ -92,4 +94,4 @@ def virtual_pipeline(
             for stage in range(num_stages - 1)
         ]
     loss_fn = CausalLMLoss(options.chunk_tokens if options else None)
-    return VirtualPipeline(stages, heads, loss_fn, ds_config, device, monitor)
+    return kind(stages, heads, loss_fn, ds_config, device, monitor)

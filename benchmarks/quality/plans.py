@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.run import Run
+from benchmarks.quality.second import large, late_rates, rates
 
 TEXT = "data/quality"
 SEEDS = (0, 1, 2)
@@ -190,6 +191,24 @@ def deep(results: Path) -> Iterator[Run]:
         yield run("global", steps=round(share * STEPS_OF_TEXT))
 
 
+def seeds(results: Path) -> Iterator[Run]:
+    """Eight layers again, three seeds: the headlines, and backpropagation at a rate that decays at the end only."""
+    rows = (
+        ("global", 4),
+        ("local, private", 4),
+        ("local, private", 2),
+        ("pairwise window, private", 4),
+        ("pairwise window, private", 8),
+        ("3-wise window, private", 8),
+    )
+    common: dict[str, Any] = {"rate": RATES[0], "layers": 8, "study": "seeds"}
+    for row, stages in rows:
+        for seed in SEEDS:
+            yield text(row, DEEP_ROWS[row], stages=stages, seed=seed, **common)
+    for seed in SEEDS:
+        yield text("global, constant, then decay", backpropagation(), seed=seed, cosine=False, decay=0.25, **common)
+
+
 def borrow(results: Path) -> Iterator[Run]:
     """Borrowed depth against private blocks and pairwise, stages of three layers: text, then hops."""
     rows = {
@@ -276,4 +295,8 @@ PLANS: dict[str, Callable[[Path], Iterator[Run]]] = {
     "deep": deep,
     "stuck": stuck,
     "borrow": borrow,
+    "seeds": seeds,
+    "rates": rates,
+    "late_rates": late_rates,
+    "large": large,
 }

@@ -6,13 +6,16 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import cosines
 from benchmarks.quality.tasks import HopTask, Task, TextTask
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
@@ -33,8 +36,11 @@ class Run:
         interlocking: its block.
         task: ``{"hops": p}`` or ``{"folder": …}`` with their options.
         stages, layers: K and decoder layers.
-        width: hidden size; heads of 16.
+        width: hidden size; ``head_size`` of an attention head.
         rate: peak learning rate of AdamW.
+        cosine, decay: the rate's shape after a warm-up: a cosine, or constant and for this last part a linear decay.
+        delay: batches that gradients are late (``asynchronous.py``), with one of its optimizers; None: no pipeline
+            of that kind.
         cosines: record how each trunk's gradient agrees with the last loss's, at each evaluation.
         steps: batches, fewer if ``until_solved`` and the last exit's accuracy is 0.99 at two evaluations.
         batch: sequences a batch; ``micro_batches`` of them is M.
@@ -55,6 +61,10 @@ class Run:
     cosine: bool = False
     until_solved: bool = False
     cosines: bool = False
+    decay: float = 0.0
+    head_size: int = 16
+    delay: int | None = None
+    optimizer: str = "AdamW"
     evaluations: int = 20
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -77,6 +87,9 @@ class Run:
         schedule: dict[str, Any] = {"warmup_num_steps": warmup, "warmup_type": "linear"}
         schedule |= {"total_num_steps": self.steps, "cos_min_ratio": 0.05} if self.cosine else {}
         schedule |= {} if self.cosine else {"warmup_max_lr": self.rate}
+        if self.decay:
+            kind = "WarmupStableDecayLR"
+            schedule |= {"total_num_steps": self.steps, "decay_share": self.decay}
         return {
             "train_micro_batch_size_per_gpu": self.batch // self.micro_batches,
             "gradient_accumulation_steps": self.micro_batches,
@@ -105,15 +118,19 @@ def train(run: Run, device: str = "cpu") -> dict[str, Any]:
         hidden_size=run.width,
         intermediate_size=run.width * 8 // 3 // 8 * 8,
         num_hidden_layers=run.layers,
-        num_attention_heads=run.width // 16,
-        num_key_value_heads=run.width // 16,
+        num_attention_heads=run.width // run.head_size,
+        num_key_value_heads=run.width // run.head_size,
         max_position_embeddings=task.sequence_length,
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=0,
     )
     model = CausalLM(config, seed=run.seed)
-    pipeline = virtual_pipeline(model, run.settings(), run.stages, [run.layers // run.stages] * run.stages, device)
+    partition = [run.layers // run.stages] * run.stages
+    kind: Callable[..., VirtualPipeline] = VirtualPipeline
+    if run.delay is not None:
+        kind = partial(Asynchronous, delay=run.delay, optimizer=run.optimizer)
+    pipeline = virtual_pipeline(model, run.settings(), run.stages, partition, device, kind=kind)
     batches, held_out = task.batches(run.seed, run.batch // run.micro_batches), task.held_out()
     interval = max(1, run.steps // run.evaluations)
     curve: list[tuple[int, list[float | None]]] = []

@@ -22,6 +22,7 @@ from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig,
 from ibp_deepspeed.config.known_keys import unknown_keys
 from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
 from ibp_deepspeed.errors import ConfigError, ModuleError
+from ibp_deepspeed.optimizer.learning_rate import configured_schedule, is_ours
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.strategy.timeline import Timeline
@@ -92,7 +93,7 @@ def initialize(
         optimizer=optimizer,
         model_parameters=model_parameters,
         training_data=training_data,
-        lr_scheduler=lr_scheduler,
+        lr_scheduler=configured_schedule(ds_config) if lr_scheduler is None and is_ours(ds_config) else lr_scheduler,
         mpu=mpu,
         dist_init_required=dist_init_required,
         collate_fn=collate_fn,

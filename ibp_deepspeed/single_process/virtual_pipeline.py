@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime import lr_schedules
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.objectives.head import Objective
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, left_out
+from ibp_deepspeed.optimizer.learning_rate import configured_schedule
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
@@ -43,7 +43,8 @@ class VirtualPipeline:
         aux_heads: K-1 heads, None where a stage is no exit; or None for backpropagation without heads.
         loss_fn: ``loss_fn(outputs, labels)`` → scalar.
         ds_config: a DeepSpeed configuration with its ``"interlocking"`` block. Optimizers: Adam, AdamW, SGD;
-            learning-rate schedules: DeepSpeed's. bf16 keeps fp32 master weights and sums gradients in fp32.
+            learning-rate schedules: DeepSpeed's and WarmupStableDecayLR. bf16 keeps fp32 master weights and sums
+            gradients in fp32.
         device: where everything is put.
         monitor: DeepSpeed's MonitorMaster, for the losses of the exits every ``steps_per_print`` batches.
 
@@ -80,7 +81,10 @@ class VirtualPipeline:
             )
         self.num_stages = len(stages)
         self.optimizers = [self._optimizer(k) for k in range(self.num_stages)]
-        self.schedulers = [self._scheduler(optimizer) for optimizer in self.optimizers]
+        schedule = configured_schedule(ds_config)
+        self.schedulers: list[Any] = [
+            None if schedule is None else schedule(optimizer) for optimizer in self.optimizers
+        ]
         sizes = self._micro_batches, self.train_batch_size()
         self._checkpoints = SingleProcessCheckpoints(self.reference, self.optimizers, self.schedulers, *sizes)
         self._losses: Tensor | None = None
@@ -109,7 +113,7 @@ class VirtualPipeline:
     def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Train all stages on the next M micro-batches (inputs, labels[, ids]); returns their K losses, float64."""
         self._train(True)
-        losses = self.reference.accumulate(self._take(data_iter, self._micro_batches))
+        losses = self._accumulate(self._take(data_iter, self._micro_batches))
         self._clip()
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()
@@ -130,6 +134,10 @@ class VirtualPipeline:
         """Means of the K held-out losses (or of another ``measure(outputs, labels)``) over micro-batches. [K]."""
         self._train(False)
         return self.reference.evaluate(self._take(data_iter, num_micro_batches or self._micro_batches), measure)
+
+    def _accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
+        """Gradients of all stages, into ``grad``; returns the K losses."""
+        return self.reference.accumulate(micro_batches)
 
     def _report(self) -> None:
         interval = self.ds_config.get("steps_per_print", 10)
@@ -194,15 +202,6 @@ class VirtualPipeline:
         defaults = {} if name.lower() == "sgd" else {"weight_decay": 0.01 if name.lower() == "adamw" else 0.0}
         groups = parameter_groups(self.reference.masters(stage), self.reference.interlocking.decay)
         return _OPTIMIZERS[name.lower()](groups, **{**defaults, **kept})
-
-    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        block = self.ds_config.get("scheduler", {})
-        if not block:
-            return None
-        if block.get("type") not in lr_schedules.VALID_LR_SCHEDULES:
-            known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
-            raise ConfigError(f'"scheduler.type" is {block.get("type")!r}, known are {known}.')
-        return getattr(lr_schedules, block["type"])(optimizer, **block.get("params", {}))
 
     def _clip(self) -> None:
         """As the engine: clip by the norm of clip_scope, and no step where that is not finite."""

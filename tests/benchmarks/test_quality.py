@@ -6,24 +6,30 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from benchmarks.pages import filled, markdown
+from benchmarks.quality.asynchronous import Asynchronous, MuonAndAdamW
 from benchmarks.quality.gradients import cosines
 from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
 from benchmarks.quality.price import price
 from benchmarks.quality.records import load
 from benchmarks.quality.report import DOCS, RESULTS, depth_table, hop_table, tables, text_table, tuned
 from benchmarks.quality.run import SOLVED, Run, train
+from benchmarks.quality.second import BACKPROPAGATION, ROWS, large, large_run
 from benchmarks.quality.tasks import HopTask
 from ibp_deepspeed import InterlockingConfig
-from tests.toys import make_reference, micro_batches
+from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
+from tests.toys import loss_fn, make_reference, micro_batches
 
 ROOT = Path(__file__).parents[2]
+OPTIONS = {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1}
 
 
 @pytest.mark.parametrize("hops", [1, 2, 3])
@@ -88,6 +94,91 @@ def test_prices_follow_the_schedule() -> None:
     periodic = price(TEXT_ROWS["local + global every 4th, shared"], 4, 2, 1000)
     assert local.time < periodic.time < 1
     assert price(TEXT_ROWS["local, shared, 1 block"], 4, 2, 1000).work > local.work + 0.3
+
+
+def pair(**changes: Any) -> list[Asynchronous | VirtualPipeline]:
+    """Ordinary backpropagation, and another way, on the same layers."""
+    config = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW", "params": OPTIONS}}
+    config |= {"interlocking": {"strategy": "global"}}
+    late: dict[str, Any] = {"delay": 0, "optimizer": "AdamW", **changes}
+    made: list[Asynchronous | VirtualPipeline] = []
+    for kind in (VirtualPipeline, partial(Asynchronous, **late)):
+        stages = cast(list[nn.Sequential], make_reference(1, {"strategy": "global"}).stages)
+        made.append(kind(stages, None, loss_fn, config))
+    return made
+
+
+def weights(run: VirtualPipeline) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in run.reference.parameters(0)]
+
+
+def test_asynchronous_without_delay_is_backpropagation() -> None:
+    exact, late = pair()
+    for step in range(4):
+        for run in (exact, late):
+            run.train_batch(iter(micro_batches(step, 1)))
+    assert all(map(torch.equal, weights(exact), weights(late)))
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_gradients_are_those_of_the_weights_some_batches_ago(delay: int) -> None:
+    """By hand: the gradients of each batch at old weights, given to the same optimizer."""
+    exact, late = pair(delay=delay)
+    history = [weights(exact)]
+    for step in range(5):
+        batch = micro_batches(step, 1)
+        now, parameters = weights(exact), exact.reference.parameters(0)
+        for parameter, old in zip(parameters, history[max(0, step - delay)], strict=True):
+            parameter.data.copy_(old)
+        exact.reference.accumulate(batch)
+        for parameter, value in zip(parameters, now, strict=True):
+            parameter.data.copy_(value)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        exact.optimizers[0].step()
+        exact.optimizers[0].zero_grad()
+        history.append(weights(exact))
+        late.train_batch(iter(batch))
+        for a, b in zip(history[-1], weights(late), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_nesterov_is_another_optimizer_at_the_same_rate() -> None:
+    exact, other = pair(optimizer="NAdam")
+    for run in (exact, other):
+        run.train_batch(iter(micro_batches(0, 1)))
+    assert not any(map(torch.equal, weights(other), weights(exact)))
+    assert [group["lr"] for group in other.optimizers[0].param_groups] == [OPTIONS["lr"]] * 2
+
+
+def test_muon_makes_updates_of_layers_orthogonal_and_adamw_the_rest() -> None:
+    model = nn.Sequential(nn.Embedding(16, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    parameters = list(model.parameters())
+    optimizer = MuonAndAdamW(parameters, lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    parameters[1].grad = torch.diag(torch.tensor([1.0, 0.7, 0.4, 0.2]))
+    optimizer.step()
+    steps = [parameter.detach() - was for parameter, was in zip(parameters, before, strict=True)]
+    spectrum = torch.linalg.svdvals(steps[1])
+    assert spectrum.max() / spectrum.min() < 2 and steps[0].abs().max() <= 0.1001 and all(s.any() for s in steps)
+    for group in optimizer.param_groups:  # as a schedule does
+        group["lr"] = 0.0
+    optimizer.step()
+    assert all(torch.equal(p.detach(), was + s) for p, was, s in zip(parameters, before, steps, strict=True))
+
+
+def test_rows_of_the_second_study_wait_for_their_rates(tmp_path: Path) -> None:
+    assert not list(large(tmp_path))
+    tried = [large_run(BACKPROPAGATION, rate=rate, steps=9, study="rates") for rate in (0.1, 0.2)]
+    lines = [{"id": r.id, "run": dataclasses.asdict(r), "curve": [[9, [r.rate]]]} for r in tried]
+    (tmp_path / "rates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    found = list(large(tmp_path))
+    assert found and {run.rate for run in found} == {0.1} and len({run.id for run in found}) == len(found)
+    assert {run.row for run in found} == {BACKPROPAGATION, "sum, K = 8"}
+    for row in ROWS.values():
+        assert row.like is None or ROWS[row.like].like is None
+        InterlockingConfig.parse(row.block)
 
 
 def record(row: str, loss: float, **values: Any) -> dict[str, Any]:

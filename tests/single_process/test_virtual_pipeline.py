@@ -18,8 +18,10 @@ from tests.workers.skipping import Listener
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"readout": "shared", "refresh_interval": 2, "refresh_delay": 4}
+STABLE = {"type": "WarmupStableDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 6, "decay_share": 0.5}}
 CASES: list[dict[str, Any]] = [
     {"interlocking": {"strategy": "pairwise", "mode": "window"}, "exchange": True},
+    {"interlocking": {"strategy": "local"}, "exchange": True, "settings": {"scheduler": STABLE}},
     {
         "interlocking": {"strategy": "local", "mixed": {"width": 3, "fraction": 0.5}, "aux_head": SHARED},
         "follow": True,

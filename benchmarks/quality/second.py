@@ -1,0 +1,182 @@
+"""The rows of the second study: eight layers of width 96, a vocabulary of 4096, mixed text; the most important first.
+
+python -m benchmarks.quality.corpus --out data/corpus
+python scripts/prepare_data.py --input data/corpus --out data/large --vocab-size 4096
+python -m benchmarks.quality rates        # learning rates, short trainings
+python -m benchmarks.quality late_rates
+python -m benchmarks.quality large        # one seed of all rows after the other
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.records import Record, load
+from benchmarks.quality.run import Run
+
+LARGE = "data/large"
+SEEDS = (0, 1, 2)
+LAYERS = 8
+RATES = (4e-3, 2e-3, 8e-3)
+STEPS_OF_RATES, STEPS = 1000, 4000
+FLATTENED = (1000, 2000, 8000)
+"""Batches of further trainings by backpropagation: what another doubling of the tokens would bring."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to train.
+
+    Attributes:
+        stages: K; 1 where the number of stages doesn't change what is learned.
+        block: of interlocking.
+        delay, optimizer: of asynchronous backpropagation.
+        like: the row whose learning rate it takes; None: its rates are tried.
+    """
+
+    stages: int
+    block: dict[str, Any]
+    like: str | None = None
+    delay: int | None = None
+    optimizer: str = "AdamW"
+
+
+def modules(exits: Any, *, width: int = 1, mode: str = "window", **more: Any) -> dict[str, Any]:
+    """Losses on some stages; by default each module of stages is trained by its own loss only."""
+    names: dict[int, dict[str, Any]] = {1: {"strategy": "local"}, 2: {"strategy": "pairwise"}}
+    head = {"readout": "private", **more.pop("aux_head", {})}
+    kind = names.get(width, {"strategy": "nwise", "width": width})
+    return {**kind, "mode": mode, "exits": exits, "aux_head": head, **more}
+
+
+def then_backpropagation(block: dict[str, Any], stages: int, share: float, steps: int = STEPS) -> dict[str, Any]:
+    """A block for a part of the batches, then ordinary backpropagation."""
+    return {**block, "schedule": [{"from_step": round(share * steps), "width": stages, "mode": "furthest"}]}
+
+
+BACKPROPAGATION = "backpropagation"
+_ALL = {"strategy": "global"}
+_MODULES, _PAIRWISE, _LOCAL = "G = 4, K = 8", "pairwise, K = 4", "local, K = 4"
+HEADLINES: dict[str, Row] = {
+    BACKPROPAGATION: Row(1, _ALL),
+    _MODULES: Row(8, modules(4)),
+    _PAIRWISE: Row(4, modules("every", width=2)),
+    "G = 2, K = 4": Row(4, modules(2), _MODULES),
+    _LOCAL: Row(4, modules("every")),
+    "asynchronous, 1 batch late": Row(1, _ALL, delay=1),
+    "asynchronous, 1 batch late, Nesterov": Row(1, _ALL, delay=1, optimizer="NAdam"),
+    "G = 2, K = 8": Row(8, modules(2), _LOCAL),
+    "pairwise, K = 8": Row(8, modules("every", width=2), _PAIRWISE),
+    "borrow 1, K = 4": Row(4, modules("every", aux_head={"borrow": 1}), _LOCAL),
+    "pairs of modules: G = 2, N = 2, K = 8": Row(8, modules(2, width=2), _PAIRWISE),
+    "local, K = 8": Row(8, modules("every"), _LOCAL),
+    "3-wise, K = 8": Row(8, modules("every", width=3), _PAIRWISE),
+}
+FURTHER: dict[str, Row] = {
+    "G = 4, backpropagation from 85%, K = 8": Row(8, then_backpropagation(modules(4), 8, 0.85), _MODULES),
+    "G = 4, backpropagation from 70%, K = 8": Row(8, then_backpropagation(modules(4), 8, 0.70), _MODULES),
+    "pairwise, backpropagation from 60%, K = 8": Row(
+        8, then_backpropagation(modules("every", width=2), 8, 0.6), _PAIRWISE
+    ),
+    "pairwise, backpropagation from 75%, K = 8": Row(
+        8, then_backpropagation(modules("every", width=2), 8, 0.75), _PAIRWISE
+    ),
+    "3-wise, backpropagation from 75%, K = 8": Row(
+        8, then_backpropagation(modules("every", width=3), 8, 0.75), _PAIRWISE
+    ),
+    "asynchronous, 2 batches late": Row(1, _ALL, "asynchronous, 1 batch late", delay=2),
+    "asynchronous, 2 batches late, Nesterov": Row(
+        1, _ALL, "asynchronous, 1 batch late, Nesterov", delay=2, optimizer="NAdam"
+    ),
+    "backpropagation, Nesterov": Row(1, _ALL, delay=0, optimizer="NAdam"),
+    "backpropagation, Muon": Row(1, _ALL, delay=0, optimizer="Muon"),
+    "asynchronous, 1 batch late, Muon": Row(1, _ALL, delay=1, optimizer="Muon"),
+    "exits on stages 4 and 7, K = 8": Row(8, modules([4, 7]), _MODULES),
+    "exits on stages 2 and 7, K = 8": Row(8, modules([2, 7]), _MODULES),
+    "G = 4, borrow 1, K = 8": Row(8, modules(4, aux_head={"borrow": 1}), _MODULES),
+    "3-wise, K = 4": Row(4, modules("every", width=3), _PAIRWISE),
+    "sum, K = 8": Row(8, {**_ALL, "mode": "sum"}, BACKPROPAGATION),
+    "local, two blocks in the heads, copied LM heads, K = 4": Row(
+        4, modules("every", aux_head={"readout": "shared", "blocks": 2, "refresh_interval": 10}), _LOCAL
+    ),
+    "local, half of the micro-batches pairwise, K = 4": Row(
+        4, modules("every", mixed={"width": 2, "fraction": 0.5}), _LOCAL
+    ),
+}
+ROWS = {**HEADLINES, **FURTHER}
+TUNED = [name for name, row in ROWS.items() if row.like is None]
+"""Rows whose learning rates are tried; others take the rate of the one that is most like them."""
+
+
+def large_run(row: str, *, rate: float, seed: int = 0, shape: str = "decay", steps: int = STEPS, study: str) -> Run:
+    """A training: 1024 tokens a batch."""
+    of = ROWS[row]
+    return Run(
+        study=study,
+        row=row,
+        interlocking=of.block,
+        task={"folder": LARGE},
+        stages=of.stages,
+        layers=LAYERS,
+        rate=rate,
+        steps=steps,
+        seed=seed,
+        width=96,
+        head_size=32,
+        batch=8,
+        micro_batches=2 if "mixed" in of.block else 1,
+        cosine=shape == "cosine",
+        decay=0.25 if shape == "decay" else 0.0,
+        evaluations=4,
+        delay=of.delay,
+        optimizer=of.optimizer,
+    )
+
+
+def rates(results: Path) -> Iterator[Run]:
+    """Short trainings at three learning rates; backpropagation with both shapes of the schedule."""
+    for rate in RATES:
+        for row in (BACKPROPAGATION, _MODULES, _PAIRWISE, _LOCAL):
+            yield large_run(row, rate=rate, steps=STEPS_OF_RATES, study="rates")
+        yield large_run(BACKPROPAGATION, rate=rate, shape="cosine", steps=STEPS_OF_RATES, study="rates")
+
+
+def late_rates(results: Path) -> Iterator[Run]:
+    """The same for asynchronous backpropagation and the optimizers that are to correct it."""
+    for rate, row in product((2e-3, 1e-3, 4e-3), (row for row in TUNED if ROWS[row].delay is not None)):
+        yield large_run(row, rate=rate, steps=STEPS_OF_RATES, study="late_rates")
+
+
+def best_rate(records: list[Record], row: str) -> float | None:
+    """The rate with which a row, or the tuned one that it takes it from, ended lowest; None if none was tried."""
+    like = ROWS[row].like or row
+    ends = {
+        record["run"]["rate"]: record["curve"][-1][1][-1]
+        for record in records
+        if record["run"]["row"] == like and record["run"]["decay"]
+    }
+    return min(ends, key=lambda rate: ends[rate], default=None)
+
+
+def large(results: Path) -> Iterator[Run]:
+    """One seed of the headlines, what more tokens would bring, the further rows, then the other seeds.
+
+    Rows whose rates have not been tried yet are left out.
+    """
+    tried = [*load(results / "rates.jsonl"), *load(results / "late_rates.jsonl")]
+    order: list[tuple[str, dict[str, Any]]] = [(row, {}) for row in HEADLINES]
+    order += [(BACKPROPAGATION, {"shape": "cosine"})]
+    order += [(BACKPROPAGATION, {"steps": steps}) for steps in FLATTENED[:2]]
+    order += [(row, {}) for row in FURTHER]
+    order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], HEADLINES)]
+    order += [(BACKPROPAGATION, {"seed": seed, "shape": "cosine"}) for seed in SEEDS[1:]]
+    order += [(BACKPROPAGATION, {"steps": FLATTENED[2]})]
+    order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], FURTHER)]
+    for row, values in order:
+        rate = best_rate(tried, row)
+        if rate is not None:
+            yield large_run(row, rate=rate, study="large", **values)

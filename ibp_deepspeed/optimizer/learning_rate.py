@@ -1,0 +1,75 @@
+"""Learning-rate schedules: DeepSpeed's by their names, and one that it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from deepspeed.runtime import lr_schedules
+
+from ibp_deepspeed.errors import ConfigError
+
+
+class WarmupStableDecayLR(lr_schedules.WarmupLR):
+    """A warm-up, a constant rate, and a linear decay over the last part (Hu et al. 2024, arXiv:2404.06395, section 4).
+
+    Args:
+        optimizer: as DeepSpeed's schedules.
+        total_num_steps: batches until the decay's end; the rate stays there afterwards.
+        decay_share: part of ``total_num_steps`` that the decay takes, above 0, at most 1.
+        decay_min_ratio: rate at its end over the constant one.
+        warmup: ``warmup_min_lr``, ``warmup_max_lr`` (default: the optimizer's rate), ``warmup_num_steps``,
+            ``warmup_type`` ("linear" here by default) and ``last_batch_iteration`` of DeepSpeed's WarmupLR.
+
+    Raises:
+        ConfigError: a share, a ratio or a number of steps that makes no such schedule.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        total_num_steps: int,
+        decay_share: float = 0.25,
+        decay_min_ratio: float = 0.0,
+        **warmup: Any,
+    ) -> None:
+        if not 0 < decay_share <= 1:
+            raise ConfigError(f'"scheduler.params.decay_share" is {decay_share}: give a part above 0 and at most 1.')
+        if not 0 <= decay_min_ratio <= 1:
+            raise ConfigError(f'"scheduler.params.decay_min_ratio" is {decay_min_ratio}: give 0 to 1.')
+        if total_num_steps < 1:
+            raise ConfigError(f'"scheduler.params.total_num_steps" is {total_num_steps}: give at least 1.')
+        self.total_num_steps, self.decay_min_ratio = total_num_steps, decay_min_ratio
+        self.decay_steps = max(1, round(decay_share * total_num_steps))
+        super().__init__(optimizer, **{"warmup_type": lr_schedules.WARMUP_LINEAR_RATE, **warmup})
+
+    def _get_gamma(self) -> float:
+        """Overrides WarmupLR's: the rate over the constant one."""
+        left = max(0, self.total_num_steps - self.last_batch_iteration) / self.decay_steps
+        decayed = self.decay_min_ratio + (1 - self.decay_min_ratio) * min(1.0, left)
+        return min(super()._get_gamma(), decayed)
+
+
+_OURS = {WarmupStableDecayLR.__name__: WarmupStableDecayLR}
+
+
+def configured_schedule(ds_config: Mapping[str, Any]) -> Callable[[Any], Any] | None:
+    """Maker of the schedule, from an optimizer, that a DeepSpeed configuration asks for; None if for none.
+
+    Raises:
+        ConfigError: the type is unknown.
+    """
+    block = ds_config.get("scheduler") or {}
+    if not block:
+        return None
+    name = str(block.get("type"))
+    if name not in (*_OURS, *lr_schedules.VALID_LR_SCHEDULES):
+        known = ", ".join([*lr_schedules.VALID_LR_SCHEDULES, *_OURS])
+        raise ConfigError(f'"scheduler.type" is {name!r}, known are {known}.')
+    return partial(_OURS.get(name) or getattr(lr_schedules, name), **block.get("params", {}))
+
+
+def is_ours(ds_config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed would not find the schedule of a configuration by its name."""
+    return (ds_config.get("scheduler") or {}).get("type") in _OURS
