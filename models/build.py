@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ibp_deepspeed import InterlockedPipelineModule, InterlockingConfig
 from ibp_deepspeed.config.deepspeed import resolve_interlocking
@@ -19,7 +19,11 @@ from models.objective import LanguageModelObjective
 
 
 def stage_objective(
-    model: CausalLM, interlocking: InterlockingConfig, bounds: Sequence[int], stage: int
+    model: CausalLM,
+    interlocking: InterlockingConfig,
+    bounds: Sequence[int],
+    stage: int,
+    token_counts: Tensor | None = None,
 ) -> LanguageModelObjective:
     """The objective of the loss of a stage but the last, with its head, on the CPU.
 
@@ -28,15 +32,22 @@ def stage_objective(
         interlocking: with options of the heads.
         bounds: of the stages.
         stage: 0 … K-2.
+        token_counts: how often each token occurs in the training data, [V]; for training with ``negatives``.
     """
     assert interlocking.aux_head is not None
     placement = HeadPlacement.from_config(interlocking, len(bounds) - 1)
     decoder_layers = placement.boundary(stage, bounds) - 1
-    return LanguageModelObjective(model.aux_head(stage, interlocking.aux_head, after=decoder_layers))
+    objective = LanguageModelObjective(model.aux_head(stage, interlocking.aux_head, after=decoder_layers))
+    objective.token_counts = token_counts
+    return objective
 
 
 def pipeline_module(
-    model: CausalLM, interlocking: InterlockingConfig, num_stages: int, manual: Sequence[int] | None = None
+    model: CausalLM,
+    interlocking: InterlockingConfig,
+    num_stages: int,
+    manual: Sequence[int] | None = None,
+    token_counts: Tensor | None = None,
 ) -> InterlockedPipelineModule:
     """This rank's stage of a language model with its head.
 
@@ -45,12 +56,13 @@ def pipeline_module(
         interlocking: strategy and options of the heads.
         num_stages: K.
         manual: a partition, see :meth:`CausalLM.partition`; None balances parameters, heads included.
+        token_counts: see :func:`stage_objective`.
     """
     options = interlocking.aux_head
     bounds = model.partition(num_stages, aux_heads=options, exits=interlocking.exits_for(num_stages), manual=manual)
 
     def aux_head(stage: int) -> LanguageModelObjective:
-        return stage_objective(model, interlocking, bounds, stage)
+        return stage_objective(model, interlocking, bounds, stage, token_counts)
 
     return InterlockedPipelineModule(
         model.layer_specs(),
@@ -69,6 +81,7 @@ def virtual_pipeline(
     manual: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     monitor: Any = None,
+    token_counts: Tensor | None = None,
     kind: Callable[..., VirtualPipeline] = VirtualPipeline,
 ) -> VirtualPipeline:
     """All stages of a language model on one device, with the weights that processes would start from.
@@ -80,6 +93,7 @@ def virtual_pipeline(
         manual: a partition, see :meth:`CausalLM.partition`.
         device: where they go.
         monitor: DeepSpeed's, for the losses.
+        token_counts: see :func:`stage_objective`.
         kind: what is built of them.
     """
     interlocking = resolve_interlocking(ds_config)
@@ -90,7 +104,7 @@ def virtual_pipeline(
     if options is not None:
         exits = interlocking.exits_for(num_stages)
         heads = [
-            stage_objective(model, interlocking, bounds, stage) if stage in exits else None
+            stage_objective(model, interlocking, bounds, stage, token_counts) if stage in exits else None
             for stage in range(num_stages - 1)
         ]
     loss_fn = CausalLMLoss(options.chunk_tokens if options else None)

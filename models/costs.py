@@ -16,12 +16,11 @@ def head_cost(model: CausalLM, options: AuxHeadConfig | None, num_stages: int, s
     """Forward and backward of a head, in units of a stage's forward pass (0 without heads).
 
     An LM head that copies the last stage's has no weight gradient; one of low rank is two small products; it reads only
-    the positions that it takes its loss on.
+    the positions that it takes its loss on, and only the tokens that stand for the vocabulary.
     """
     if options is None:
         return 0.0
-    layer, size, rank = layer_work(model, sequence_length), (model.hidden_size, model.vocab_size), options.rank
-    readout = size[0] * size[1] if rank is None else rank * sum(size)
+    layer, readout = layer_work(model, sequence_length), _readout(model, options)
     products = 3 if options.readout == "private" else 2
     head = products * options.aux_tokens * readout + 3 * options.blocks * layer
     return head / (layer * (model.num_layers - 2) / num_stages)
@@ -32,8 +31,8 @@ def training_flops(model: CausalLM, options: AuxHeadConfig | None, heads: int, s
 
     P: elements of the matrices that a token passes (2 operations each forward, 4 backward): those of decoder layers, of
     experts those that it is sent to, of the model's LM head, and of each auxiliary head; embeddings are looked up. An
-    LM head that copies the last stage's has no weight gradient (4 instead of 6), and heads read only the positions that
-    they take their loss on. L decoder layers attend to half of S positions on average: 2·S·H forward, twice
+    LM head that copies the last stage's has no weight gradient (4 instead of 6), and heads read only the positions and
+    tokens that they take their loss on. L decoder layers attend to half of S positions on average: 2·S·H forward, twice
     that backward.
 
     What a method does beyond that is not counted: recomputation, and the further input gradients of N > 1.
@@ -44,7 +43,14 @@ def training_flops(model: CausalLM, options: AuxHeadConfig | None, heads: int, s
     if options is None or heads == 0:
         return float(trunk)
     products = 3 if options.readout == "private" else 2
-    size = model.hidden_size, model.vocab_size
-    matrices = size[0] * size[1] if options.rank is None else options.rank * sum(size)
+    matrices = _readout(model, options)
     blocks = options.blocks * (6 * sum(layers) / len(layers) + 3 * attention)
     return trunk + heads * (2 * products * options.aux_tokens * matrices + blocks)
+
+
+def _readout(model: CausalLM, options: AuxHeadConfig) -> int:
+    """Multiply-adds of a head's LM head for a token that it takes its loss on, forward."""
+    size = model.hidden_size, model.vocab_size
+    if options.rank is not None:
+        return options.rank * sum(size)
+    return size[0] * (size[1] if options.negatives is None else options.negatives)

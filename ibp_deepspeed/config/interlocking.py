@@ -38,7 +38,13 @@ class AuxHeadConfig(BaseModel):
     aux_tokens: float = Field(default=1.0, gt=0, le=1)
     """Fraction of the positions whose loss trains the heads and, through them, the trunks; the last stage uses all."""
     aux_tokens_seed: int = 0
-    """Of the draw of these positions, which is another one for each batch and stage, the same on all replicas."""
+    """Of the draw of these positions, which is another one for each batch and stage, the same on all replicas; and of
+    the draw of negatives."""
+    negatives: int | None = Field(default=None, ge=1)
+    """S: in training the heads' losses are over the label and S tokens drawn from the vocabulary, weighted so that they
+    stand for all of it; None: the whole vocabulary. The last stage's loss and evaluations are exact."""
+    negatives_by: Literal["frequency", "uniform"] = "frequency"
+    """How likely a token is drawn: as often as it occurs in the training data, or all alike."""
     chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at once; None picks about 64 MiB of logits."""
 
@@ -49,6 +55,10 @@ class AuxHeadConfig(BaseModel):
             raise ValueError(f'{min(given)} is for readout "shared", the readout is "{self.readout}"')
         if self.rank is not None and self.readout != "private":
             raise ValueError(f'rank is for readout "private", the readout is "{self.readout}"')
+        if self.rank is not None and self.negatives is not None:
+            raise ValueError("rank and negatives don't go together: rows of a product are no cheaper to read")
+        if "negatives_by" in self.model_fields_set and self.negatives is None:
+            raise ValueError("negatives_by is for negatives, of which no number is given")
         return self
 
     def delay(self, stages: int, micro_batches: int) -> int:

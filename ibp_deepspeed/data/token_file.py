@@ -125,6 +125,14 @@ class TokenFile:
                 f"set the model's vocabulary size to {needed} or more"
             )
 
+    def counts(self, vocabulary_size: int, *, at_most: int = 2**26) -> npt.NDArray[np.int64]:
+        """How often each token occurs, [vocabulary_size], in `at_most` tokens spread evenly over the split."""
+        parts = max(1, min(64, at_most // 4096))
+        length = at_most // parts
+        starts = np.linspace(0, max(0, len(self.tokens) - length), parts).astype(np.int64)
+        chunks = [self.tokens] if len(self.tokens) <= at_most else [self.tokens[s : s + length] for s in starts]
+        return sum((np.bincount(chunk, minlength=vocabulary_size) for chunk in chunks), np.zeros(1, dtype=np.int64))
+
 
 def open_tokens(folder: str | Path, split: SplitName, *, verify: bool = True) -> TokenFile:
     """Maps the tokens of the split "train" or "heldout" of a folder that scripts/prepare_data.py wrote.

@@ -93,7 +93,8 @@ class ExecutingEngine(CheckpointingEngine):
         assert read is not None
         hidden = read.detach().requires_grad_(loss in table.used)
         outputs = objective.outputs(hidden)
-        value = objective.training_loss(outputs, micro.labels, batch=self.global_steps, index=loss)
+        where = {"batch": self.global_steps, "micro_batch": micro_batch, "index": loss}
+        value = objective.training_loss(outputs, micro.labels, **where)
         self._losses.add(loss, value)
         with self._accumulating():
             (value / self.micro_batches).backward()

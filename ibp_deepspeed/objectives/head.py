@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.objectives.sampled_softmax import NegativeSample
 from ibp_deepspeed.objectives.shared_readout import head_readout
 from ibp_deepspeed.objectives.token_sampling import TokenSample
 
@@ -61,12 +62,16 @@ class Objective:
     Attributes:
         needs: from elsewhere.
         positions: those that the loss takes in training; None: all. Evaluations take all.
+        negatives: what stands for the vocabulary in training; None: all of it. Evaluations take all.
+        token_counts: how often each token occurs in the training data, [V], for negatives; None: unknown.
     """
 
     def __init__(self, module: nn.Module, loss_fn: LossFn | None = None, *, target: int | None = None) -> None:
         self.module, self.loss_fn = module, loss_fn
         self.needs = Needs(target=target)
         self.positions: TokenSample | None = None
+        self.negatives: NegativeSample | None = None
+        self.token_counts: Tensor | None = None
 
     def configured(self, options: AuxHeadConfig | None, loss_fn: LossFn | None) -> Self:
         """Take over what the configuration says, and the pipeline's loss where the objective has none of its own.
@@ -78,6 +83,7 @@ class Objective:
             readout = None if options.readout == "private" else options.readout
             self.needs = Needs(readout, options.borrow, self.needs.target)
             self.positions = TokenSample.from_options(options)
+            self.negatives = NegativeSample.from_options(options, self.token_counts)
         return self
 
     def outputs(self, hidden: Any) -> Any:
@@ -88,11 +94,15 @@ class Objective:
         """A scalar, with its graph; ``target``: see :class:`Needs`."""
         return outputs if self.loss_fn is None else self.loss_fn(outputs, labels)
 
-    def training_loss(self, outputs: Any, labels: Any, *, batch: int, index: int, target: Any = None) -> Tensor:
-        """The loss of loss ``index`` in batch ``batch`` (from 0), at the positions that it takes in training."""
+    def training_loss(
+        self, outputs: Any, labels: Any, *, batch: int, micro_batch: int, index: int, target: Any = None
+    ) -> Tensor:
+        """Loss ``index`` of a micro-batch (both counted from 0), at the positions and over the tokens that it takes."""
         if self.positions is not None:
             outputs, labels = self.positions.select(outputs, labels, batch, index)
-        return self.loss(outputs, labels, target)
+        if self.negatives is None:
+            return self.loss(outputs, labels, target)
+        return self.negatives.cross_entropy(outputs, labels, batch=batch, micro_batch=micro_batch, loss=index)
 
     def measure(self, outputs: Any, labels: Any) -> Tensor:
         """What evaluations report, at all positions: a scalar."""

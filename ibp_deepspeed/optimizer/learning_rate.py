@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from deepspeed.runtime import lr_schedules
 
 from ibp_deepspeed.errors import ConfigError
@@ -68,6 +69,21 @@ def configured_schedule(ds_config: Mapping[str, Any]) -> Callable[[Any], Any] | 
         known = ", ".join([*lr_schedules.VALID_LR_SCHEDULES, *_OURS])
         raise ConfigError(f'"scheduler.type" is {name!r}, known are {known}.')
     return partial(_OURS.get(name) or getattr(lr_schedules, name), **block.get("params", {}))
+
+
+def check_schedule(ds_config: Mapping[str, Any]) -> None:
+    """Refuse a schedule that can't be made, before there is an optimizer.
+
+    Raises:
+        ConfigError: its type or a parameter is unknown, or a value is wrong.
+    """
+    schedule = configured_schedule(ds_config)
+    if schedule is None:
+        return
+    try:
+        schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'"scheduler" of type {ds_config["scheduler"]["type"]}: {error}.') from error
 
 
 def is_ours(ds_config: Mapping[str, Any]) -> bool:

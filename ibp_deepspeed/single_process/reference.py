@@ -103,8 +103,8 @@ class InterlockedReference:
         self._refresh_readouts(count)
         strategies = Timeline(self.interlocking, len(self.stages), count, self._has_heads).at(self.batch)
         rows = []
-        for (inputs, labels), strategy in zip(micro_batches, strategies.strategies, strict=True):
-            losses = self.losses(inputs, labels, sampled=True)
+        for i, ((inputs, labels), strategy) in enumerate(zip(micro_batches, strategies.strategies, strict=True)):
+            losses = self.losses(inputs, labels, micro_batch=i)
             for j, loss in losses.items():
                 self._differentiate(loss / count, self._trained_by(j, strategy))
             rows.append({j: loss.detach() for j, loss in losses.items()})
@@ -140,16 +140,23 @@ class InterlockedReference:
                 outputs[k] = self.objectives[k].outputs(hidden)
         return {**outputs, len(self.stages) - 1: hidden}
 
-    def losses(self, inputs: Any, labels: Any, *, sampled: bool = False) -> dict[int, Tensor]:
-        """L_k of every stage that has one, of one micro-batch; ``sampled``: at the positions of the next batch."""
+    def losses(self, inputs: Any, labels: Any, *, micro_batch: int | None = None) -> dict[int, Tensor]:
+        """L_k of every stage that has one, of one micro-batch.
+
+        Args:
+            inputs, labels: of the micro-batch.
+            micro_batch: take the positions and the tokens that this micro-batch of the next batch takes in training;
+                None: all.
+        """
         outputs = self.outputs(inputs)
         losses = {}
         for k, objective in self.objectives.items():
             target = None if objective.needs.target is None else outputs[objective.needs.target].detach()
-            if sampled:
-                losses[k] = objective.training_loss(outputs[k], labels, batch=self.batch, index=k, target=target)
-            else:
+            if micro_batch is None:
                 losses[k] = objective.loss(outputs[k], labels, target)
+            else:
+                where = {"batch": self.batch, "micro_batch": micro_batch, "index": k}
+                losses[k] = objective.training_loss(outputs[k], labels, target=target, **where)
         return losses
 
     def _trained_by(self, loss: int, strategy: Strategy) -> list[Weighted]:

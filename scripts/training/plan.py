@@ -66,6 +66,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from ibp_deepspeed.config.auto import fill_auto
     from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config, resolve_interlocking
     from ibp_deepspeed.data import open_tokens
+    from ibp_deepspeed.optimizer.learning_rate import check_schedule
     from ibp_deepspeed.strategy.timeline import Timeline
     from models import CausalLM
     from models.runs.checkpoint import tokenizer_texts
@@ -81,9 +82,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     _check_lengths(args, begin.hf_config)
     model = CausalLM(begin.hf_config, seed=args.seed)
     train.check_vocabulary(model.vocab_size)
+    _check_heads(interlocking, model.vocab_size)
     defaults = default_hyperparameters(args, model.hidden_size)
     ds_config = fill_auto(ds_config, given_hyperparameters(args), defaults, replicas)
     check_ds_config(ds_config)
+    check_schedule(ds_config)
     micro_batches = ds_config.get("gradient_accumulation_steps") or 1
     Timeline(interlocking, num_stages, micro_batches, interlocking.aux_head is not None).channel_depth()
     if first:
@@ -187,6 +190,14 @@ def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> Non
         raise ModelError(
             f"--keep {args.keep} --save-interval {args.save_interval}: keep at least 1, save at least at 0."
         )
+
+
+def _check_heads(interlocking: InterlockingConfig, vocabulary: int) -> None:
+    from ibp_deepspeed.errors import ConfigError
+
+    negatives = interlocking.aux_head.negatives if interlocking.aux_head is not None else None
+    if negatives is not None and negatives > vocabulary:
+        raise ConfigError(f'"aux_head.negatives" is {negatives}, the vocabulary has {vocabulary} tokens: draw fewer.')
 
 
 def _warn_of_schedule(ds_config: dict[str, Any], steps: int) -> None:

@@ -47,6 +47,9 @@ def start(plan: Plan, args: argparse.Namespace) -> Pipeline:
     from ibp_deepspeed import init_distributed, initialize
     from models.build import pipeline_module, virtual_pipeline
 
+    options, counts = plan.interlocking.aux_head, None
+    if options is not None and options.negatives is not None and options.negatives_by == "frequency":
+        counts = torch.from_numpy(plan.train.counts(plan.model.vocab_size))
     deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
     with contextlib.ExitStack() as stack:
         if not args.verbose:
@@ -56,8 +59,9 @@ def start(plan: Plan, args: argparse.Namespace) -> Pipeline:
         if args.one_process:
             monitor = MonitorMaster(get_monitor_config(plan.ds_config))
             device = get_accelerator().current_device_name()
-            return virtual_pipeline(plan.model, plan.ds_config, plan.num_stages, plan.bounds, device, monitor)
-        module = pipeline_module(plan.model, plan.interlocking, plan.num_stages, plan.bounds)
+            about = {"device": device, "monitor": monitor, "token_counts": counts}
+            return virtual_pipeline(plan.model, plan.ds_config, plan.num_stages, plan.bounds, **about)
+        module = pipeline_module(plan.model, plan.interlocking, plan.num_stages, plan.bounds, counts)
         return initialize(model=module, config=plan.ds_config)[0]
 
 

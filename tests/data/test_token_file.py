@@ -263,3 +263,13 @@ def test_check_vocabulary(prepared: Path) -> None:
     with pytest.raises(DataError, match=r"token ids up to 9 .* set the model's vocabulary size to 10 or more"):
         lying.check_vocabulary(9)
     lying.check_vocabulary(10)
+
+
+def test_tokens_are_counted_on_all_of_a_split_or_evenly_over_it(prepared: Path) -> None:
+    file = open_tokens(prepared, "train")
+    size = file.manifest.vocabulary_size
+    every = file.counts(size)
+    assert every.shape == (size,) and every.sum() == len(file.tokens)
+    assert all(every[token] == (file.tokens == token).sum() for token in set(file.tokens[:50].tolist()))
+    part = file.counts(size, at_most=len(file.tokens) // 2)
+    assert part.shape == (size,) and len(file.tokens) // 3 < part.sum() <= len(file.tokens) // 2

@@ -95,13 +95,20 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Any]]
             "real": [
                 {"task": "real", "interlocking": following(2, 1, blocks=1), "tied": False},
                 {"task": "real", "interlocking": following(1, 2, width=1, blocks=1), "tied": True},
-                {"task": "real", "interlocking": SAMPLED, "tied": False},
+                *({"task": "real", "interlocking": block, "tied": False} for block in SAMPLED),
             ],
         },
     )
 
 
-SAMPLED = {"strategy": "pairwise", "mode": "window", "aux_head": {"rank": 4, "aux_tokens": 0.3, "aux_tokens_seed": 5}}
+SAMPLED: list[dict[str, Any]] = [
+    {"strategy": "pairwise", "mode": "window", "aux_head": options}
+    for options in (
+        {"rank": 4, "aux_tokens": 0.3, "aux_tokens_seed": 5},
+        {"negatives": 20, "aux_tokens": 0.5},
+        {"negatives": 30, "negatives_by": "uniform", "readout": "shared", "refresh_interval": 2, "refresh_delay": 3},
+    )
+]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +172,8 @@ def test_an_average_is_exact_in_bf16(three: dict[str, Any]) -> None:
 
 
 def test_real_models_equal_the_reference(three: dict[str, Any]) -> None:
-    """A cut llama with a block in each head, tied or not; low-rank readouts on a part of the positions: 1e-5."""
+    """A cut llama with a block in each head, tied or not; low-rank LM heads on a part of the positions; LM heads, also
+    copied ones, over a part of the vocabulary: 1e-5."""
     for row in [row for rows in three["real"] for row in rows]:
         assert row["loss"] <= 1e-5 and row["parameter"] <= 1e-5, row
 

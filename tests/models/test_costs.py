@@ -39,7 +39,15 @@ def llama(**changes: Any) -> CausalLM:
 
 @pytest.mark.parametrize(
     "options",
-    [None, {}, {"rank": 8}, {"blocks": 1}, {"readout": "shared"}, {"aux_tokens": 0.5}],
+    [
+        None,
+        {},
+        {"rank": 8},
+        {"blocks": 1},
+        {"readout": "shared"},
+        {"aux_tokens": 0.5},
+        {"negatives": 7, "negatives_by": "uniform"},
+    ],
     ids=lambda options: str(options),
 )
 def test_operations_of_a_training_are_those_of_its_matrix_products(options: dict[str, Any] | None) -> None:

@@ -88,7 +88,7 @@ def test_other_exits_and_the_sum_of_all_when_a_run_goes_on(
     every = changed(config, tmp_path / "every.json", strategy="local", aux_head={})
     weighted = {"strategy": "global", "mode": "sum", "exits": 2, "exit_weights": [0.3, 1.0]}
     everything = changed(config, tmp_path / "sum.json", aux_head={}, **weighted)
-    modules = changed(config, tmp_path / "modules.json", strategy="local", exits=4, aux_head={})
+    modules = changed(config, tmp_path / "modules.json", strategy="local", exits=4, aux_head={"negatives": 50})
     train(every, data, out, "--steps", 2)
     gone = [f"head before layer {boundary}: dropped, none stands there now" for boundary in (2, 4)]
     done = train(everything, data, out, "--steps", 3, "--resume")

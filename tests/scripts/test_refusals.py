@@ -54,6 +54,14 @@ def truncated(data: Path, tmp_path: Path, keep: int | None) -> Path:
         ),
         ({"interlocking": {"strategy": "global", "channel_depth": 1}}, '"interlocking.channel_depth" is 1, the least'),
         ({"interlocking": {"strategy": "local", "aux_head": None}}, "needs a head for every exit"),
+        (
+            {"interlocking": {"strategy": "local", "aux_head": {"negatives": 99999}}},
+            '"aux_head.negatives" is 99999, the vocabulary has',
+        ),
+        (
+            {"settings": {"scheduler": {"type": "WarmupStableDecayLR", "params": {"total_num_steps": 9, "decay": 2}}}},
+            "unexpected keyword argument 'decay'",
+        ),
         ({"settings": {"fp16": {"enabled": True}}}, "fp16 is not supported"),
         ({"settings": {"zero_optimization": {"stage": 3}}}, "ZeRO stage 3 does not work with pipelines"),
         ({"--stages": "3"}, "4 processes can't be divided into pipelines of 3 stages"),

@@ -21,7 +21,7 @@ from ibp_deepspeed import (
     initialize,
 )
 from ibp_deepspeed.checkpoint import layout
-from models.build import pipeline_module
+from models.build import pipeline_module, stage_objective
 from models.causal_lm import CausalLM
 from tests.models.test_causal_lm import SEQUENCE, shifted, tiny
 from tests.toys import FollowingHead, Head, Layer, loss_fn, make_module, micro_batches
@@ -162,7 +162,7 @@ def real_model(case: dict[str, Any]) -> dict[str, float]:
     """A cut language model against the reference made of the same layers."""
     config = InterlockingConfig.parse(case["interlocking"])
     model = CausalLM(tiny("llama", tie_word_embeddings=case["tied"]))
-    module = pipeline_module(model, config, STAGES)
+    module = pipeline_module(model, config, STAGES, token_counts=torch.arange(model.vocab_size))
     engine = engine_of(case["interlocking"], module)
     reference = reference_of(model, config, module)
     parameters = [p for k in range(STAGES) for p in reference.parameters(k)]
@@ -188,7 +188,8 @@ def reference_of(model: CausalLM, config: InterlockingConfig, module: Any) -> In
     stages = [
         nn.Sequential(*(model.build_layer(i) for i in range(a, b))) for a, b in zip(bounds, bounds[1:], strict=False)
     ]
-    heads = [model.aux_head(k, config.aux_head, after=bounds[k + 1] - 1) for k in range(STAGES - 1)]
+    counts = torch.arange(model.vocab_size)
+    heads = [stage_objective(model, config, bounds, k, counts) for k in range(STAGES - 1)]
     return InterlockedReference(stages, heads, module.loss_fn, config)
 
 

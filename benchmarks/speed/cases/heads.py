@@ -2,7 +2,8 @@
 
 The vocabulary product on every stage is the price of the method. ``naive``: full logits, cross entropy, autograd.
 Ours: chunks of tokens, at several sizes; a readout that is only read (``shared``); a part of the positions
-(``aux_tokens``); a readout of low rank. The losses show which of them compute the same.
+(``aux_tokens``); a readout of low rank; a sample of the vocabulary (``negatives``: four times the width). The losses
+show which of them compute the same.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from benchmarks.speed.harness import Row, Spread, interleaved
 from ibp_deepspeed.objectives import fused_cross_entropy
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss, LazyLogits
+from ibp_deepspeed.objectives.sampled_softmax import NegativeSample
 from ibp_deepspeed.objectives.token_sampling import TokenSample
 
 RANK, FRACTION = 64, 0.25
@@ -80,6 +82,7 @@ class Contenders:
         self.hidden = normal(tokens, width).requires_grad_()
         self.labels = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
         self.weight = nn.Parameter(normal(vocabulary, width))
+        self.negatives = NegativeSample(min(4 * width, vocabulary), 0)
         self.factors = nn.Parameter(normal(RANK, width)), nn.Parameter(normal(vocabulary, RANK))
 
     def all(self) -> dict[str, Callable[[], Tensor]]:
@@ -95,6 +98,9 @@ class Contenders:
         contenders["shared readout"] = partial(self.ours, full, None, trained=False)
         contenders[f"aux_tokens {FRACTION}"] = partial(self.ours, full, None, sample=TokenSample(FRACTION, 0))
         contenders[f"rank {RANK}"] = partial(self.ours, self.factors, None)
+        contenders[f"negatives {self.negatives.size}"] = lambda: self.negatives.cross_entropy(
+            LazyLogits(self.hidden, linear, full), self.labels, batch=0, micro_batch=0, loss=0
+        )
         return contenders
 
     def naive(self) -> Tensor:
