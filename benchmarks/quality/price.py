@@ -30,16 +30,36 @@ class Price:
     time: float
 
 
-def price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float, steps: int) -> Price:
-    """The price of a training of ``steps`` batches, phases of its ``schedule`` by their length (see :func:`_price`)."""
-    block = dict(interlocking)
+def price(
+    interlocking: Mapping[str, Any],
+    stages: int,
+    layers_per_stage: float,
+    steps: int,
+    *,
+    micro_batches: int = MICRO_BATCHES,
+    backward: str = "fused",
+) -> Price:
+    """The price of a training of ``steps`` batches, phases of its ``schedule`` by their length.
+
+    M micro-batches, no latency; a layer's forward pass, B and W cost the same. A head that copies its LM head saves its
+    W; a block in a head is a layer that is computed forward and backward, a borrowed layer one B.
+
+    Args:
+        interlocking: the block.
+        stages: K.
+        layers_per_stage: of the model.
+        steps: batches.
+        micro_batches: M.
+        backward: whether B comes before W ("split") or both are one piece ("fused").
+    """
+    block = {**interlocking, "backward": backward}
     phases = block.pop("schedule", [])
     starts = [0, *(phase["from_step"] for phase in phases), steps]
     blocks = [block]
     for phase in phases:
         named = {"strategy": "nwise", "width": phase["width"], "mode": phase.get("mode", block.get("mode"))}
         blocks.append({**block, **named})
-    prices = [_price(each, stages, layers_per_stage) for each in blocks]
+    prices = [_price(InterlockingConfig.parse(each), stages, layers_per_stage, micro_batches) for each in blocks]
     shares = [(end - start) / steps for start, end in pairwise(starts)]
     return Price(
         work=sum(share * p.work for share, p in zip(shares, prices, strict=True)),
@@ -47,28 +67,28 @@ def price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float,
     )
 
 
-def _price(interlocking: Mapping[str, Any], stages: int, layers_per_stage: float) -> Price:
-    """The price of an interlocking block, M = 4, no latency; B and W cost a forward pass each, and are one piece.
+def asynchronous_price(stages: int, micro_batches: int = MICRO_BATCHES) -> Price:
+    """Of a 1F1B pipeline that never drains: the same work, no bubble."""
+    return Price(work=1.0, time=micro_batches / (micro_batches + stages - 1))
 
-    A head that copies its LM head saves its W; a block in a head is a layer that is computed
-    forward and backward, a borrowed layer one B.
-    """
-    config = InterlockingConfig.parse({"backward": "fused", **interlocking})
+
+def _price(config: InterlockingConfig, stages: int, layers_per_stage: float, micro_batches: int) -> Price:
     options = config.aux_head
     head = borrowed = 0.0
     if options is not None:
         head = HEAD * (1.0 if options.readout == "private" else 2 / 3) + 3 * options.blocks / layers_per_stage
         borrowed = options.borrow / layers_per_stage
-    if config.width_for(stages) == stages and config.mode == "furthest":
+    if config.width_for(stages) >= len(config.exits_for(stages)) and config.mode == "furthest":
         head = 0.0  # its heads only watch
-    own = _predict(config, stages, Costs(head=head, borrowed_gradient=borrowed))
-    baseline = _predict(InterlockingConfig(strategy="global", aux_head=None, backward="fused"), stages, Costs(head=0.0))
+    own = _predict(config, stages, micro_batches, Costs(head=head, borrowed_gradient=borrowed))
+    without = InterlockingConfig(strategy="global", aux_head=None, backward="fused")
+    baseline = _predict(without, stages, micro_batches, Costs(head=0.0))
     return Price(work=_work(own) / _work(baseline), time=own.batch_time / baseline.batch_time)
 
 
 @cache
-def _predict(config: InterlockingConfig, stages: int, costs: Costs) -> Prediction:
-    timeline = Timeline(config, stages, MICRO_BATCHES, aux_heads=config.aux_head is not None)
+def _predict(config: InterlockingConfig, stages: int, micro_batches: int, costs: Costs) -> Prediction:
+    timeline = Timeline(config, stages, micro_batches, aux_heads=config.aux_head is not None)
     return predict_timeline(timeline, costs)
 
 

@@ -16,6 +16,7 @@ from benchmarks.quality.plans import TEXT_ROWS, VARIANTS
 from benchmarks.quality.price import price
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.run import SOLVED
+from benchmarks.quality.second_report import second_tables
 
 RESULTS = Path(__file__).parent / "results"
 _ORDER = [*TEXT_ROWS, *VARIANTS]
@@ -205,6 +206,7 @@ def tables(of: dict[str, list[Record]]) -> Iterator[tuple[str, list[list[str]]]]
     borrowed = [r for r in of.get("borrow", []) if "folder" in r["run"]["task"]]
     if any(r["run"]["row"] == "global" for r in borrowed):
         yield "text, 3 stages of 3 layers", text_table(borrowed, 3)
+    yield from second_tables(of)
     if of.get("stuck"):
         yield "agreement of gradients", stuck_table(of["stuck"])
 

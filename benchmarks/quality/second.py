@@ -35,6 +35,7 @@ class Row:
         stages: K; 1 where the number of stages doesn't change what is learned.
         block: of interlocking.
         delay, optimizer: of asynchronous backpropagation.
+        priced: K of the pipeline that would run it, if that is not ``stages`` or 4; late gradients are for M = 4.
         like: the row whose learning rate it takes; None: its rates are tried.
     """
 
@@ -43,6 +44,12 @@ class Row:
     like: str | None = None
     delay: int | None = None
     optimizer: str = "AdamW"
+    priced: int | None = None
+
+    @property
+    def pipeline(self) -> int:
+        """Stages of the pipeline whose time is predicted."""
+        return self.priced or max(self.stages, 4)
 
 
 def modules(exits: Any, *, width: int = 1, mode: str = "window", **more: Any) -> dict[str, Any]:
@@ -88,9 +95,9 @@ FURTHER: dict[str, Row] = {
     "3-wise, backpropagation from 75%, K = 8": Row(
         8, then_backpropagation(modules("every", width=3), 8, 0.75), _PAIRWISE
     ),
-    "asynchronous, 2 batches late": Row(1, _ALL, "asynchronous, 1 batch late", delay=2),
+    "asynchronous, 2 batches late": Row(1, _ALL, "asynchronous, 1 batch late", delay=2, priced=8),
     "asynchronous, 2 batches late, Nesterov": Row(
-        1, _ALL, "asynchronous, 1 batch late, Nesterov", delay=2, optimizer="NAdam"
+        1, _ALL, "asynchronous, 1 batch late, Nesterov", delay=2, optimizer="NAdam", priced=8
     ),
     "backpropagation, Nesterov": Row(1, _ALL, delay=0, optimizer="NAdam"),
     "backpropagation, Muon": Row(1, _ALL, delay=0, optimizer="Muon"),

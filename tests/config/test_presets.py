@@ -19,7 +19,7 @@ from ibp_deepspeed.schedule.validate import validated_timeline
 from ibp_deepspeed.strategy.timeline import Timeline
 
 DEFAULTS: dict[str, Any] = {option: 1e-3 if option == "--learning-rate" else 4 for option in FILLED.values()}
-STRATEGIES = ("local", "modules", "pairwise", "3wise", "global")
+STRATEGIES = ("local", "solo", "modules", "pairwise", "3wise", "global")
 PRESETS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
 
@@ -77,7 +77,7 @@ def test_preset(path: Path) -> None:
     parsed = DeepSpeedConfig({k: v for k, v in settings.items() if k != "interlocking"})
     timeline = Timeline(config, 4, parsed.gradient_accumulation_steps, aux_heads=config.aux_head is not None)
     name = path.stem.split("_")[0]
-    width = {"local": 1, "modules": 1, "pairwise": 2, "3wise": 3, "global": 4}[name]
+    width = {"local": 1, "solo": 1, "modules": 1, "pairwise": 2, "3wise": 3, "global": 4}[name]
     assert [strategy.width for strategy in timeline.strategies()] == [width]
     validated_timeline(timeline)
     whole = name in ("modules", "global")

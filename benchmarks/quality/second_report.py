@@ -1,0 +1,144 @@
+"""Tables of the second study, and of the first one's headlines at three seeds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
+
+from benchmarks.quality.price import Price, asynchronous_price, price
+from benchmarks.quality.records import Record
+from benchmarks.quality.second import BACKPROPAGATION, LAYERS, ROWS, STEPS
+
+Table = list[list[str]]
+
+
+def last_exit(record: Record) -> float:
+    """Held-out loss of the last exit at the end, in nats."""
+    loss: float = record["curve"][-1][1][-1]
+    return loss
+
+
+def by_seed(records: Sequence[Record]) -> dict[int, float]:
+    """Seed → held-out loss of the last exit."""
+    return {record["run"]["seed"]: last_exit(record) for record in records}
+
+
+def difference(of: Mapping[int, float], to: Mapping[int, float]) -> str:
+    """Mean and range of the differences at the same seeds, in per cent; "–" if no seed is common."""
+    ratios = [100 * (of[seed] / to[seed] - 1) for seed in sorted(of.keys() & to.keys())]
+    if not ratios:
+        return "–"
+    if len(ratios) == 1:
+        return f"{ratios[0]:+.1f}% (one seed)"
+    return f"{mean(ratios):+.1f}% ({min(ratios):+.1f} … {max(ratios):+.1f})"
+
+
+def seeds_table(records: Sequence[Record]) -> Table:
+    """Each row of the study ``seeds`` at its seeds, and its paired differences with backpropagation."""
+    groups: dict[tuple[str, int], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record["run"]["row"], record["run"]["stages"]].append(record)
+    cosine = by_seed(groups["global", 4])
+    decayed = by_seed(groups["global, constant, then decay", 4])
+    seeds = sorted(cosine)
+    table = [["", "K", *(f"seed {s}" for s in seeds), "mean", "to global, cosine", "to global, constant, then decay"]]
+    for (row, stages), group in groups.items():
+        found = by_seed(group)
+        losses = [f"{found[seed]:.3f}" if seed in found else "–" for seed in seeds]
+        where = "–" if row.startswith("global") else str(stages)
+        compared = [difference(found, cosine), difference(found, decayed)]
+        table.append([row, where, *losses, f"{mean(found.values()):.3f}", *compared])
+    return table
+
+
+def second_table(records: Sequence[Record]) -> Table:
+    """Rows of the second study, the best first within their K: quality, work, and predicted time at M = 2, 4, 8."""
+    full = [r for r in records if r["run"]["steps"] == STEPS]
+    groups: dict[tuple[str, bool], list[Record]] = defaultdict(list)
+    for record in full:
+        groups[record["run"]["row"], record["run"]["cosine"]].append(record)
+    baseline = by_seed(groups[BACKPROPAGATION, False])
+    header = ["", "rate", "seeds", "held-out loss of the exits", "last exit", "to backpropagation"]
+    header += ["work", "time at M = 2 · 4 · 8", "time at M = 4 to the best exact schedule"]
+    table = [header]
+    for name, row in ROWS.items():
+        for cosine in (False, True):
+            group = groups.get((name, cosine))
+            if not group:
+                continue
+            exits = [column for column in zip(*(r["curve"][-1][1] for r in group), strict=True) if None not in column]
+            losses = [last_exit(r) for r in group]
+            half = (max(losses) - min(losses)) / 2
+            prices = [row_price(name, m) for m in (2, 4, 8)]
+            exact = exact_price(row.pipeline, 4)
+            table.append(
+                [
+                    f"{name}, cosine" if cosine else name,
+                    f"{group[0]['run']['rate']:g}",
+                    str(len(group)),
+                    " ".join(f"{mean(column):.2f}" for column in exits),
+                    f"{mean(losses):.3f}" + (f" ± {half:.3f}" if len(group) > 1 else ""),
+                    "–" if name == BACKPROPAGATION and not cosine else difference(by_seed(group), baseline),
+                    f"{prices[1].work:.2f}",
+                    " · ".join(f"{p.time:.2f}" for p in prices),
+                    f"{prices[1].time / exact:.2f}",
+                ]
+            )
+    return table
+
+
+def row_price(name: str, micro_batches: int) -> Price:
+    """Work and time of a batch against 1F1B at the row's number of stages; gradients are sent before B and W end."""
+    row = ROWS[name]
+    if row.delay:
+        return asynchronous_price(row.pipeline, micro_batches)
+    if row.stages == 1:
+        return Price(work=1.0, time=1.0)
+    return price(row.block, row.stages, LAYERS / row.stages, STEPS, micro_batches=micro_batches, backward="split")
+
+
+def exact_price(stages: int, micro_batches: int) -> float:
+    """Time of a batch of backpropagation with input gradients first, against 1F1B."""
+    return price({"strategy": "global"}, stages, 1, STEPS, micro_batches=micro_batches, backward="split").time
+
+
+def tokens_table(records: Sequence[Record]) -> Table:
+    """What more tokens bring backpropagation: each a training with a schedule of its own length."""
+    ends: dict[int, list[float]] = defaultdict(list)
+    for record in records:
+        run = record["run"]
+        if run["row"] == BACKPROPAGATION and not run["cosine"]:
+            ends[run["steps"]].append(last_exit(record))
+    table = [["batches", "tokens", "seeds", "held-out loss", "to half as many"]]
+    for steps, losses in sorted(ends.items()):
+        half = ends.get(steps // 2)
+        change = f"{100 * (mean(losses) / mean(half) - 1):+.1f}%" if half else "–"
+        table.append([str(steps), f"{1.024e-3 * steps:.1f} M", str(len(losses)), f"{mean(losses):.3f}", change])
+    return table
+
+
+def rates_table(records: Sequence[Record]) -> Table:
+    """Held-out loss of the last exit of the short trainings at each rate."""
+    rates = sorted({record["run"]["rate"] for record in records})
+    ends: dict[str, dict[float, float]] = defaultdict(dict)
+    for record in records:
+        run = record["run"]
+        ends[f"{run['row']}, cosine" if run["cosine"] else run["row"]][run["rate"]] = last_exit(record)
+    table = [["", *(f"{rate:g}" for rate in rates)]]
+    for row, of in ends.items():
+        table.append([row, *(f"{of[rate]:.3f}" if rate in of else "–" for rate in rates)])
+    return table
+
+
+def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Table]]:
+    """Title and rows of every table that the records allow."""
+    if of.get("seeds"):
+        yield "text, 8 layers, three seeds", seeds_table(of["seeds"])
+    tried = [*of.get("rates", ()), *of.get("late_rates", ())]
+    if tried:
+        yield "second study, learning rates", rates_table(tried)
+    large = of.get("large", ())
+    if any(r["run"]["row"] == BACKPROPAGATION for r in large):
+        yield "second study", second_table(large)
+        yield "second study, tokens", tokens_table(large)
