@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.run import Run
-from benchmarks.quality.second import large, late_rates, rates
+from benchmarks.quality.second import heads, large, late_rates, rates
 
 TEXT = "data/quality"
 SEEDS = (0, 1, 2)
@@ -299,4 +299,5 @@ PLANS: dict[str, Callable[[Path], Iterator[Run]]] = {
     "rates": rates,
     "late_rates": late_rates,
     "large": large,
+    "heads": heads,
 }

@@ -130,7 +130,8 @@ def train(run: Run, device: str = "cpu") -> dict[str, Any]:
     kind: Callable[..., VirtualPipeline] = VirtualPipeline
     if run.delay is not None:
         kind = partial(Asynchronous, delay=run.delay, optimizer=run.optimizer)
-    pipeline = virtual_pipeline(model, run.settings(), run.stages, partition, device, kind=kind)
+    about: dict[str, Any] = {"token_counts": task.token_counts(), "kind": kind}
+    pipeline = virtual_pipeline(model, run.settings(), run.stages, partition, device, **about)
     batches, held_out = task.batches(run.seed, run.batch // run.micro_batches), task.held_out()
     interval = max(1, run.steps // run.evaluations)
     curve: list[tuple[int, list[float | None]]] = []

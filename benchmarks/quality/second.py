@@ -114,7 +114,22 @@ FURTHER: dict[str, Row] = {
         4, modules("every", mixed={"width": 2, "fraction": 0.5}), _LOCAL
     ),
 }
-ROWS = {**HEADLINES, **FURTHER}
+HEADS: dict[str, Row] = {
+    f"{_LOCAL}, {name}": Row(4, modules("every", aux_head=options), _LOCAL)
+    for name, options in {
+        "256 negatives": {"negatives": 256},
+        "loss on 1/4 of the positions": {"aux_tokens": 0.25},
+        "copied LM heads": {"readout": "shared"},
+        "rank 24": {"rank": 24},
+        "64 negatives": {"negatives": 64},
+        "1024 negatives": {"negatives": 1024},
+        "256 negatives, uniform": {"negatives": 256, "negatives_by": "uniform"},
+        "loss on 1/2 of the positions": {"aux_tokens": 0.5},
+        "loss on 1/16 of the positions": {"aux_tokens": 1 / 16},
+    }.items()
+}
+"""Heads that cost less than a product with the whole vocabulary at every position (4096 tokens; width 96)."""
+ROWS = {**HEADLINES, **FURTHER, **HEADS}
 TUNED = [name for name, row in ROWS.items() if row.like is None]
 """Rows whose learning rates are tried; others take the rate of the one that is most like them."""
 
@@ -174,7 +189,6 @@ def large(results: Path) -> Iterator[Run]:
 
     Rows whose rates have not been tried yet are left out.
     """
-    tried = [*load(results / "rates.jsonl"), *load(results / "late_rates.jsonl")]
     order: list[tuple[str, dict[str, Any]]] = [(row, {}) for row in HEADLINES]
     order += [(BACKPROPAGATION, {"shape": "cosine"})]
     order += [(BACKPROPAGATION, {"steps": steps}) for steps in FLATTENED[:2]]
@@ -183,7 +197,18 @@ def large(results: Path) -> Iterator[Run]:
     order += [(BACKPROPAGATION, {"seed": seed, "shape": "cosine"}) for seed in SEEDS[1:]]
     order += [(BACKPROPAGATION, {"steps": FLATTENED[2]})]
     order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], FURTHER)]
+    yield from _runs(order, results, "large")
+
+
+def heads(results: Path) -> Iterator[Run]:
+    """What cheaper heads lose; first one seed of all."""
+    yield from _runs([(row, {"seed": seed}) for seed, row in product(SEEDS, HEADS)], results, "heads")
+
+
+def _runs(order: list[tuple[str, dict[str, Any]]], results: Path, study: str) -> Iterator[Run]:
+    """Those whose rates have been tried."""
+    tried = [*load(results / "rates.jsonl"), *load(results / "late_rates.jsonl")]
     for row, values in order:
         rate = best_rate(tried, row)
         if rate is not None:
-            yield large_run(row, rate=rate, study="large", **values)
+            yield large_run(row, rate=rate, study=study, **values)

@@ -52,8 +52,26 @@ def seeds_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def heads_table(records: Sequence[Record], full: Sequence[Record]) -> Table:
+    """Cheaper heads against the full ones of local learning at K = 4; ``full``: the study that these are in."""
+    complete = [r for r in full if r["run"]["row"] == _FULL and r["run"]["steps"] == STEPS]
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in (*complete, *records):
+        groups[record["run"]["row"]].append(record)
+    table = [["", "seeds", "held-out loss of the exits", "last exit", "to full heads"]]
+    for name, group in groups.items():
+        exits = [mean(column) for column in zip(*(r["curve"][-1][1] for r in group), strict=True)]
+        compared = "–" if name == _FULL else difference(by_seed(group), by_seed(complete))
+        cells = " ".join(f"{loss:.2f}" for loss in exits), f"{exits[-1]:.3f}", compared
+        table.append([name, str(len(group)), *cells])
+    return table
+
+
+_FULL = "local, K = 4"
+
+
 def second_table(records: Sequence[Record]) -> Table:
-    """Rows of the second study, the best first within their K: quality, work, and predicted time at M = 2, 4, 8."""
+    """Rows of the second study: quality, work, and predicted time at M = 2, 4, 8."""
     full = [r for r in records if r["run"]["steps"] == STEPS]
     groups: dict[tuple[str, bool], list[Record]] = defaultdict(list)
     for record in full:
@@ -142,3 +160,5 @@ def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Tab
     if any(r["run"]["row"] == BACKPROPAGATION for r in large):
         yield "second study", second_table(large)
         yield "second study, tokens", tokens_table(large)
+    if of.get("heads"):
+        yield "second study, heads", heads_table(of["heads"], large)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ibp_deepspeed.data import MicroBatchLoader, open_tokens
+from ibp_deepspeed.data import MicroBatchLoader, TokenFile, open_tokens
 
 Batch = tuple[Tensor, Tensor]
 
@@ -27,6 +27,10 @@ class Task(Protocol):
     @property
     def vocabulary(self) -> int:
         """Number of tokens."""
+        ...
+
+    def token_counts(self) -> Tensor:
+        """How often each token occurs, about. [V]"""
         ...
 
     def batches(self, seed: int, size: int) -> Iterator[Batch]:
@@ -54,6 +58,10 @@ class HopTask:
     def vocabulary(self) -> int:
         """Number of tokens."""
         return self.alphabet
+
+    def token_counts(self) -> Tensor:
+        """All alike."""
+        return torch.ones(self.alphabet, dtype=torch.int64)
 
     def batches(self, seed: int, size: int) -> Iterator[Batch]:
         """An endless iterator, the same for the same seed."""
@@ -99,7 +107,11 @@ class TextTask:
     @cached_property
     def vocabulary(self) -> int:
         """Number of tokens."""
-        return open_tokens(Path(self.folder), "train", verify=False).manifest.vocabulary_size
+        return self._tokens("train").manifest.vocabulary_size
+
+    def token_counts(self) -> Tensor:
+        """In the training text."""
+        return torch.from_numpy(self._tokens("train").counts(self.vocabulary))
 
     def batches(self, seed: int, size: int) -> Iterator[Batch]:
         """An endless iterator, the same for the same seed."""
@@ -110,7 +122,7 @@ class TextTask:
         loader = MicroBatchLoader(self._tokens("heldout"), self.sequence_length, 16, shuffle=False)
         return list(self._pairs(loader.held_out(self.held_out_batches)))
 
-    def _tokens(self, split: Any) -> Any:
+    def _tokens(self, split: Any) -> TokenFile:
         return open_tokens(Path(self.folder), split, verify=False)
 
     @staticmethod
