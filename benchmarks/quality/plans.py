@@ -205,8 +205,10 @@ def seeds(results: Path) -> Iterator[Run]:
     for row, stages in rows:
         for seed in SEEDS:
             yield text(row, DEEP_ROWS[row], stages=stages, seed=seed, **common)
-    for seed in SEEDS:
-        yield text("global, constant, then decay", backpropagation(), seed=seed, cosine=False, decay=0.25, **common)
+    decayed: dict[str, Any] = {**common, "cosine": False, "decay": 0.25}
+    for row, stages in (("global", 4), ("local, private", 2), ("pairwise window, private", 4), ("local, private", 4)):
+        for seed in SEEDS:
+            yield text(f"{row}, constant, then decay", DEEP_ROWS[row], stages=stages, seed=seed, **decayed)
 
 
 def borrow(results: Path) -> Iterator[Run]:

@@ -9,6 +9,7 @@ when the message comes (the engine does so layer by layer).
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,20 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Boundary:
+    """What a message costs between two stages, in the unit of the costs.
+
+    Attributes:
+        latency: from the end of its sending to its arrival.
+        sending: how long it occupies the link, its size over the bandwidth; messages of one direction wait for each
+            other, those of the two directions don't. A stage computes on meanwhile.
+    """
+
+    latency: float = 0.0
+    sending: float = 0.0
+
+
+@dataclass(frozen=True)
 class Event:
     """One executed instruction: ``index`` counts the stage's instructions over all batches; ``partly``: the rest of it
     follows."""
@@ -67,6 +82,7 @@ class _Channel:
 
     sent: deque[tuple[tuple[int, int | None], float]] = field(default_factory=deque)
     taken_at: list[float] = field(default_factory=list)
+    free_at: float = 0.0
 
 
 class Simulator:
@@ -75,7 +91,10 @@ class Simulator:
     Args:
         batches: the K schedules of each batch, by stage.
         channel_depth: micro-batches a stage may run ahead of the next stage (None: unbounded).
-        costs: times of the work.
+        costs: times of the work, for all stages alike or of each.
+        boundaries: of the messages, K-1 (None: ``latency`` of the costs of the stage that sends).
+        jitter: standard deviation of the logarithm of a factor that each piece of work takes, drawn by ``seed``.
+        seed: of these draws, for each stage and each of its instructions.
         streaming: False holds every stage at a batch's end until all stages reach it.
 
     Attributes:
@@ -89,7 +108,10 @@ class Simulator:
         batches: Sequence[Sequence[Schedule]],
         *,
         channel_depth: int | None = None,
-        costs: Costs | None = None,
+        costs: Costs | Sequence[Costs] | None = None,
+        boundaries: Sequence[Boundary] | None = None,
+        jitter: float = 0.0,
+        seed: int = 0,
         streaming: bool = True,
     ) -> None:
         self.stages = len(batches[0])
@@ -97,7 +119,10 @@ class Simulator:
         self.programs: list[Program] = [program for program, _ in laid_out]
         self.bounds: list[list[int]] = [bounds for _, bounds in laid_out]
         self.channel_depth = channel_depth
-        self.costs = costs or Costs()
+        given = costs or Costs()
+        self.costs = [given] * self.stages if isinstance(given, Costs) else list(given)
+        self._boundaries = boundaries or [Boundary(costs.latency) for costs in self.costs]
+        self._jitter, self._random = jitter, [random.Random(f"{seed}/{stage}") for stage in range(self.stages)]
         self.streaming = streaming
         self.events: list[Event] = []
         self._clock = [0.0] * self.stages
@@ -148,7 +173,7 @@ class Simulator:
             self._fill_the_gap(stage, ready)
         start = max(self._clock[stage], ready)
         rest = self._due[stage].pop(position, None)  # of a W
-        end = start + (self.costs.of(instruction) if rest is None else rest)
+        end = start + (self._cost(stage, instruction) if rest is None else rest)
         self._exchange(stage, instruction, start, end)
         if rest is None or end > start:  # else it has come early as a whole
             self.events.append(Event(stage, position, instruction, start, end))
@@ -204,15 +229,21 @@ class Simulator:
             return
         if isinstance(instruction, UpdateInput):
             place = self._place_of_weight_gradient(stage, instruction.micro_batch)
-            self._due[stage][place] = self.costs.of(self.programs[stage][place])
+            self._due[stage][place] = self._cost(stage, self.programs[stage][place])
         if instruction.sends is not None:
             channel = self._channels[instruction.sends][stage]
-            channel.sent.append((message_of(instruction), end + self.costs.latency))
+            boundary = self._boundaries[stage if instruction.sends is Link.ACTIVATIONS else stage - 1]
+            channel.free_at = max(end, channel.free_at) + boundary.sending
+            channel.sent.append((message_of(instruction), channel.free_at + boundary.latency))
         self._begun[stage] += instruction.begins
         source = self._source(stage, instruction)
         if source is not None:
             source.sent.popleft()
             source.taken_at.append(start)
+
+    def _cost(self, stage: int, instruction: PipeInstruction) -> float:
+        cost = self.costs[stage].of(instruction)
+        return cost * self._random[stage].lognormvariate(0.0, self._jitter) if cost and self._jitter else cost
 
     def _place_of_weight_gradient(self, stage: int, micro_batch: int) -> int:
         """Where in its program a stage computes W of the micro-batch whose B it is at, at the latest."""
