@@ -23,6 +23,10 @@ class CheckpointError(InterlockingError):
     """A checkpoint that can't be written or read."""
 
 
+class PlanError(InterlockingError, ValueError):
+    """What can't be planned: a combination that can't run, with what would fit, or a bad profile."""
+
+
 class OutputError(InterlockingError):
     """A file or folder that can't be written, or is there already."""
 

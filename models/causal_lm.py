@@ -92,6 +92,10 @@ class CausalLM:
         values = self._weights.layer(index, list(module.state_dict())) if self._weights is not None else {}
         return self._initialised(module, f"layer {index}", values)
 
+    def empty_layer(self, index: int) -> nn.Module:
+        """Layer ``index`` on the CPU with weights of no value, which takes no time."""
+        return self._meta_layer(index).to_empty(device="cpu")
+
     def layer_class(self, index: int) -> type[nn.Module]:
         """The class of layer ``index``."""
         ends = {0: EmbeddingLayer, self.num_layers - 1: HeadLayer}

@@ -20,7 +20,7 @@ def head_cost(model: CausalLM, options: AuxHeadConfig | None, num_stages: int, s
     """
     if options is None:
         return 0.0
-    layer, readout = layer_work(model, sequence_length), _readout(model, options)
+    layer, readout = layer_work(model, sequence_length), head_readout_work(model, options)
     products = 3 if options.readout == "private" else 2
     head = products * options.aux_tokens * readout + 3 * options.blocks * layer
     return head / (layer * (model.num_layers - 2) / num_stages)
@@ -43,12 +43,12 @@ def training_flops(model: CausalLM, options: AuxHeadConfig | None, heads: int, s
     if options is None or heads == 0:
         return float(trunk)
     products = 3 if options.readout == "private" else 2
-    matrices = _readout(model, options)
+    matrices = head_readout_work(model, options)
     blocks = options.blocks * (6 * sum(layers) / len(layers) + 3 * attention)
     return trunk + heads * (2 * products * options.aux_tokens * matrices + blocks)
 
 
-def _readout(model: CausalLM, options: AuxHeadConfig) -> int:
+def head_readout_work(model: CausalLM, options: AuxHeadConfig) -> int:
     """Multiply-adds of a head's LM head for a token that it takes its loss on, forward."""
     size = model.hidden_size, model.vocab_size
     if options.rank is not None:

@@ -1,4 +1,4 @@
-"""GPUs that are known: their peak in dense bf16, from the vendor's data sheets."""
+"""GPUs that are known: their peak in dense bf16 and their memory, from the vendor's data sheets."""
 
 from __future__ import annotations
 
@@ -24,3 +24,19 @@ def peak_flops(name: str) -> float | None:
     """Peak of the GPU of this name (``torch.cuda.get_device_name()``) in dense bf16; None if it is not known."""
     found = (peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name))
     return next(found, None)
+
+
+MEMORY_GIB: dict[str, float] = {
+    "B200": 180,
+    "H200 NVL": 141,
+    "H200": 141,
+    "H100 NVL": 94,
+    "H100 PCIe": 80,
+    "H100": 80,
+    "A100": 80,  # there is one with 40
+    "A30": 24,
+    "L40S": 48,
+    "L4": 24,
+    "A10": 24,
+}
+"""The same names → GB as sold; what a process can have is some GiB less."""

@@ -20,7 +20,7 @@ ORDER = [
     {"config", "comm", "data"},
     {"strategy", "objectives", "checkpoint", "optimizer"},
     {"schedule", "stage", "single_process"},
-    {"engine"},
+    {"engine", "planner"},
     {"models"},
     {"scripts"},
     {"benchmarks"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from math import isnan, log
@@ -16,11 +17,12 @@ from benchmarks.quality.plans import TEXT_ROWS, VARIANTS
 from benchmarks.quality.price import price
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.run import SOLVED
-from benchmarks.quality.second_report import second_tables
+from benchmarks.quality.second_report import learned_rows, second_tables
 
 RESULTS = Path(__file__).parent / "results"
 _ORDER = [*TEXT_ROWS, *VARIANTS]
 DOCS = Path(__file__).parents[2] / "docs"
+LEARNED = Path(__file__).parents[2] / "ibp_deepspeed" / "planner" / "learned.json"
 
 
 def hop_table(records: Iterable[Record], hops: Sequence[int]) -> list[list[str]]:
@@ -165,7 +167,7 @@ def stuck_table(records: Iterable[Record]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Print the tables of all records that exist, put them into docs/learning.md, and draw its figures."""
+    """Print the tables of all records, put them into docs/learning.md and the planner, and draw the figures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
     parser.add_argument(
@@ -177,6 +179,7 @@ def main() -> None:
         print(f"{title}\n\n{markdown(table)}\n")
     page = args.docs / "learning.md"
     page.write_text(filled(page.read_text(encoding="utf-8"), tables(of)), encoding="utf-8")
+    LEARNED.write_text(json.dumps(learned_rows(of), indent=1) + "\n", encoding="utf-8")
     if "hops" in of:
         drawn = [
             r for r in of["hops"] if (r["run"]["seed"], r["run"]["stages"]) == (0, 4) and r["run"]["task"]["hops"] < 3

@@ -21,7 +21,7 @@ from benchmarks.quality.run import Run
 LARGE = "data/large"
 SEEDS = (0, 1, 2)
 LAYERS = 8
-RATES = (4e-3, 2e-3, 8e-3)
+RATES = (4e-3, 2e-3, 8e-3, 1e-3, 5e-4)
 STEPS_OF_RATES, STEPS = 1000, 4000
 FLATTENED = (1000, 2000, 8000)
 """Batches of further trainings by backpropagation: what another doubling of the tokens would bring."""
@@ -160,7 +160,7 @@ def large_run(row: str, *, rate: float, seed: int = 0, shape: str = "decay", ste
 
 
 def rates(results: Path) -> Iterator[Run]:
-    """Short trainings at three learning rates; backpropagation with both shapes of the schedule."""
+    """Short trainings at five learning rates; backpropagation with both shapes of the schedule."""
     for rate in RATES:
         for row in (BACKPROPAGATION, _MODULES, _PAIRWISE, _LOCAL):
             yield large_run(row, rate=rate, steps=STEPS_OF_RATES, study="rates")
@@ -169,7 +169,7 @@ def rates(results: Path) -> Iterator[Run]:
 
 def late_rates(results: Path) -> Iterator[Run]:
     """The same for asynchronous backpropagation and the optimizers that are to correct it."""
-    for rate, row in product((2e-3, 1e-3, 4e-3), (row for row in TUNED if ROWS[row].delay is not None)):
+    for rate, row in product((2e-3, 1e-3, 4e-3, 5e-4), (row for row in TUNED if ROWS[row].delay is not None)):
         yield large_run(row, rate=rate, steps=STEPS_OF_RATES, study="late_rates")
 
 

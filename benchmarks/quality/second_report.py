@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
+from typing import Any
 
 from benchmarks.quality.price import Price, asynchronous_price, price
 from benchmarks.quality.records import Record
 from benchmarks.quality.second import BACKPROPAGATION, LAYERS, ROWS, STEPS
+from ibp_deepspeed.config.interlocking import InterlockingConfig
 
 Table = list[list[str]]
 
@@ -68,6 +70,39 @@ def heads_table(records: Sequence[Record], full: Sequence[Record]) -> Table:
 
 
 _FULL = "local, K = 4"
+
+
+def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """For the planner: rows of three seeds, against backpropagation with the same learning-rate schedule.
+
+    The better schedule is taken where a row has both.
+    """
+    groups: dict[tuple[str, int, bool], list[Record]] = defaultdict(list)
+    for record in of.get("seeds", ()):
+        run = record["run"]
+        groups[run["row"].split(", constant")[0], run["stages"], run["cosine"]].append(record)
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for cosine in (True, False):
+        baseline = by_seed(groups["global", 4, cosine])
+        for (row, stages, kind), group in groups.items():
+            seeds = by_seed(group)
+            if kind != cosine or row == "global" or len(seeds.keys() & baseline.keys()) < 3:
+                continue
+            config, run = InterlockingConfig.parse(group[0]["run"]["interlocking"]), group[0]["run"]
+            ratios = [seeds[seed] / baseline[seed] - 1 for seed in sorted(seeds.keys() & baseline.keys())]
+            size = f"{run['layers']} layers of width {run['width']}, {1.024e-3 * run['steps']:.0f} M tokens"
+            found[row, stages] = {
+                "width": config.width_for(stages),
+                "exits": len(config.exits_for(stages)),
+                "mode": config.mode,
+                "borrow": 0 if config.aux_head is None else config.aux_head.borrow,
+                "mean": round(mean(ratios), 4),
+                "low": round(min(ratios), 4),
+                "high": round(max(ratios), 4),
+                "seeds": len(ratios),
+                "size": size,
+            }
+    return list(found.values())
 
 
 def second_table(records: Sequence[Record]) -> Table:

@@ -166,14 +166,18 @@ class Strategy:
         """Whether the update of ``stage`` is made in two steps, B and W."""
         return self.split_backward and self.update_gives_input_gradient(stage)
 
+    @cached_property
+    def _furthest_distance(self) -> int:
+        return max(self.distance(k) for k in range(self.stages))
+
     def slots_in_flight(self, stage: int) -> int:
         """The most micro-batches that ``stage`` may hold at once, however many there are.
 
         Those whose update gradient is on its way, d·hop + 1; where W is put off, up to as many as the stage that has
         most of them holds: what waits for its W is held too.
         """
-        stages = range(self.stages) if self.splits(stage) else (stage,)
-        return max(self.distance(k) for k in stages) * self.hop_slots + 1
+        furthest = self._furthest_distance if self.splits(stage) else self.distance(stage)
+        return furthest * self.hop_slots + 1
 
     def most_in_flight(self, stage: int, micro_batches: int) -> int:
         """The most micro-batches whose activations ``stage`` holds at once."""
@@ -185,7 +189,7 @@ class Strategy:
         Raises:
             ConfigError: the requested depth is below what the schedule keeps in flight.
         """
-        most = max(self.distance(k) for k in range(self.stages)) * self.hop_slots + 1
+        most = self._furthest_distance * self.hop_slots + 1
         if requested is None:
             return max(2 * micro_batches, most)
         if requested < min(micro_batches, most):

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="M")
     names = ["N=1", "N=2", "G=2", "G=4", "B-W", "sum", *PEERS]
     parser.add_argument("--contenders", nargs="+", default=names, help="1F1B must be among them")
-    add_timing_arguments(parser, unit=0.05, measured=8)
+    add_timing_arguments(parser, unit=0.1, measured=8)
 
 
 def run(args: argparse.Namespace) -> list[Row]:

@@ -1,0 +1,144 @@
+"""What is trained, in operations and bytes of one micro-batch, and what a stage of it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ibp_deepspeed.schedule.simulator import Costs
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a layer or a head, in a micro-batch.
+
+    Attributes:
+        forward, input_gradient, weight_gradient: floating-point operations of F, B and W.
+        parameters: of them all.
+        trained: parameters that an optimizer has state for.
+        kept: bytes that its backward pass needs of its forward pass.
+    """
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+    parameters: int
+    trained: int
+    kept: float
+
+    def __add__(self, other: Work) -> Work:
+        """Both, one after the other."""
+        names = ("forward", "input_gradient", "weight_gradient", "parameters", "trained", "kept")
+        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    @property
+    def total(self) -> float:
+        """Floating-point operations of F, B and W."""
+        return self.forward + self.input_gradient + self.weight_gradient
+
+
+NOTHING = Work(0.0, 0.0, 0.0, 0, 0, 0.0)
+_Load = Callable[[int, int, int], float]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and a micro-batch.
+
+    Attributes:
+        name: of the model.
+        layers: embedding, decoder layers, and the last layer with the LM head.
+        head: an auxiliary head; None: there is none.
+        message: bytes of the hidden states that cross a boundary.
+        tokens: of a micro-batch.
+        weight_bytes: of a weight as it is computed with: 4, or 2 with fp32 copies.
+    """
+
+    name: str
+    layers: tuple[Work, ...]
+    head: Work | None
+    message: float
+    tokens: int
+    weight_bytes: int
+
+    def stage(self, bounds: Sequence[int], stage: int) -> Work:
+        """The layers bounds[stage] … bounds[stage+1]-1."""
+        return sum(self.layers[bounds[stage] : bounds[stage + 1]], NOTHING)
+
+    def costs(self, bounds: Sequence[int], flops: float, *, borrow: int = 0, recompute: bool = False) -> list[Costs]:
+        """Seconds of each piece of each stage's work, on devices of that many operations a second.
+
+        Args:
+            bounds: of the stages.
+            flops: a second.
+            borrow: layers of the next stage before an auxiliary head.
+            recompute: stages run forward again before their backward pass.
+        """
+        head = 0.0 if self.head is None else self.head.total / flops
+        found = []
+        for stage, (low, _) in enumerate(pairwise(bounds)):
+            work = self.stage(bounds, stage)
+            borrowed = sum(layer.input_gradient for layer in self.layers[low : low + borrow])
+            again = work.forward if recompute else 0.0
+            found.append(
+                Costs(
+                    forward=work.forward / flops,
+                    input_gradient=(work.input_gradient + again) / flops,
+                    weight_gradient=work.weight_gradient / flops,
+                    head=head,
+                    borrowed_gradient=borrowed / flops,
+                )
+            )
+        return found
+
+
+def balanced(layers: Sequence[Work], stages: int, head: Work | None, exits: Sequence[int]) -> list[int]:
+    """Bounds whose slowest stage is as fast as can be, an auxiliary head on every exit but the last counted.
+
+    Args:
+        layers: embedding, decoder layers, LM head.
+        stages: K, at most the number of decoder layers.
+        head: of an exit.
+        exits: the stages that have one.
+
+    Returns:
+        K+1 numbers; the embedding is on the first stage, the LM head on the last, a decoder layer on every one.
+    """
+    count = len(layers) - 2
+    of_head = [0.0 if head is None or k not in exits or k == stages - 1 else head.total for k in range(stages)]
+    sums = [0.0]
+    for layer in layers[1:-1]:
+        sums.append(sums[-1] + layer.total)
+
+    def load(stage: int, low: int, high: int) -> float:
+        ends = (layers[0].total if stage == 0 else 0.0) + (layers[-1].total if stage == stages - 1 else 0.0)
+        return sums[high] - sums[low] + of_head[stage] + ends
+
+    bounds = _smallest_maximum(count, stages, load)
+    return [0, *(bound + 1 for bound in bounds[1:-1]), len(layers)]
+
+
+def _smallest_maximum(count: int, stages: int, load: _Load) -> list[int]:
+    """Bounds 0 … count of non-empty ranges with the smallest greatest load, by bisection of what a stage may have."""
+    low, high = 0.0, max(load(k, 0, count) for k in range(stages))
+    best: list[int] = []
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = _greedy(count, stages, load, middle)
+        low, high, best = (low, middle, found) if found else (middle, high, best)
+    return best or _greedy(count, stages, load, high * (1 + 1e-9))
+
+
+def _greedy(count: int, stages: int, load: _Load, most: float) -> list[int]:
+    """Each stage takes as many layers as ``most`` allows and the others can spare; empty if that does not reach."""
+    bounds = [0]
+    for stage in range(stages):
+        end = bounds[-1] + 1
+        if end > count or load(stage, bounds[-1], end) > most:
+            return []
+        others = stages - stage - 1
+        while end < count - others and load(stage, bounds[-1], end + 1) <= most:
+            end += 1
+        bounds.append(end)
+    return bounds if bounds[-1] == count else []

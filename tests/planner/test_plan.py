@@ -1,0 +1,168 @@
+"""The planner's answers: costs, memory, and when not to interlock."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.planner import plan
+from ibp_deepspeed.planner.hardware import Cluster, Device, Link
+from ibp_deepspeed.planner.learned import Learned, learned, table
+from ibp_deepspeed.planner.memory import stage_memory
+from ibp_deepspeed.planner.plan import Candidate, Job, advise, candidates, evaluate
+from ibp_deepspeed.planner.workload import NOTHING, Work, Workload, balanced
+from models import CausalLM
+from models.workload import kept_bytes_per_token, workload
+from tests.models.test_costs import llama
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYER = Work(1e9, 1e9, 1e9, 1000, 1000, 64.0)
+
+
+def job(stages: int = 8, micro_batches: int = 4, head: float = 0.1, memory: float | None = None, **more: Any) -> Job:
+    """Two like layers a stage, one second each, nothing at the ends."""
+    of_head = Work(head * 2e9 / 3, head * 2e9 / 3, head * 2e9 / 3, 100, 100, 0.0)
+    work = Workload("layers", (NOTHING, *[LAYER] * (2 * stages), NOTHING), of_head, 1e3, 512, 4)
+    where = Device("device", 1e9, memory, "made up")
+    cluster = Cluster(where, Link(1e9, 0.0), Link(1e9, 0.0))
+    bounds = [0, *range(3, 2 * stages, 2), 2 * stages + 2]
+    return Job(work, bounds, micro_batches, 1, cluster, **more)
+
+
+def rows(of: Job) -> dict[str, plan.Row]:
+    return {c.name: evaluate(of, c) for c in candidates(of.stages)}
+
+
+def test_times_are_those_of_the_schedules() -> None:
+    found = rows(job())
+    for name, units in (("1F1B", 33), ("N = 1", 12.4), ("modules of 4 (G = 4)", 15.4), ("asynchronous 1F1B", 12)):
+        assert found[name].batch_time == pytest.approx(2 * units, rel=1e-3), name
+    assert found["backpropagation, input gradients first"].batch_time == pytest.approx(2 * 23)
+    assert found["N = 2"].work == pytest.approx(1 + (7 * 0.1 + 6) / 24) and found["1F1B"].work == 1
+    assert found["ZBV"].reason is not None and "at least 16 micro-batches" in found["ZBV"].reason
+    assert [name for name, row in found.items() if row.timing is not None and row.exact] == [
+        "1F1B",
+        "backpropagation, input gradients first",
+    ]
+
+
+def test_memory_is_what_a_stage_holds() -> None:
+    work = job().workload
+    of = stage_memory(work, [0, 3, 18], 0, 4, head=True)
+    assert (of.weights, of.gradients, of.optimizer) == (2100 * 4, 2100 * 4, 2100 * 8)
+    assert of.activations == 4 * 2 * 64 + 2 * 2**26 and of.head == 100 * 16
+    half = replace(work, weight_bytes=2)
+    shared = stage_memory(half, [0, 3, 18], 0, 4, head=False, zero=1, replicas=4)
+    assert (shared.weights, shared.gradients, shared.optimizer) == (2000 * 2, 2000 * 4, 2000 * 12 / 4)
+    again = stage_memory(half, [0, 3, 18], 0, 4, head=False, recompute=True)
+    assert again.activations == 4 * 1e3 + 128
+
+
+def test_a_balanced_partition_counts_heads_and_vocabulary() -> None:
+    ends = replace(LAYER, forward=3e9, input_gradient=3e9, weight_gradient=3e9)
+    bounds = balanced([NOTHING, *[LAYER] * 12, ends], 4, None, range(4))
+    assert [b - a for a, b in zip(bounds, bounds[1:], strict=False)] == [5, 4, 3, 2]  # embedding and LM head counted
+    with_heads = balanced([NOTHING, *[LAYER] * 12, NOTHING], 3, ends, (0, 2))
+    assert [b - a for a, b in zip(with_heads, with_heads[1:], strict=False)] == [3, 6, 5]
+
+
+def test_advice() -> None:
+    of = job(micro_batches=4)
+    found = list(rows(of).values())
+    advised = advise(of, found, 0.05).row
+    assert advised is not None and advised.candidate.name.startswith("modules")
+    strict = advise(of, found, -1.0)
+    assert strict.row is not None and strict.row.candidate.name == "backpropagation, input gradients first"
+    assert strict.reason.startswith("Do not interlock here") and "learn worse" in strict.reason
+    many = job(stages=2, micro_batches=64)
+    assert "nothing that interlocks is more than 5% faster" in advise(many, list(rows(many).values())).reason
+    tiny = job(memory=1e6)
+    nothing = advise(tiny, list(rows(tiny).values()))
+    assert nothing.row is None and nothing.reason.startswith("Nothing fits into 0 GiB")
+
+
+def test_what_is_known_of_learning_is_named_with_its_size() -> None:
+    assert table() and all(row.low <= row.mean <= row.high and row.seeds >= 3 for row in table())
+    found = learned(1, 2, "furthest", 0)
+    assert isinstance(found, Learned) and "over 3 seeds; 8 layers of width 32" in found.sentence()
+    assert learned(1, 64, "window", 0) is None and learned(2, 4, "furthest", 0) is None
+
+
+def test_borrowed_layers_need_longer_stages() -> None:
+    of = job()
+    short = replace(of, bounds=[0, 2, *range(3, 10), 18])
+    assert evaluate(of, Candidate("b", {"strategy": "local", "aux_head": {"borrow": 1}})).timing is not None
+    reason = evaluate(short, Candidate("b", {"strategy": "local", "aux_head": {"borrow": 1}})).reason
+    assert reason is not None and "need stages of more" in reason
+
+
+def test_a_private_head_of_llama_3_8b_is_two_forward_passes_of_a_stage() -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "vocab_size": 128_256}
+    model = CausalLM(AutoConfig.for_model("llama", num_attention_heads=32, num_key_value_heads=8, **sizes))
+    size: dict[str, int] = {"samples": 1, "sequence_length": 2048, "weight_bytes": 2}
+
+    def share(**options: Any) -> float:
+        found = workload(model, AuxHeadConfig(**options), **size)
+        assert found.head is not None
+        return found.head.total / (4 * found.layers[1].forward)
+
+    assert share() == pytest.approx(1.74, abs=0.01)
+    assert share(negatives=16_384) == pytest.approx(1.74 * 16_384 / 128_256, rel=0.01)
+    assert share(readout="shared") == pytest.approx(1.74 * 2 / 3, rel=0.01)
+    assert share(aux_tokens=0.25) == pytest.approx(1.74 / 4, rel=0.01)
+
+
+def test_kept_bytes_are_those_of_a_real_layer() -> None:
+    model, tokens = llama(), 96
+    layer = model.build_layer(1)
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(torch.zeros(1, tokens, model.hidden_size, requires_grad=True))
+    counted = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+    assert kept_bytes_per_token(model, torch.float32) * tokens == pytest.approx(counted, rel=0.05)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/plan.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_writes_what_it_advises(tmp_path: Path) -> None:
+    target, numbers = tmp_path / "ds.json", tmp_path / "plan.json"
+    model = ("--model", "models/configs/llama-tiny.json", "--stages", "8", "--sequence-length", "128", "--fp32")
+    shown = run(*model, "--micro-batches", "2", "--write", str(target), "--json", str(numbers), "--tolerance", "9")
+    assert shown.returncode == 0, shown.stderr
+    settings = json.loads(target.read_text())
+    assert settings["gradient_accumulation_steps"] == 2 and settings["interlocking"]["strategy"] in ("local", "nwise")
+    assert len(json.loads(numbers.read_text())["rows"]) > 10 and "Advice:" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--stages", "99"), "--stages is 99, the model has 8 decoder layers"),
+        (("--stages", "0"), "--stages is 0: give at least 1"),
+        (("--stages", "2", "--device", "Abacus"), "--device Abacus is not known: give its --tflops"),
+        (("--stages", "2", "--head", "ranc=3"), 'unknown key "interlocking.aux_head.ranc" (did you mean "rank"?)'),
+        (("--stages", "2", "--gbps", "0"), "--gbps is 0: give more than 0"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(words: tuple[str, ...], sentence: str) -> None:
+    shown = run("--model", "models/configs/llama-tiny.json", *words)
+    assert shown.returncode == 1 and shown.stdout == "", shown.stdout
+    assert shown.stderr.startswith("error: ") and sentence in shown.stderr and shown.stderr.count("\n") == 1

@@ -1,0 +1,94 @@
+"""Large pipelines' times are continued from small ones; other systems' lists are executed as they stand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.speed.emulated import strategy_of
+from ibp_deepspeed.errors import PlanError
+from ibp_deepspeed.planner import timing
+from ibp_deepspeed.planner.peers import execute, make_peer
+from ibp_deepspeed.planner.timing import peer_timing, strategy_timing
+from ibp_deepspeed.schedule.predict import predict
+from ibp_deepspeed.schedule.simulator import Boundary, Costs
+from ibp_deepspeed.strategy.strategy import Strategy
+
+EMULATED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "speed" / "emulated.json"
+MAKERS: dict[str, Callable[[int], Strategy]] = {
+    "N = 1": lambda k: Strategy(k, 1, "window"),
+    "N = 2": lambda k: Strategy(k, 2, "window"),
+    "N = 3, furthest": lambda k: Strategy(k, 3, "furthest"),
+    "G = 2": lambda k: Strategy(k, 1, "window", exits=tuple(range((k - 1) % 2, k, 2))),
+    "B before W": lambda k: Strategy(k, k, "furthest", exits=(k - 1,)),
+    "1F1B": lambda k: Strategy(k, k, "furthest", exits=(k - 1,), split_backward=False),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(("stages", "micro_batches"), [(16, 4), (16, 16), (12, 60)])
+def test_a_large_pipeline_is_continued_from_smaller_ones(
+    name: str, stages: int, micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for costs, latency in ((Costs(1, 1, 1, 0.1), 0.0), (Costs(1, 1.2, 0.7, 0.3), 0.3)):
+        given = [costs] * stages, [Boundary(latency, latency / 2)] * (stages - 1)
+        found = {}
+        for largest in (0, 10**9):
+            monkeypatch.setattr(timing, "LARGEST", largest)
+            found[largest] = strategy_timing(MAKERS[name], stages, micro_batches, *given)
+        continued, simulated = found[0], found[10**9]
+        assert simulated.simulated and not continued.simulated
+        assert continued.batch_time == pytest.approx(simulated.batch_time, rel=0.005)
+        assert continued.in_flight == simulated.in_flight
+
+
+@pytest.mark.parametrize("name", ["1F1B", "interleaved 1F1B", "ZB1", "ZBV", "DualPipeV"])
+def test_peers_are_continued_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [Costs()] * 16, [Boundary()] * 15
+    exact = peer_timing(name, 16, 32, *given)
+    monkeypatch.setattr(timing, "LARGEST", 0)
+    assert peer_timing(name, 16, 32, *given).batch_time == pytest.approx(exact.batch_time, rel=0.005)
+
+
+def test_deepspeeds_1f1b_takes_what_ours_does_with_b_and_w_in_one() -> None:
+    for stages, micro_batches in ((2, 1), (4, 3), (4, 8)):
+        found = execute(make_peer("1F1B", stages, micro_batches), [Costs(1, 2, 0.5, 0)] * stages)
+        ours = predict(MAKERS["1F1B"](stages), micro_batches, Costs(1, 2, 0.5, 0))
+        assert found.batch_time == pytest.approx(ours.batch_time)
+        assert found.batch_time == pytest.approx(3.5 * (micro_batches + stages - 1))
+
+
+def test_stages_and_links_have_costs_of_their_own() -> None:
+    fast, slow = Costs(1, 1, 1, 0), Costs(2, 2, 2, 0)
+    boundaries = [Boundary(0.0, 0.0), Boundary(1.0, 3.0), Boundary(0.0, 0.0)]
+    local = strategy_timing(MAKERS["N = 1"], 4, 8, [fast, slow, fast, fast], boundaries)
+    assert local.batch_time == pytest.approx(8 * 6) and local.idle == pytest.approx([0.5, 0, 0.5, 0.5])
+    exact = strategy_timing(MAKERS["1F1B"], 4, 1, [fast] * 4, boundaries)
+    assert exact.batch_time == pytest.approx(12 + 2 * 4)  # there and back over the one slow link
+    busy = strategy_timing(MAKERS["N = 1"], 4, 8, [fast] * 4, [Boundary(0.0, 5.0)] * 3)
+    assert busy.batch_time == pytest.approx(8 * 5)  # the link is full
+
+
+def test_the_emulated_table_is_what_the_schedules_say() -> None:
+    """Ours within 5%; other systems' within 8%: their engines wait in ways that their lists don't show."""
+    for row in json.loads(EMULATED.read_text(encoding="utf-8"))["rows"]:
+        name, stages, count = row["contender"], row["stages"], row["micro_batches"]
+        if name == "2BW":
+            continue
+        if strategy_of(name, stages) is not None and name != "1F1B":
+            assert row["units"][0] == pytest.approx(row["predicted"], rel=0.05), row
+        else:
+            peer = make_peer(name, stages, count)
+            share = peer.chunks // stages
+            said = execute(peer, [Costs(1 / share, 1 / share, 1 / share, 0)] * peer.chunks).batch_time / count
+            assert said <= row["units"][0] <= 1.08 * said, (row, said)
+
+
+def test_what_can_not_run_says_what_would() -> None:
+    with pytest.raises(PlanError, match="ZBV needs at least 16 micro-batches on 8 stages, 8 are given"):
+        make_peer("ZBV", 8, 8)
+    with pytest.raises(PlanError, match="needs a multiple of 4 micro-batches, 6 are given"):
+        peer_timing("interleaved 1F1B", 4, 6, [Costs()] * 4, [Boundary()] * 3)
