@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from deepspeed.runtime.pipe import schedule as ds
@@ -42,6 +43,11 @@ class Peer:
     chunks: int
     places: list[int]
     programs: list[list[Step]]
+
+    @property
+    def in_flight(self) -> list[int]:
+        """The most micro-batches of chunks that each rank holds at once."""
+        return [max(accumulate(step.begins for step in program)) for program in self.programs]
 
 
 def make_peer(name: str, stages: int, micro_batches: int) -> Peer:
@@ -172,12 +178,10 @@ class Execution:
     Attributes:
         batch_time: a batch, when batches follow each other.
         idle: share of each rank's time.
-        in_flight: the most micro-batches of chunks that each rank held at once.
     """
 
     batch_time: float
     idle: list[float]
-    in_flight: list[int]
 
 
 def execute(
@@ -195,7 +199,7 @@ def execute(
     clock, position = [0.0] * ranks, [0] * ranks
     arrived: dict[tuple[int, Message], float] = {}
     free: dict[tuple[int, int], float] = {}
-    held, most, busy = [0] * ranks, [0] * ranks, [0.0] * ranks
+    busy = [0.0] * ranks
     ends: list[list[float]] = [[] for _ in range(ranks)]
     moving = True
     while moving:
@@ -211,8 +215,6 @@ def execute(
                 work = sum(getattr(costs[chunk], piece) for piece, chunk in step.pieces)
                 clock[rank] = start + work
                 busy[rank] += work if batch == batches - 1 else 0.0
-                held[rank] += step.begins
-                most[rank] = max(most[rank], held[rank])
                 for message in step.sends:
                     arrived[batch, message] = _arrival(peer, message, rank, clock[rank], boundaries, free)
                 position[rank] += 1
@@ -222,7 +224,7 @@ def execute(
     if any(len(row) < batches for row in ends):
         raise ScheduleError(f"a peer's schedule waits for ever at steps {position}")
     spans = [row[-1] - row[-2] for row in ends]
-    return Execution(max(spans), [1 - b / max(spans) for b in busy], most)
+    return Execution(max(spans), [1 - b / max(spans) for b in busy])
 
 
 def _arrival(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
@@ -136,18 +137,17 @@ def evaluate(job: Job, candidate: Candidate) -> Row:
     except ConfigError as error:
         return Row(candidate, reason=str(error))
     borrow = 0 if config.aux_head is None else config.aux_head.borrow
-    if borrow and any(high - low <= borrow for low, high in _spans(job.bounds)[1:]):
+    if borrow and any(high - low <= borrow for low, high in pairwise(job.bounds[1:])):
         return Row(candidate, reason=f"{borrow} borrowed layers need stages of more than that.")
     costs = job.workload.costs(job.bounds, job.cluster.device.flops, borrow=borrow, recompute=job.recompute)
-    if not job.workload.head:
-        costs = [Costs(c.forward, c.input_gradient, c.weight_gradient, 0.0) for c in costs]
     boundaries = job.cluster.boundaries(job.stages, job.workload.message)
     make = partial(_strategy, block, strategy, job)
     timing = strategy_timing(make, job.stages, job.micro_batches, costs, boundaries)
     exits = set(strategy.placement.losses) - {job.stages - 1}
     homes = {strategy.placement.home(loss) for loss in exits}
     memory = [_memory(job, k, timing.in_flight[k], head=k in homes) for k in range(job.stages)]
-    crossing = max(1 + sum(strategy.crosses(loss, k + 1) for loss in range(job.stages)) for k in range(job.stages - 1))
+    gradients = [sum(strategy.crosses(loss, k) for loss in strategy.placement.losses) for k in range(1, job.stages)]
+    crossing = 1 + max(gradients) if gradients else 0
     return Row(
         candidate,
         timing=timing,
@@ -178,15 +178,11 @@ def _peer_row(job: Job, candidate: Candidate) -> Row:
     memory = [
         _memory(job, k, share * timing.in_flight[k], head=False, versions=2 if late else 1) for k in range(job.stages)
     ]
-    crossings = (2 if two_chunks else 1) * 2 * job.micro_batches
+    crossings = 0 if job.stages == 1 else (2 if two_chunks else 1) * 2 * job.micro_batches
     note = learned(0, 1, "late", 0) if late else None
     time = timing.batch_time + (0.0 if late else _reduction(job, memory))
     link_bytes = crossings * job.workload.message
     return Row(candidate, None, timing, time, memory, link_bytes, exact=not late, learned=note)
-
-
-def _spans(bounds: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(bounds, bounds[1:], strict=False))
 
 
 def _strategy(block: Mapping[str, Any], full: Strategy, job: Job, stages: int) -> Strategy:

@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from math import gcd
 
 from ibp_deepspeed.errors import PlanError
-from ibp_deepspeed.planner.peers import Execution, execute, make_peer, why_not
+from ibp_deepspeed.planner.peers import Peer, execute, make_peer, why_not
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
+from ibp_deepspeed.schedule.predict import Prediction, measure
 from ibp_deepspeed.schedule.simulator import Boundary, Costs, Simulator
 from ibp_deepspeed.strategy.strategy import Strategy
 from ibp_deepspeed.strategy.timeline import BatchStrategy
 
 LARGEST = 6_000
 """Instructions of all stages in a batch up to which it is simulated as it is: about half a second."""
+SETTLED = 2e-3
+"""Share of a batch's time by which twice as many batches may change it."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +89,25 @@ def peer_timing(
         PlanError: it can't run with so few micro-batches.
     """
     if 12 * stages * micro_batches <= LARGEST:
-        found = _execute(name, stages, micro_batches, costs, boundaries)
-        return Timing(found.batch_time, found.idle, found.in_flight, simulated=True)
+        peer = make_peer(name, stages, micro_batches)
+        found = execute(peer, chunk_costs(peer, costs), boundaries)
+        return Timing(found.batch_time, found.idle, peer.in_flight, simulated=True)
     reason = why_not(name, stages, micro_batches)
     if reason is not None:
         raise PlanError(reason)
     alike, boundary = slowest(costs), worst(boundaries)
+    held: dict[int, int] = {}
 
     def smaller(k: int, m: int) -> float:
-        return _execute(name, k, m, [alike] * k, [boundary] * (k - 1)).batch_time
+        peer = make_peer(name, k, m)
+        held[k] = max(peer.in_flight)
+        return execute(peer, chunk_costs(peer, [alike] * k), [boundary] * (k - 1)).batch_time
 
     time = on_the_ray(smaller, stages, micro_batches)
     work = micro_batches * (alike.forward + alike.input_gradient + alike.weight_gradient)
-    return Timing(time, [1 - work / time] * stages, [min(stages, micro_batches)] * stages, simulated=False)
+    largest = max(held)
+    most = -(-held[largest] * stages // largest)  # as many for each stage as in the largest of the smaller ones
+    return Timing(time, [1 - work / time] * stages, [most] * stages, simulated=False)
 
 
 def asynchronous_timing(stages: int, micro_batches: int, costs: Sequence[Costs]) -> Timing:
@@ -156,7 +165,7 @@ def stage_work(strategy: Strategy, costs: Costs, stage: int) -> float:
 
 def _simulate(
     strategy: Strategy, micro_batches: int, costs: Sequence[Costs], boundaries: Sequence[Boundary]
-) -> Execution:
+) -> Prediction:
     """Batches until the time of a batch has settled."""
     batch = BatchStrategy.uniform(strategy, micro_batches)
     schedules = [InterlockedTrainSchedule.for_batch(batch, k) for k in range(strategy.stages)]
@@ -164,36 +173,14 @@ def _simulate(
     before, batches = 0.0, 4
     while True:
         simulator = Simulator([schedules] * batches, channel_depth=depth, costs=costs, boundaries=boundaries)
-        found = _last_half(simulator, batches)
-        if abs(found.batch_time - before) <= 2e-3 * found.batch_time or batches >= 64:
+        found = measure(simulator, batches // 2, micro_batches)
+        if abs(found.batch_time - before) <= SETTLED * found.batch_time or batches >= 64:
             return found
         before, batches = found.batch_time, 2 * batches
 
 
-def _last_half(simulator: Simulator, batches: int) -> Execution:
-    simulator.run()
-    count = batches // 2
-    spans, busy, in_flight = [0.0] * simulator.stages, [0.0] * simulator.stages, [0] * simulator.stages
-    starts, held = [0.0] * simulator.stages, [0] * simulator.stages
-    for event in simulator.events:
-        stage = event.stage
-        if event.index < simulator.bounds[stage][batches - count]:
-            starts[stage] = max(starts[stage], event.end)
-        else:
-            busy[stage] += event.end - event.start
-            spans[stage] = max(spans[stage], event.end)
-        if not event.partly:
-            held[stage] += getattr(event.instruction, "begins", False) - getattr(event.instruction, "ends", False)
-            in_flight[stage] = max(in_flight[stage], held[stage])
-    time = max(end - start for end, start in zip(spans, starts, strict=True)) / count
-    return Execution(time, [1 - b / count / time for b in busy], in_flight)
-
-
-def _execute(
-    name: str, stages: int, micro_batches: int, costs: Sequence[Costs], boundaries: Sequence[Boundary]
-) -> Execution:
-    peer = make_peer(name, stages, micro_batches)
-    share = peer.chunks // stages
+def chunk_costs(peer: Peer, costs: Sequence[Costs]) -> list[Costs]:
+    """Costs of each chunk of a peer, equal parts of its rank's stage."""
+    share = peer.chunks // len(peer.programs)
     pieces = ("forward", "input_gradient", "weight_gradient")
-    chunks = [Costs(**{p: getattr(costs[rank], p) / share for p in pieces}) for rank in peer.places]
-    return execute(peer, chunks, boundaries)
+    return [Costs(**{p: getattr(costs[rank], p) / share for p in pieces}) for rank in peer.places]

@@ -51,7 +51,7 @@ def predict(
         costs=costs,
         streaming=streaming,
     )
-    return _measure(simulator, batches // 2, micro_batches)
+    return measure(simulator, batches // 2, micro_batches)
 
 
 def predict_timeline(
@@ -77,7 +77,7 @@ def predict_timeline(
         costs=costs,
         streaming=streaming,
     )
-    return _measure(simulator, warm_up, len(timeline.at(0)))
+    return measure(simulator, warm_up, len(timeline.at(0)))
 
 
 def _settling_batches(batch_strategy: BatchStrategy, depth: int) -> int:
@@ -85,14 +85,14 @@ def _settling_batches(batch_strategy: BatchStrategy, depth: int) -> int:
     return batch_strategy.stages * (2 + depth // len(batch_strategy)) + 4
 
 
-def _measure(simulator: Simulator, warm_up: int, micro_batches: int) -> Prediction:
+def measure(simulator: Simulator, warm_up: int, micro_batches: int) -> Prediction:
     """Execute a simulation and take the means over the batches after the first ``warm_up``."""
-    simulator.run()
+    events: list[list[Event]] = [[] for _ in range(simulator.stages)]
+    for event in simulator.run():
+        events[event.stage].append(event)
     spans, busy, in_flight = [], [], []
-    for stage, bounds in enumerate(simulator.bounds):
-        row = [e for e in simulator.events if e.stage == stage]
-        count = len(bounds) - 1 - warm_up
-        first = bounds[warm_up]
+    for row, bounds in zip(events, simulator.bounds, strict=True):
+        count, first = len(bounds) - 1 - warm_up, bounds[warm_up]
         measured = [e for e in row if e.index >= first]
         start = max((e.end for e in row if e.index < first), default=0.0)
         spans.append((row[-1].end - start) / count)
