@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
 import torch
 from torch import Tensor
+
+
+def generator_of(*where: int) -> torch.Generator:
+    """A generator on the CPU that depends on these numbers alone: runs repeat, and ranks agree without a message."""
+    digest = hashlib.sha256("/".join(map(str, where)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
 class RandomState:

@@ -19,13 +19,24 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import cli
-from ibp_deepspeed.errors import InterlockingError, PlanError
+from ibp_deepspeed.errors import OutputError, PlanError
 
 if TYPE_CHECKING:
     from ibp_deepspeed.planner.hardware import Cluster, Device
     from ibp_deepspeed.planner.plan import Advice, Job, Row
 
 _GIB = 2**30
+
+
+class _ListDevices(argparse.Action):
+    """As --help, the known GPUs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from models.devices import MEMORY_GIB, PEAK_FLOPS
+
+        for name, peak in PEAK_FLOPS.items():
+            print(f"{name}: {peak / 1e12:g} TFLOP/s in dense bf16, {MEMORY_GIB[name]:g} GB")
+        parser.exit()
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +63,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--partition", metavar="N,N,…", help="decoder layers of each stage (default: balanced by their work)")
     add = parser.add_argument_group("the machines").add_argument
     add("--device", default="H100", metavar="NAME", help="a known GPU, see --devices, or any name with --tflops")
-    add("--devices", action="store_true", help="list the known GPUs, and stop")
+    add("--devices", action=_ListDevices, nargs=0, help="list the known GPUs, and stop")
     add("--tflops", type=float, metavar="X", help="peak of the device, 10^12 operations a second")
     add("--memory", type=float, metavar="GIB", help="of the device (default: a known GPU's; otherwise not checked)")
     add("--reached", type=float, default=0.45, metavar="X", help="part of the peak that layers reach (default: 0.45)")
@@ -115,13 +126,18 @@ def make_job(args: argparse.Namespace) -> Job:
     for name in ("stages", "micro_batches", "data_parallel", "micro_batch_size", "sequence_length"):
         if getattr(args, name) < 1:
             raise PlanError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1.")
-    options = InterlockingConfig.parse({"aux_head": parse_overrides(args.head)}).aux_head
+    options = InterlockingConfig.parse({"aux_head": parse_overrides(args.head, "--head")}).aux_head
+    assert options is not None
+    if options.borrow:
+        raise PlanError(f"--head borrow={options.borrow}: heads behind a borrowed layer have a row of their own.")
     machines = cluster(args)
     model = CausalLM(load_config(args.model, **parse_overrides(args.set)))
     if args.stages > model.num_layers - 2:
         raise PlanError(
             f"--stages is {args.stages}, the model has {model.num_layers - 2} decoder layers: give at most that many."
         )
+    if options.negatives is not None and options.negatives > model.vocab_size:
+        raise PlanError(f"--head negatives={options.negatives}: the vocabulary has {model.vocab_size} tokens.")
     size = {"samples": args.micro_batch_size, "sequence_length": args.sequence_length}
     work = workload(model, options, **size, weight_bytes=4 if args.fp32 else 2)
     manual = parse_partition(args.partition)
@@ -233,25 +249,22 @@ def ds_config(job: Job, advice: Advice, args: argparse.Namespace) -> dict[str, A
         "train_micro_batch_size_per_gpu": args.micro_batch_size,
         "gradient_accumulation_steps": job.micro_batches,
         "zero_optimization": {**settings.get("zero_optimization", {}), "stage": job.zero},
-        "interlocking": {**block, "aux_head": {**parse_overrides(args.head), **block.get("aux_head", {})}},
+        "interlocking": {**block, "aux_head": {**parse_overrides(args.head, "--head"), **block.get("aux_head", {})}},
     }
     return settings
 
 
 def main(phase: cli.SameOnAllRanks) -> None:
     """Plan, and say it."""
-    if "--devices" in sys.argv[1:]:
-        from models.devices import MEMORY_GIB, PEAK_FLOPS
-
-        for name, peak in PEAK_FLOPS.items():
-            print(f"{name}: {peak / 1e12:g} TFLOP/s in dense bf16, {MEMORY_GIB[name]:g} GB")
-        return
     args = parse_arguments()
     cli.quiet()
     from tqdm import tqdm
 
     from ibp_deepspeed.planner.plan import advise, candidates, evaluate
 
+    for path in (args.json, args.write):
+        if path is not None and not path.parent.is_dir():
+            raise OutputError(f"there is no folder {path.parent} to write {path.name} to: make it first.")
     job = make_job(args)
     rows = [evaluate(job, c) for c in tqdm(list(candidates(job.stages)), desc="plan", leave=False, disable=None)]
     advice = advise(job, rows, args.tolerance / 100)
@@ -264,7 +277,4 @@ def main(phase: cli.SameOnAllRanks) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        cli.run(main)
-    except InterlockingError as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

@@ -17,7 +17,6 @@ import json
 import random
 import re
 import subprocess
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +26,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.pages import markdown
+from ibp_deepspeed import cli
+from ibp_deepspeed.errors import DataError, first_line
 
 LONGEST = 20_000
 """Characters of a document; what is longer is cut at the end of a line."""
@@ -231,43 +232,39 @@ SOURCES = (
 )
 
 
-class CorpusError(Exception):
-    """A package is missing or another one than the study's."""
-
-
 def fetch(source: Source, folder: Path) -> Path:
     """The package's file, from ``folder`` or else from Debian's archive by apt.
 
     Raises:
-        CorpusError: it isn't there, or it is another version.
+        DataError: it isn't there, or it is another version.
     """
     pattern = f"{source.package}_*.deb"
     if not list(folder.glob(pattern)):
-        wanted = f"{source.package}={source.version}"
-        try:
-            done = subprocess.run(["apt-get", "download", "-q", wanted], cwd=folder, capture_output=True, text=True)
-        except FileNotFoundError:
-            done = None
-        if done is None or done.returncode:
-            why = "there is no apt-get here" if done is None else done.stderr.strip().splitlines()[-1]
-            raise CorpusError(
-                f"{source.package} {source.version} can't be downloaded ({why}): take it from snapshot.debian.org and "
-                f"name its folder with --packages."
-            )
-    path = sorted(folder.glob(pattern))[0]
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != source.sha256:
-        raise CorpusError(
-            f"{path} has the checksum {found}, version {source.version} has {source.sha256}: take that version from "
-            "snapshot.debian.org."
+        _run("apt-get", "download", "-q", f"{source.package}={source.version}", folder=folder)
+    found = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(folder.glob(pattern))}
+    if source.sha256 not in found:
+        raise DataError(
+            f"{folder} has no {source.package} of version {source.version} (checksum {source.sha256}), but "
+            f"{', '.join(found) or 'none'}: take it from snapshot.debian.org."
         )
-    return path
+    return found[source.sha256]
+
+
+def _run(*words: str, folder: Path) -> None:
+    try:
+        subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = first_line(getattr(error, "stderr", None) or error)
+        raise DataError(
+            f"{words[0]} failed ({said}): use Debian 12, or take the packages from snapshot.debian.org, name their "
+            "folder with --packages, and install dpkg."
+        ) from error
 
 
 def documents(source: Source, package: Path) -> Iterator[str]:
     """Texts of a package, up to its amount, each of at most LONGEST characters."""
     with tempfile.TemporaryDirectory() as root:
-        subprocess.run(["dpkg-deb", "-x", package, root], check=True)
+        _run("dpkg-deb", "-x", str(package.resolve()), root, folder=package.parent)
         files = [path for path in sorted(Path(root).glob(source.files)) if path.is_file() and not path.is_symlink()]
         pieces = [piece for path in files for piece in cut(source.read(path.read_bytes()))]
     left = source.megabytes * 1e6
@@ -314,24 +311,17 @@ def write(out: Path, packages: Path) -> list[list[str]]:
     return table
 
 
-def main() -> int:
+def main(phase: cli.SameOnAllRanks) -> None:
     """Build the corpus."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/corpus"), help="folder to write (default: %(default)s)")
     parser.add_argument("--packages", type=Path, help="folder with the .deb files, kept (default: download and remove)")
     args = parser.parse_args()
-    try:
-        if args.packages is not None:
-            args.packages.mkdir(parents=True, exist_ok=True)
-            print(markdown(write(args.out, args.packages)))
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                print(markdown(write(args.out, Path(folder))))
-    except (CorpusError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    with tempfile.TemporaryDirectory() as folder:
+        packages = args.packages or Path(folder)
+        packages.mkdir(parents=True, exist_ok=True)
+        print(markdown(write(args.out, packages)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

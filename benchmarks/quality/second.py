@@ -1,10 +1,13 @@
 """The rows of the second study: eight layers of width 96, a vocabulary of 4096, mixed text; the most important first.
 
-python -m benchmarks.quality.corpus --out data/corpus
-python scripts/prepare_data.py --input data/corpus --out data/large --vocab-size 4096
-python -m benchmarks.quality rates        # learning rates, short trainings
-python -m benchmarks.quality late_rates
-python -m benchmarks.quality large        # one seed of all rows after the other
+    python -m benchmarks.quality.corpus --out data/corpus
+    python scripts/prepare_data.py --input data/corpus --out data/large --vocab-size 4096
+    python -m benchmarks.quality rates        # learning rates, short trainings
+    python -m benchmarks.quality late_rates
+    python -m benchmarks.quality large        # one seed of all rows after the other
+    python -m benchmarks.quality heads
+
+All of them go on where they were stopped.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from benchmarks.quality.second import BACKPROPAGATION, LAYERS, ROWS, STEPS
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 
 Table = list[list[str]]
+_FULL = "local, K = 4"
 
 
 def last_exit(record: Record) -> float:
@@ -67,9 +68,6 @@ def heads_table(records: Sequence[Record], full: Sequence[Record]) -> Table:
         cells = " ".join(f"{loss:.2f}" for loss in exits), f"{exits[-1]:.3f}", compared
         table.append([name, str(len(group)), *cells])
     return table
-
-
-_FULL = "local, K = 4"
 
 
 def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:

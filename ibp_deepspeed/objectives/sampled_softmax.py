@@ -8,7 +8,6 @@ are always there.) The estimated loss is ln Z - o_y; its gradient reaches S + T 
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.objectives.cross_entropy import CHUNK_LOGITS, LazyLogits
+from ibp_deepspeed.rng import generator_of
 
 
 class NegativeSample:
@@ -58,8 +58,7 @@ class NegativeSample:
                 are none.
         """
         probabilities = self._of(vocabulary)
-        digest = hashlib.sha256(f"{self._seed}/{batch}/{micro_batch}/{loss}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        generator = generator_of(self._seed, batch, micro_batch, loss)
         order = torch.randperm(vocabulary, generator=generator)
         ends = probabilities[order].cumsum(0)
         points = torch.rand((), generator=generator, dtype=torch.float64) + torch.arange(self.size)
@@ -151,9 +150,7 @@ def sampled_cross_entropy(
     tokens, log_inclusion = tokens.to(labels.device), log_inclusion.to(labels.device)
     counted = labels != ignore_index
     classes = torch.cat([tokens, labels.masked_fill(~counted, 0)])
-    weights = F.embedding(
-        classes, readout.weight
-    )  # one gather, so that its gradient is one tensor of the LM head's size
+    weights = F.embedding(classes, readout.weight)  # one gather: its gradient is one tensor of the LM head's size
     biases = None if readout.bias is None else readout.bias[classes]
     of_labels = weights[len(tokens) :], None if biases is None else biases[len(tokens) :]
     drawn = weights[: len(tokens)], None if biases is None else biases[: len(tokens)]

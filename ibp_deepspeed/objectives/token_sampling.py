@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
+from ibp_deepspeed.rng import generator_of
 
 
 class TokenSample:
@@ -35,8 +35,7 @@ class TokenSample:
 
     def positions(self, batch: int, loss: int, tokens: int) -> Tensor:
         """Positions 0 … tokens - 1 that count in batch ``batch`` for loss ``loss``, rising. int64"""
-        digest = hashlib.sha256(f"{self._seed}/{batch}/{loss}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        generator = generator_of(self._seed, batch, loss)
         return torch.randperm(tokens, generator=generator)[: math.ceil(self._fraction * tokens)].sort().values
 
     def select(self, outputs: Any, labels: Tensor, batch: int, loss: int) -> tuple[LazyLogits, Tensor]:

@@ -111,8 +111,8 @@ def default_hyperparameters(args: argparse.Namespace, hidden_size: int) -> dict[
     }
 
 
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """``key=value`` pairs, values as JSON where they are.
+def parse_overrides(pairs: list[str], option: str = "--set") -> dict[str, Any]:
+    """``key=value`` pairs of an option, values as JSON where they are.
 
     Raises:
         ModelError: one without ``=``.
@@ -123,7 +123,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator:
-            raise ModelError(f"--set {pair}: write it as key=value.")
+            raise ModelError(f"{option} {pair}: write it as key=value.")
         try:
             values[key] = json.loads(text)
         except json.JSONDecodeError:

@@ -20,9 +20,10 @@ from benchmarks.quality.gradients import cosines
 from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
 from benchmarks.quality.price import price
 from benchmarks.quality.records import load
-from benchmarks.quality.report import DOCS, RESULTS, depth_table, hop_table, tables, text_table, tuned
+from benchmarks.quality.report import DOCS, LEARNED, RESULTS, depth_table, hop_table, tables, text_table, tuned
 from benchmarks.quality.run import SOLVED, Run, train
 from benchmarks.quality.second import BACKPROPAGATION, ROWS, large, large_run
+from benchmarks.quality.second_report import difference, learned_rows
 from benchmarks.quality.tasks import HopTask
 from ibp_deepspeed import InterlockingConfig
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
@@ -151,6 +152,7 @@ def test_nesterov_is_another_optimizer_at_the_same_rate() -> None:
 
 
 def test_muon_makes_updates_of_layers_orthogonal_and_adamw_the_rest() -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(16, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     parameters = list(model.parameters())
     optimizer = MuonAndAdamW(parameters, lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
@@ -159,13 +161,14 @@ def test_muon_makes_updates_of_layers_orthogonal_and_adamw_the_rest() -> None:
         parameter.grad = torch.ones_like(parameter)
     parameters[1].grad = torch.diag(torch.tensor([1.0, 0.7, 0.4, 0.2]))
     optimizer.step()
-    steps = [parameter.detach() - was for parameter, was in zip(parameters, before, strict=True)]
+    after = [parameter.detach().clone() for parameter in parameters]
+    steps = [now - was for now, was in zip(after, before, strict=True)]
     spectrum = torch.linalg.svdvals(steps[1])
     assert spectrum.max() / spectrum.min() < 2 and steps[0].abs().max() <= 0.1001 and all(s.any() for s in steps)
     for group in optimizer.param_groups:  # as a schedule does
         group["lr"] = 0.0
     optimizer.step()
-    assert all(torch.equal(p.detach(), was + s) for p, was, s in zip(parameters, before, steps, strict=True))
+    assert all(map(torch.equal, parameters, after))
 
 
 def test_rows_of_the_second_study_wait_for_their_rates(tmp_path: Path) -> None:
@@ -228,4 +231,11 @@ def test_gradient_of_backpropagation_agrees_with_itself() -> None:
 def test_tables_of_the_page_are_those_of_the_records() -> None:
     page = (DOCS / "learning.md").read_text(encoding="utf-8")
     assert page.count("<!-- table: ") == page.count("<!-- end -->") > 0
-    assert filled(page, tables({path.stem: load(path) for path in RESULTS.glob("*.jsonl")})) == page
+    of = {path.stem: load(path) for path in RESULTS.glob("*.jsonl")}
+    assert filled(page, tables(of)) == page
+    assert json.loads(LEARNED.read_text(encoding="utf-8")) == learned_rows(of)
+
+
+def test_differences_are_between_runs_of_the_same_seed() -> None:
+    assert difference({0: 2.2, 1: 3.0, 7: 9.0}, {0: 2.0, 1: 3.0}) == "+5.0% (+0.0 … +10.0)"
+    assert difference({1: 3.3}, {0: 2.0, 1: 3.0}) == "+10.0% (one seed)" and difference({1: 1.0}, {0: 1.0}) == "–"

@@ -22,6 +22,7 @@ from ibp_deepspeed.planner.plan import Candidate, Job, advise, candidates, evalu
 from ibp_deepspeed.planner.workload import NOTHING, Work, Workload, balanced
 from models import CausalLM
 from models.workload import kept_bytes_per_token, workload
+from tests.docs.test_pages import commands
 from tests.models.test_costs import llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +153,16 @@ def test_the_command_writes_what_it_advises(tmp_path: Path) -> None:
     assert len(json.loads(numbers.read_text())["rows"]) > 10 and "Advice:" in shown.stdout
 
 
+def test_the_pages_command_runs_and_one_stage_can_be_planned() -> None:
+    (words,) = commands("planning.md")
+    shown = run(*words[2:])
+    assert shown.returncode == 0 and "Advice: " in shown.stdout, shown.stderr
+    alone = run("--model", "models/configs/llama-tiny.json", "--stages", "1")
+    assert alone.returncode == 0 and "Do not interlock here" in alone.stdout, alone.stderr
+    listed = run("--devices")
+    assert listed.returncode == 0 and "H100: 989 TFLOP/s" in listed.stdout, listed.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -160,6 +171,10 @@ def test_the_command_writes_what_it_advises(tmp_path: Path) -> None:
         (("--stages", "2", "--device", "Abacus"), "--device Abacus is not known: give its --tflops"),
         (("--stages", "2", "--head", "ranc=3"), 'unknown key "interlocking.aux_head.ranc" (did you mean "rank"?)'),
         (("--stages", "2", "--gbps", "0"), "--gbps is 0: give more than 0"),
+        (("--stages", "2", "--head", "negatives"), "--head negatives: write it as key=value"),
+        (("--stages", "2", "--head", "negatives=99999"), "--head negatives=99999: the vocabulary has"),
+        (("--stages", "2", "--head", "borrow=1"), "have a row of their own"),
+        (("--stages", "2", "--json", "nowhere/plan.json"), "there is no folder nowhere to write plan.json to"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(words: tuple[str, ...], sentence: str) -> None:

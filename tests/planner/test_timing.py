@@ -13,9 +13,11 @@ from ibp_deepspeed.errors import PlanError
 from ibp_deepspeed.planner import timing
 from ibp_deepspeed.planner.peers import execute, make_peer
 from ibp_deepspeed.planner.timing import peer_timing, strategy_timing
-from ibp_deepspeed.schedule.predict import predict
-from ibp_deepspeed.schedule.simulator import Boundary, Costs
+from ibp_deepspeed.schedule.predict import measure, predict
+from ibp_deepspeed.schedule.simulator import Boundary, Costs, Simulator
+from ibp_deepspeed.schedule.validate import validated_schedules
 from ibp_deepspeed.strategy.strategy import Strategy
+from ibp_deepspeed.strategy.timeline import BatchStrategy
 
 EMULATED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "speed" / "emulated.json"
 MAKERS: dict[str, Callable[[int], Strategy]] = {
@@ -48,9 +50,13 @@ def test_a_large_pipeline_is_continued_from_smaller_ones(
 @pytest.mark.parametrize("name", ["1F1B", "interleaved 1F1B", "ZB1", "ZBV", "DualPipeV"])
 def test_peers_are_continued_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [Costs()] * 16, [Boundary()] * 15
+    monkeypatch.setattr(timing, "LARGEST", 10**9)
     exact = peer_timing(name, 16, 32, *given)
     monkeypatch.setattr(timing, "LARGEST", 0)
-    assert peer_timing(name, 16, 32, *given).batch_time == pytest.approx(exact.batch_time, rel=0.005)
+    continued = peer_timing(name, 16, 32, *given)
+    assert exact.simulated and not continued.simulated
+    assert continued.batch_time == pytest.approx(exact.batch_time, rel=0.005)
+    assert max(exact.in_flight) <= max(continued.in_flight) <= max(exact.in_flight) + 2
 
 
 def test_deepspeeds_1f1b_takes_what_ours_does_with_b_and_w_in_one() -> None:
@@ -70,6 +76,21 @@ def test_stages_and_links_have_costs_of_their_own() -> None:
     assert exact.batch_time == pytest.approx(12 + 2 * 4)  # there and back over the one slow link
     busy = strategy_timing(MAKERS["N = 1"], 4, 8, [fast] * 4, [Boundary(0.0, 5.0)] * 3)
     assert busy.batch_time == pytest.approx(8 * 5)  # the link is full
+
+
+def test_jitter_repeats_by_its_seed_and_costs_what_waits_for_it() -> None:
+    strategy, costs = MAKERS["1F1B"](4), Costs(1, 1, 1, 0)
+    schedules = validated_schedules(BatchStrategy.uniform(strategy, 4))
+
+    def time(jitter: float, seed: int = 0) -> float:
+        return measure(Simulator([schedules] * 20, costs=costs, jitter=jitter, seed=seed), 2, 4).batch_time
+
+    assert time(0.0) == pytest.approx(3 * (4 + 3)) and time(0.2, 1) == time(0.2, 1) != time(0.2, 2)
+    assert time(0.0) < time(0.2) < 1.3 * time(0.0)
+    straggler = [costs, costs, Costs(1.5, 1.5, 1.5, 0), costs]
+    slow = measure(Simulator([schedules] * 20, costs=straggler), 2, 4).batch_time
+    # To stage 2 and its first F, stage 3 once; there four backward passes and the two F between them; back to stage 0.
+    assert slow == pytest.approx(2 * 1 + 1.5 + 3 + 4 * 3 + 2 * 1.5 + 2 * 2)
 
 
 def test_the_emulated_table_is_what_the_schedules_say() -> None:
