@@ -38,6 +38,7 @@ def price(
     *,
     micro_batches: int = MICRO_BATCHES,
     backward: str = "fused",
+    block_units: int = 3,
 ) -> Price:
     """The price of a training of ``steps`` batches, phases of its ``schedule`` by their length.
 
@@ -51,6 +52,7 @@ def price(
         steps: batches.
         micro_batches: M.
         backward: whether B comes before W ("split") or both are one piece ("fused").
+        block_units: what a block in a head is computed for: F, B and W; 2 where no loss trains it.
     """
     block = {**interlocking, "backward": backward}
     phases = block.pop("schedule", [])
@@ -59,7 +61,8 @@ def price(
     for phase in phases:
         named = {"strategy": "nwise", "width": phase["width"], "mode": phase.get("mode", block.get("mode"))}
         blocks.append({**block, **named})
-    prices = [_price(InterlockingConfig.parse(each), stages, layers_per_stage, micro_batches) for each in blocks]
+    size = stages, layers_per_stage, micro_batches, block_units
+    prices = [_price(InterlockingConfig.parse(each), *size) for each in blocks]
     shares = [(end - start) / steps for start, end in pairwise(starts)]
     return Price(
         work=sum(share * p.work for share, p in zip(shares, prices, strict=True)),
@@ -72,11 +75,14 @@ def asynchronous_price(stages: int, micro_batches: int = MICRO_BATCHES) -> Price
     return Price(work=1.0, time=micro_batches / (micro_batches + stages - 1))
 
 
-def _price(config: InterlockingConfig, stages: int, layers_per_stage: float, micro_batches: int) -> Price:
+def _price(
+    config: InterlockingConfig, stages: int, layers_per_stage: float, micro_batches: int, block_units: int
+) -> Price:
     options = config.aux_head
     head = borrowed = 0.0
     if options is not None:
-        head = HEAD * (1.0 if options.readout == "private" else 2 / 3) + 3 * options.blocks / layers_per_stage
+        head = HEAD * (1.0 if options.readout == "private" else 2 / 3)
+        head += block_units * options.blocks / layers_per_stage
         borrowed = options.borrow / layers_per_stage
     if config.width_for(stages) >= len(config.exits_for(stages)) and config.mode == "furthest":
         head = 0.0  # its heads only watch

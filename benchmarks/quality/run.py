@@ -17,6 +17,8 @@ from transformers import AutoConfig
 
 from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import cosines
+from benchmarks.quality.momentum import MomentumHeads
+from benchmarks.quality.optimizers import Optimized
 from benchmarks.quality.tasks import HopTask, Task, TextTask
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
@@ -39,8 +41,9 @@ class Run:
         width: hidden size; ``head_size`` of an attention head.
         rate: peak learning rate of AdamW.
         cosine, decay: the rate's shape after a warm-up: a cosine, or constant and for this last part a linear decay.
-        delay: batches that gradients are late (``asynchronous.py``), with one of its optimizers; None: no pipeline
-            of that kind.
+        delay: batches that gradients are late (``asynchronous.py``); None: no pipeline of that kind.
+        optimizer: AdamW, or one of ``optimizers.py``.
+        slow_heads: the heads' blocks are slow copies of the layers that follow (``momentum.py``).
         cosines: record how each trunk's gradient agrees with the last loss's, at each evaluation.
         steps: batches, fewer if ``until_solved`` and the last exit's accuracy is 0.99 at two evaluations.
         batch: sequences a batch; ``micro_batches`` of them is M.
@@ -65,6 +68,7 @@ class Run:
     head_size: int = 16
     delay: int | None = None
     optimizer: str = "AdamW"
+    slow_heads: bool = False
     evaluations: int = 20
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -127,9 +131,11 @@ def train(run: Run, device: str = "cpu") -> dict[str, Any]:
     )
     model = CausalLM(config, seed=run.seed)
     partition = [run.layers // run.stages] * run.stages
-    kind: Callable[..., VirtualPipeline] = VirtualPipeline
+    kind: Callable[..., VirtualPipeline] = MomentumHeads if run.slow_heads else VirtualPipeline
     if run.delay is not None:
         kind = partial(Asynchronous, delay=run.delay, optimizer=run.optimizer)
+    elif run.optimizer != "AdamW":
+        kind = partial(Optimized, optimizer=run.optimizer)
     about: dict[str, Any] = {"token_counts": task.token_counts(), "kind": kind}
     pipeline = virtual_pipeline(model, run.settings(), run.stages, partition, device, **about)
     batches, held_out = task.batches(run.seed, run.batch // run.micro_batches), task.held_out()

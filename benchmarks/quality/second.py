@@ -38,6 +38,7 @@ class Row:
         stages: K; 1 where the number of stages doesn't change what is learned.
         block: of interlocking.
         delay, optimizer: of asynchronous backpropagation.
+        slow_heads: whether the blocks of the heads are slow copies of the layers that follow (``momentum.py``).
         priced: K of the pipeline that would run it, if that is not ``stages`` or 4; late gradients are for M = 4.
         like: the row whose learning rate it takes; None: its rates are tried.
     """
@@ -47,6 +48,7 @@ class Row:
     like: str | None = None
     delay: int | None = None
     optimizer: str = "AdamW"
+    slow_heads: bool = False
     priced: int | None = None
 
     @property
@@ -79,6 +81,10 @@ HEADLINES: dict[str, Row] = {
     _LOCAL: Row(4, modules("every")),
     "asynchronous, 1 batch late": Row(1, _ALL, delay=1),
     "asynchronous, 1 batch late, Nesterov": Row(1, _ALL, delay=1, optimizer="NAdam"),
+    "backpropagation, Muon": Row(1, _ALL, delay=0, optimizer="Muon"),
+    "asynchronous, 1 batch late, Muon": Row(1, _ALL, delay=1, optimizer="Muon"),
+    "G = 4, K = 8, Muon": Row(8, modules(4), optimizer="Muon"),
+    "pairwise, K = 4, Muon": Row(4, modules("every", width=2), "G = 4, K = 8, Muon", optimizer="Muon"),
     "G = 2, K = 8": Row(8, modules(2), _LOCAL),
     "pairwise, K = 8": Row(8, modules("every", width=2), _PAIRWISE),
     "borrow 1, K = 4": Row(4, modules("every", aux_head={"borrow": 1}), _LOCAL),
@@ -103,8 +109,20 @@ FURTHER: dict[str, Row] = {
         1, _ALL, "asynchronous, 1 batch late, Nesterov", delay=2, optimizer="NAdam", priced=8
     ),
     "backpropagation, Nesterov": Row(1, _ALL, delay=0, optimizer="NAdam"),
-    "backpropagation, Muon": Row(1, _ALL, delay=0, optimizer="Muon"),
-    "asynchronous, 1 batch late, Muon": Row(1, _ALL, delay=1, optimizer="Muon"),
+    "asynchronous, 2 batches late, Muon": Row(
+        1, _ALL, "asynchronous, 1 batch late, Muon", delay=2, optimizer="Muon", priced=8
+    ),
+    "backpropagation, basis rotation": Row(1, _ALL, delay=0, optimizer="SOAP"),
+    "asynchronous, 1 batch late, basis rotation": Row(1, _ALL, delay=1, optimizer="SOAP"),
+    "asynchronous, 2 batches late, basis rotation": Row(
+        1, _ALL, "asynchronous, 1 batch late, basis rotation", delay=2, optimizer="SOAP", priced=8
+    ),
+    "G = 4, head of a slow copy of the next layer, K = 8": Row(
+        8, modules(4, aux_head={"blocks": 1}), _MODULES, slow_heads=True
+    ),
+    "local, heads of slow copies of the next layer, K = 4": Row(
+        4, modules("every", aux_head={"blocks": 1}), _LOCAL, slow_heads=True
+    ),
     "exits on stages 4 and 7, K = 8": Row(8, modules([4, 7]), _MODULES),
     "exits on stages 2 and 7, K = 8": Row(8, modules([2, 7]), _MODULES),
     "G = 4, borrow 1, K = 8": Row(8, modules(4, aux_head={"borrow": 1}), _MODULES),
@@ -159,6 +177,7 @@ def large_run(row: str, *, rate: float, seed: int = 0, shape: str = "decay", ste
         evaluations=4,
         delay=of.delay,
         optimizer=of.optimizer,
+        slow_heads=of.slow_heads,
     )
 
 
@@ -171,9 +190,11 @@ def rates(results: Path) -> Iterator[Run]:
 
 
 def late_rates(results: Path) -> Iterator[Run]:
-    """The same for asynchronous backpropagation and the optimizers that are to correct it."""
-    for rate, row in product((2e-3, 1e-3, 4e-3, 5e-4), (row for row in TUNED if ROWS[row].delay is not None)):
-        yield large_run(row, rate=rate, steps=STEPS_OF_RATES, study="late_rates")
+    """The same for asynchronous backpropagation and the other optimizers; Muon's best rates are higher."""
+    late = [row for row in TUNED if ROWS[row].delay is not None or ROWS[row].optimizer != "AdamW"]
+    for rate, row in product((4e-3, 2e-3, 8e-3, 1e-3, 5e-4), late):
+        if rate != (8e-3 if ROWS[row].optimizer in ("AdamW", "NAdam") else 5e-4):
+            yield large_run(row, rate=rate, steps=STEPS_OF_RATES, study="late_rates")
 
 
 def best_rate(records: list[Record], row: str) -> float | None:
@@ -188,17 +209,17 @@ def best_rate(records: list[Record], row: str) -> float | None:
 
 
 def large(results: Path) -> Iterator[Run]:
-    """One seed of the headlines, what more tokens would bring, the further rows, then the other seeds.
+    """One seed of the headlines, what more tokens would bring, the other seeds, then the further rows.
 
     Rows whose rates have not been tried yet are left out.
     """
     order: list[tuple[str, dict[str, Any]]] = [(row, {}) for row in HEADLINES]
     order += [(BACKPROPAGATION, {"shape": "cosine"})]
     order += [(BACKPROPAGATION, {"steps": steps}) for steps in FLATTENED[:2]]
-    order += [(row, {}) for row in FURTHER]
     order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], HEADLINES)]
     order += [(BACKPROPAGATION, {"seed": seed, "shape": "cosine"}) for seed in SEEDS[1:]]
     order += [(BACKPROPAGATION, {"steps": FLATTENED[2]})]
+    order += [(row, {}) for row in FURTHER]
     order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], FURTHER)]
     yield from _runs(order, results, "large")
 

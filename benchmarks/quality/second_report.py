@@ -146,7 +146,9 @@ def row_price(name: str, micro_batches: int) -> Price:
         return asynchronous_price(row.pipeline, micro_batches)
     if row.stages == 1:
         return Price(work=1.0, time=1.0)
-    return price(row.block, row.stages, LAYERS / row.stages, STEPS, micro_batches=micro_batches, backward="split")
+    size = row.stages, LAYERS / row.stages, STEPS
+    units = 2 if row.slow_heads else 3
+    return price(row.block, *size, micro_batches=micro_batches, backward="split", block_units=units)
 
 
 def exact_price(stages: int, micro_batches: int) -> float:

@@ -15,20 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.pages import filled, markdown
-from benchmarks.quality.asynchronous import Asynchronous, MuonAndAdamW
+from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import cosines
+from benchmarks.quality.momentum import BETA, INTERVAL, MomentumHeads
+from benchmarks.quality.optimizers import LARGEST_BASIS, MuonAndAdamW
 from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
 from benchmarks.quality.price import price
 from benchmarks.quality.records import load
 from benchmarks.quality.report import DOCS, LEARNED, RESULTS, depth_table, hop_table, tables, text_table, tuned
 from benchmarks.quality.run import SOLVED, Run, train
 from benchmarks.quality.second import BACKPROPAGATION, ROWS, large, large_run
-from benchmarks.quality.second_report import difference, learned_rows
+from benchmarks.quality.second_report import difference, learned_rows, row_price
 from benchmarks.quality.tasks import HopTask
 from ibp_deepspeed import InterlockingConfig
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
+from models import CausalLM
+from models.build import virtual_pipeline
+from tests.models.test_causal_lm import tiny
 from tests.toys import loss_fn, make_reference, micro_batches
 
+SLOW_HEADS = "local, heads of slow copies of the next layer, K = 4"
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1}
 
@@ -151,11 +157,52 @@ def test_nesterov_is_another_optimizer_at_the_same_rate() -> None:
     assert [group["lr"] for group in other.optimizers[0].param_groups] == [OPTIONS["lr"]] * 2
 
 
+def test_basis_rotation_turns_sides_of_the_layers_and_not_of_the_vocabulary() -> None:
+    _, late = pair(optimizer="SOAP")
+    for step in range(3):
+        late.train_batch(iter(micro_batches(step, 1)))
+    optimizer = late.optimizers[0]
+    kept = [p for p in late.reference.parameters(0) if p.dim() == 2]
+    assert kept and all(len(basis) for p in kept for basis in optimizer.state[p]["Q"])
+    for p in kept:
+        for basis in optimizer.state[p]["Q"]:
+            torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis)), atol=1e-5, rtol=0)
+    assert LARGEST_BASIS < 4096
+
+
+def test_slow_heads_follow_the_layers_behind_them_and_pass_gradients_through() -> None:
+    block = {"strategy": "local", "exits": 2, "aux_head": {"blocks": 1}}
+    optimizer = {"type": "AdamW", "params": OPTIONS}
+    config = {"train_micro_batch_size_per_gpu": 2, "optimizer": optimizer, "interlocking": block}
+    model = CausalLM(tiny("llama", num_hidden_layers=4), seed=0)
+    made = cast(MomentumHeads, virtual_pipeline(model, config, 4, [1] * 4, kind=MomentumHeads))
+    head = cast(Any, made.reference.aux_heads[1])
+    slow, followed = head.blocks, list(made.reference.stages[2].parameters())
+    start = [p.detach().clone() for p in followed]
+    assert all(map(torch.equal, slow.layers.parameters(), start))
+    first = cast(Any, made.reference.stages[0])[1].layer.mlp.up_proj.weight  # behind the embedding
+    was, history = first.detach().clone(), []
+    for _ in range(2 * INTERVAL + 1):
+        history.append([p.detach().clone() for p in followed])
+        tokens = torch.randint(0, model.vocab_size, (2, 8))
+        made.train_batch(iter([(tokens, tokens)]))
+    # taken at the first refresh, used at the second
+    for now, old, then in zip(slow.layers.parameters(), start, history[INTERVAL], strict=True):
+        torch.testing.assert_close(now, BETA * old + (1 - BETA) * then)
+    assert not any(p.requires_grad for p in slow.layers.parameters())
+    assert slow.correction.weight.any() and not torch.equal(first, was)
+
+
+def test_a_block_that_no_loss_trains_costs_two_thirds() -> None:
+    works = [row_price(row, 4).work for row in (SLOW_HEADS, "local, K = 4")]
+    assert works[0] - works[1] == pytest.approx(0.75 * 2 / 2 / 3, abs=0.01)  # 3 of 4 stages; 2 of 3 units; 2 layers
+
+
 def test_muon_makes_updates_of_layers_orthogonal_and_adamw_the_rest() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(16, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     parameters = list(model.parameters())
-    optimizer = MuonAndAdamW(parameters, lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = MuonAndAdamW(parameters, below=64, lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
     before = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
