@@ -55,7 +55,7 @@ def pipeline_module(
         model: the cut model.
         interlocking: strategy and options of the heads.
         num_stages: K.
-        manual: a partition, see :meth:`CausalLM.partition`; None balances parameters, heads included.
+        manual: a partition, see :meth:`CausalLM.partition`; None balances the work of layers and heads.
         token_counts: see :func:`stage_objective`.
     """
     options = interlocking.aux_head

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
+from models.costs import head_costs, layer_costs
 from models.errors import ModelError
 from models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
@@ -143,18 +144,20 @@ class CausalLM:
         aux_heads: AuxHeadConfig | None = PRIVATE,
         exits: Sequence[int] | None = None,
         manual: Sequence[int] | None = None,
+        sequence_length: int = 0,
     ) -> list[int]:
         """Bounds of the stages in ``layer_specs``: stage k has the layers bounds[k] … bounds[k+1]-1.
 
-        The largest stage's parameter count is as small as it can be, with an auxiliary head for all exits but the
-        last (on the stage behind, if heads stand behind layers of the next one) unless ``aux_heads`` is None; of such
-        partitions the most even one is taken. Every stage has a decoder layer.
+        The slowest stage is as fast as it can be, counted in operations (``costs.py``), with an auxiliary head for all
+        exits but the last (on the stage behind, if heads stand behind layers of the next one) unless ``aux_heads`` is
+        None; of such partitions the most even one is taken. Every stage has a decoder layer.
 
         Args:
             num_stages: K, from 1 to the number of decoder layers.
             aux_heads: options of the auxiliary heads that count.
             exits: the stages that have a loss; None: all.
             manual: instead, K numbers of decoder layers, or K+1 bounds.
+            sequence_length: S, for attention's share of a layer; 0 leaves it out.
 
         Returns:
             K+1 numbers from 0 to ``num_layers``.
@@ -170,10 +173,10 @@ class CausalLM:
             )
         if manual is not None:
             return manual_bounds(manual, num_stages, decoder_layers)
-        embedding, *costs, head = self.parameter_counts()
+        embedding, *costs, readout = layer_costs(self, sequence_length)
         costs[0] += embedding
-        costs[-1] += head
-        size = self.aux_head_parameters(aux_heads) if aux_heads else 0
+        costs[-1] += readout
+        size = head_costs(self, aux_heads, sequence_length) if aux_heads else 0
         placed = None if exits is None else tuple(exits)
         placement = HeadPlacement(num_stages, aux_heads.borrow if aux_heads else 0, placed)
         heads = [0 if placement.head_at(stage) is None else size for stage in range(num_stages)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from models.causal_lm import CausalLM
+
+if TYPE_CHECKING:
+    from models.causal_lm import CausalLM
 
 
 def layer_work(model: CausalLM, sequence_length: int) -> float:
@@ -26,6 +30,26 @@ def head_cost(model: CausalLM, options: AuxHeadConfig | None, num_stages: int, s
     return head / (layer * (model.num_layers - 2) / num_stages)
 
 
+def layer_costs(model: CausalLM, sequence_length: int) -> list[int]:
+    """F, B and W of every layer of ``layer_specs`` for a token; embeddings are looked up.
+
+    Args:
+        model: the cut model.
+        sequence_length: attention looks at half of it on average; 0 leaves attention out.
+    """
+    attention = sequence_length * model.hidden_size  # scores and values: S·H each, over half of the positions
+    embedding, *layers, readout = model.matrix_parameters()
+    return [3 * embedding, *(3 * (layer + attention) for layer in layers), 3 * readout]
+
+
+def head_costs(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> int:
+    """The same of an auxiliary head; one that copies its LM head has no W there."""
+    products = 3 if options.readout == "private" else 2
+    layers = layer_costs(model, sequence_length)[1:-1]
+    blocks = options.blocks * sum(layers) / len(layers)
+    return round(products * options.aux_tokens * head_readout_work(model, options) + blocks)
+
+
 def training_flops(model: CausalLM, options: AuxHeadConfig | None, heads: int, sequence_length: int) -> float:
     """Floating-point operations that training on one token needs: 6·P + 6·L·S·H, as MFU is usually counted.
 
@@ -37,15 +61,10 @@ def training_flops(model: CausalLM, options: AuxHeadConfig | None, heads: int, s
 
     What a method does beyond that is not counted: recomputation, and the further input gradients of N > 1.
     """
-    attention = 2 * sequence_length * model.hidden_size
-    embedding, *layers, readout = model.matrix_parameters()
-    trunk = sum(6 * layer + 3 * attention for layer in layers) + 6 * (embedding + readout)
+    trunk = 2.0 * sum(layer_costs(model, sequence_length))
     if options is None or heads == 0:
-        return float(trunk)
-    products = 3 if options.readout == "private" else 2
-    matrices = head_readout_work(model, options)
-    blocks = options.blocks * (6 * sum(layers) / len(layers) + 3 * attention)
-    return trunk + heads * (2 * products * options.aux_tokens * matrices + blocks)
+        return trunk
+    return trunk + heads * 2 * head_costs(model, options, sequence_length)
 
 
 def head_readout_work(model: CausalLM, options: AuxHeadConfig) -> int:

@@ -43,7 +43,11 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the model's config")
     add("--stages", type=int, metavar="K", help="pipeline stages (default: the number of processes)")
     add("--one-process", action="store_true", help="all stages in this process, on one device; needs --stages")
-    add("--partition", metavar="N,N,…", help="decoder layers of each stage (default: balance parameters and heads)")
+    add(
+        "--partition",
+        metavar="N,N,…",
+        help="decoder layers of each stage (default: balance work, heads too)",
+    )
     add("--sequence-length", type=int, default=256, metavar="S", help="tokens of a sample (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="initial weights and order of data (default: %(default)s)")
 

@@ -94,7 +94,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         _warn_of_mode(interlocking, num_stages)
     partition = parse_partition(args.partition)
     bounds = model.partition(
-        num_stages, aux_heads=interlocking.aux_head, exits=interlocking.exits_for(num_stages), manual=partition
+        num_stages,
+        aux_heads=interlocking.aux_head,
+        exits=interlocking.exits_for(num_stages),
+        manual=partition,
+        sequence_length=args.sequence_length,
     )
     description = _description(args, ds_config, model, bounds, interlocking, train)
     files = {**description.files(), **begin.files, **tokenizer_texts(args.data / layout.TOKENIZER)}

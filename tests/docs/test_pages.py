@@ -94,12 +94,12 @@ def test_commands_of_the_checkpoints_page(tmp_path: Path) -> None:
     assert "resumes from global_step2" in printed and "resumes from global_step4" in printed
     lines = [line for line in printed.splitlines() if line.startswith("head before layer")]
     assert lines == [
-        "head before layer 4: from the checkpoint",
-        "head before layer 2: dropped, none stands there now",
-        "head before layer 6: dropped, none stands there now",
-        "head before layer 2: from the head before layer 4",
-        "head before layer 4: from the checkpoint",
-        "head before layer 6: from the head before layer 4",
+        "head before layer 5: from the checkpoint",
+        "head before layer 3: dropped, none stands there now",
+        "head before layer 7: dropped, none stands there now",
+        "head before layer 3: from the head before layer 5",
+        "head before layer 5: from the checkpoint",
+        "head before layer 7: from the head before layer 5",
     ]
     names = sorted(path.name for path in (tmp_path / "runs/first/checkpoint").iterdir())
     assert names == ["global_step4", "global_step5", "latest"]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig
+from ibp_deepspeed.planner.workload import balanced
 from models import CausalLM, ModelError
+from models.costs import head_costs, layer_costs
 from models.partition import balanced_sizes, sizes_to_bounds
+from models.workload import workload
 
 
 def all_sizes(units: int, stages: int) -> list[list[int]]:
@@ -62,24 +66,56 @@ def test_every_stage_of_a_model_has_a_decoder_layer_and_the_largest_is_smallest(
     stages: int, options: AuxHeadConfig | None
 ) -> None:
     model = cut()
-    counts, aux = model.parameter_counts(), model.aux_head_parameters(options) if options else 0
+    counts, aux = layer_costs(model, 64), head_costs(model, options, 64) if options else 0
 
     def largest(bounds: list[int]) -> int:
         sums = [sum(counts[low:high]) for low, high in pairwise(bounds)]
         headless = 0 if options and options.borrow else stages - 1
         return max(total + (aux if k != headless else 0) for k, total in enumerate(sums))
 
-    bounds = model.partition(stages, aux_heads=options)
+    bounds = model.partition(stages, aux_heads=options, sequence_length=64)
     assert (bounds[0], bounds[-1], len(bounds)) == (0, model.num_layers, stages + 1)
     assert all(min(high, 9) > max(low, 1) for low, high in pairwise(bounds))
     assert largest(bounds) == min(largest(sizes_to_bounds(sizes)) for sizes in all_sizes(8, stages))
 
 
 def test_auxiliary_heads_count() -> None:
-    """With heads the last stage, which has the model's own, is no longer the heaviest; so it gets more layers."""
+    """With heads every stage has one, the last the model's own; without, the last one alone, and so fewer layers."""
     model = cut(vocab=1024)
-    assert model.partition(2, aux_heads=AuxHeadConfig()) == [0, 4, 10]
-    assert model.partition(2, aux_heads=None) == [0, 5, 10]
+    assert model.partition(2, aux_heads=AuxHeadConfig()) == [0, 5, 10]
+    assert model.partition(2, aux_heads=None) == [0, 6, 10]
+
+
+def test_a_large_embedding_takes_no_time() -> None:
+    """Heads that read a sample cost little, so that the model's own LM head alone makes the last stage short."""
+    assert cut(vocab=4096).partition(2, aux_heads=AuxHeadConfig(negatives=64)) == [0, 8, 10]
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 6, 12])
+@pytest.mark.parametrize("exits", ["every", 2])
+def test_gpt_with_a_real_vocabulary_is_shared_evenly_in_time(stages: int, exits: Literal["every"] | int) -> None:
+    """The slowest stage is at most 10% over the mean, where every stage has a loss; by parameters it is slower."""
+    model = CausalLM(AutoConfig.for_model("gpt2", n_layer=12, vocab_size=32_000))
+    private, where = AuxHeadConfig(), InterlockingConfig(strategy="local", exits=exits).exits_for(stages)
+    layers, head = layer_costs(model, 1024), head_costs(model, private, 1024)
+
+    def over_mean(bounds: list[int]) -> float:
+        own = [sum(layers[low:high]) for low, high in pairwise(bounds)]
+        times = [time + (head if k in where and k < stages - 1 else 0) for k, time in enumerate(own)]
+        return max(times) / (sum(times) / stages) - 1
+
+    bounds = model.partition(stages, exits=where, sequence_length=1024)
+    planned = workload(model, private, samples=1, sequence_length=1024, weight_bytes=4)
+    by_planner = over_mean(balanced(planned.layers, stages, planned.head, where))
+    assert over_mean(bounds) == pytest.approx(by_planner, abs=0.02)
+    if exits == "every":
+        assert over_mean(bounds) <= 0.10
+    if 2 < stages < 12 and exits == "every":
+        counts = model.parameter_counts()
+        counts[1] += counts[0]
+        counts[-2] += counts[-1]
+        heads = [model.aux_head_parameters(private)] * (stages - 1) + [0]
+        assert over_mean(sizes_to_bounds(balanced_sizes(counts[1:-1], heads))) > over_mean(bounds)
 
 
 def test_manual_partitions() -> None:
