@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
+from benchmarks.quality.optimizers import Optimized
 
 INTERVAL = 10
 BETA = 0.95
@@ -52,15 +52,15 @@ class SlowLayers(nn.Module):
             taken.lerp_(now, 1 - BETA)
 
 
-class MomentumHeads(VirtualPipeline):
+class MomentumHeads(Optimized):
     """A pipeline whose heads' blocks are slow copies of the next stage's first layers.
 
     Args:
         stages, aux_heads: of language models; the heads have as many blocks as layers are copied.
-        more: see VirtualPipeline.
+        more, optimizer: see :class:`Optimized`.
     """
 
-    def __init__(self, stages: Sequence[nn.Sequential], aux_heads: Sequence[Any], *more: Any) -> None:
+    def __init__(self, stages: Sequence[nn.Sequential], aux_heads: Sequence[Any], *more: Any, optimizer: str) -> None:
         self._slow: list[SlowLayers] = []
         for k, objective in enumerate(aux_heads):
             if objective is not None:
@@ -69,7 +69,7 @@ class MomentumHeads(VirtualPipeline):
                 width = next(iter(head.norm.parameters())).numel()
                 self._slow.append(SlowLayers(following, width))
                 head.blocks = self._slow[-1]
-        super().__init__(stages, aux_heads, *more)
+        super().__init__(stages, aux_heads, *more, optimizer=optimizer)
 
     def _accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
         """Overrides VirtualPipeline's: first another copy, when it is time."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pytorch_optimizer import SOAP
 from torch import nn
 
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
@@ -16,11 +17,12 @@ LARGEST_BASIS = 1024
 
 
 class Optimized(VirtualPipeline):
-    """A pipeline of language models with another optimizer on every stage.
+    """A pipeline of language models with one of these optimizers on every stage.
 
     Args:
-        optimizer: AdamW; NAdam (Nesterov's momentum); Muon (orthogonal updates of the layers' matrices); SOAP (Adam in
-            the basis of the gradients' second moments from both sides, arXiv:2409.11321).
+        optimizer: AdamW (as the configuration says); NAdam (Nesterov's momentum); Muon (orthogonal updates of the
+            layers' matrices); SOAP (Adam in the basis of the gradients' second moments from both sides,
+            arXiv:2409.11321).
     """
 
     def __init__(self, *args: Any, optimizer: str, **more: Any) -> None:
@@ -28,23 +30,27 @@ class Optimized(VirtualPipeline):
         super().__init__(*args, **more)
 
     def _optimizer(self, stage: int) -> torch.optim.Optimizer:
-        """Overrides VirtualPipeline's, which makes the configuration's AdamW."""
+        """Overrides VirtualPipeline's, which makes the configuration's AdamW.
+
+        Raises:
+            ValueError: another name.
+        """
         if self._kind == "AdamW":
             return super()._optimizer(stage)
         options = self.ds_config["optimizer"]["params"]
+        rate, betas, decay = options["lr"], options["betas"], options["weight_decay"]
         parameters = self.reference.masters(stage)
         groups = parameter_groups(parameters, self.reference.interlocking.decay)
-        if self._kind == "SOAP":
-            from pytorch_optimizer import SOAP
-
-            basis: dict[str, Any] = {"max_precondition_dim": LARGEST_BASIS, "precondition_frequency": 10}
-            return SOAP(groups, lr=options["lr"], betas=tuple(options["betas"]), **basis)
         if self._kind == "NAdam":
-            decay = {"weight_decay": options["weight_decay"], "decoupled_weight_decay": True}
-            return torch.optim.NAdam(groups, lr=options["lr"], betas=(0.99, options["betas"][1]), **decay)
-        sizes = (p.numel() for k in range(len(self.reference.stages)) for p in self.reference.masters(k))
-        more = {"lr": options["lr"], "betas": options["betas"], "weight_decay": options["weight_decay"]}
-        return MuonAndAdamW(parameters, below=max(sizes), **more)
+            momentum = (0.99, betas[1])
+            return torch.optim.NAdam(groups, rate, momentum, weight_decay=decay, decoupled_weight_decay=True)
+        if self._kind == "SOAP":
+            basis: dict[str, Any] = {"max_precondition_dim": LARGEST_BASIS, "precondition_frequency": 10}
+            return SOAP(groups, rate, tuple(betas), weight_decay=decay, **basis)
+        if self._kind == "Muon":
+            sizes = (p.numel() for k in range(len(self.reference.stages)) for p in self.reference.masters(k))
+            return MuonAndAdamW(parameters, below=max(sizes), lr=rate, betas=betas, weight_decay=decay)
+        raise ValueError(f"there is no optimizer {self._kind}: AdamW, NAdam, SOAP and Muon are known")
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

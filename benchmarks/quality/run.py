@@ -131,11 +131,8 @@ def train(run: Run, device: str = "cpu") -> dict[str, Any]:
     )
     model = CausalLM(config, seed=run.seed)
     partition = [run.layers // run.stages] * run.stages
-    kind: Callable[..., VirtualPipeline] = MomentumHeads if run.slow_heads else VirtualPipeline
-    if run.delay is not None:
-        kind = partial(Asynchronous, delay=run.delay, optimizer=run.optimizer)
-    elif run.optimizer != "AdamW":
-        kind = partial(Optimized, optimizer=run.optimizer)
+    kind: Callable[..., VirtualPipeline] = MomentumHeads if run.slow_heads else Optimized
+    kind = partial(kind if run.delay is None else partial(Asynchronous, delay=run.delay), optimizer=run.optimizer)
     about: dict[str, Any] = {"token_counts": task.token_counts(), "kind": kind}
     pipeline = virtual_pipeline(model, run.settings(), run.stages, partition, device, **about)
     batches, held_out = task.batches(run.seed, run.batch // run.micro_batches), task.held_out()

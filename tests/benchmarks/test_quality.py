@@ -18,7 +18,7 @@ from benchmarks.pages import filled, markdown
 from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import cosines
 from benchmarks.quality.momentum import BETA, INTERVAL, MomentumHeads
-from benchmarks.quality.optimizers import LARGEST_BASIS, MuonAndAdamW
+from benchmarks.quality.optimizers import LARGEST_BASIS, MuonAndAdamW, Optimized
 from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
 from benchmarks.quality.price import price
 from benchmarks.quality.records import load
@@ -157,17 +157,45 @@ def test_nesterov_is_another_optimizer_at_the_same_rate() -> None:
     assert [group["lr"] for group in other.optimizers[0].param_groups] == [OPTIONS["lr"]] * 2
 
 
+def language_model(optimizer: str, vocabulary: int) -> VirtualPipeline:
+    """Four stages of one layer, trained on three batches."""
+    block = {"strategy": "local", "exits": 2}
+    config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW", "params": OPTIONS}}
+    model = CausalLM(tiny("llama", num_hidden_layers=4, vocab_size=vocabulary), seed=0)
+    kind = partial(Optimized, optimizer=optimizer)
+    made = virtual_pipeline(model, {**config, "interlocking": block}, 4, [1] * 4, kind=kind)
+    for _ in range(3):
+        tokens = torch.randint(0, vocabulary, (2, 8))
+        made.train_batch(iter([(tokens, tokens)]))
+    return made
+
+
 def test_basis_rotation_turns_sides_of_the_layers_and_not_of_the_vocabulary() -> None:
-    _, late = pair(optimizer="SOAP")
-    for step in range(3):
-        late.train_batch(iter(micro_batches(step, 1)))
-    optimizer = late.optimizers[0]
-    kept = [p for p in late.reference.parameters(0) if p.dim() == 2]
-    assert kept and all(len(basis) for p in kept for basis in optimizer.state[p]["Q"])
-    for p in kept:
-        for basis in optimizer.state[p]["Q"]:
-            torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis)), atol=1e-5, rtol=0)
-    assert LARGEST_BASIS < 4096
+    made = language_model("SOAP", LARGEST_BASIS + 1)
+    for optimizer in made.optimizers:
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [OPTIONS["weight_decay"], 0.0]
+        for p in optimizer.param_groups[0]["params"]:
+            for side, basis in zip(p.shape, optimizer.state[p]["Q"], strict=True):
+                assert len(basis) == (0 if side > LARGEST_BASIS else side)
+                if len(basis):
+                    torch.testing.assert_close(basis @ basis.T, torch.eye(side), atol=1e-5, rtol=0)
+
+
+def test_muon_takes_the_matrices_of_the_layers_on_every_stage() -> None:
+    """Also on a stage without an embedding or a head, whose largest matrix is a layer's."""
+    made = language_model("Muon", 500)
+    for k, optimizer in enumerate(made.optimizers):
+        muon, others = cast(MuonAndAdamW, optimizer).parts
+        layers = [p for p in made.reference.masters(k) if p.dim() == 2 and 500 not in p.shape]
+        chosen = [p for group in muon.param_groups for p in group["params"]]
+        assert len(layers) == 7 and list(map(id, chosen)) == list(map(id, layers))
+        read = [p for group in others.param_groups for p in group["params"] if p.dim() == 2]
+        assert len(read) == (k in (0, 1, 3))  # embedding, auxiliary head, LM head
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="no optimizer Lion"):
+        language_model("Lion", 500)
 
 
 def test_slow_heads_follow_the_layers_behind_them_and_pass_gradients_through() -> None:
@@ -175,7 +203,8 @@ def test_slow_heads_follow_the_layers_behind_them_and_pass_gradients_through() -
     optimizer = {"type": "AdamW", "params": OPTIONS}
     config = {"train_micro_batch_size_per_gpu": 2, "optimizer": optimizer, "interlocking": block}
     model = CausalLM(tiny("llama", num_hidden_layers=4), seed=0)
-    made = cast(MomentumHeads, virtual_pipeline(model, config, 4, [1] * 4, kind=MomentumHeads))
+    kind = partial(MomentumHeads, optimizer="AdamW")
+    made = cast(MomentumHeads, virtual_pipeline(model, config, 4, [1] * 4, kind=kind))
     head = cast(Any, made.reference.aux_heads[1])
     slow, followed = head.blocks, list(made.reference.stages[2].parameters())
     start = [p.detach().clone() for p in followed]
