@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
-from models.costs import head_costs, layer_costs
+from models.costs import head_operations, layer_operations
 from models.errors import ModelError
 from models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
@@ -173,10 +173,10 @@ class CausalLM:
             )
         if manual is not None:
             return manual_bounds(manual, num_stages, decoder_layers)
-        embedding, *costs, readout = layer_costs(self, sequence_length)
+        embedding, *costs, readout = (round(layer.total) for layer in layer_operations(self, sequence_length))
         costs[0] += embedding
         costs[-1] += readout
-        size = head_costs(self, aux_heads, sequence_length) if aux_heads else 0
+        size = round(head_operations(self, aux_heads, sequence_length).total) if aux_heads else 0
         placed = None if exits is None else tuple(exits)
         placement = HeadPlacement(num_stages, aux_heads.borrow if aux_heads else 0, placed)
         heads = [0 if placement.head_at(stage) is None else size for stage in range(num_stages)]

@@ -1,8 +1,12 @@
-"""What a head costs beside the layers of a stage, from their sizes: matrix products, in multiply-adds a token."""
+"""Operations of a language model's layers and heads, from their sizes: multiply-adds of matrix products, for a token.
+
+Embeddings are looked up. Attention looks at half of a sequence on average: scores and values, S·H each over half of the
+positions, forward, and twice that backward.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 
@@ -10,64 +14,72 @@ if TYPE_CHECKING:
     from models.causal_lm import CausalLM
 
 
-def layer_work(model: CausalLM, sequence_length: int) -> float:
-    """Forward pass of a decoder layer: its weights, and attention's scores and values over a sequence."""
-    decoder_layers = model.parameter_counts()[1:-1]
-    return sum(decoder_layers) / len(decoder_layers) + 2 * sequence_length * model.hidden_size
+class Operations(NamedTuple):
+    """Multiply-adds a token.
+
+    Attributes:
+        forward, input_gradient, weight_gradient: of F, B and W.
+    """
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+
+    @property
+    def total(self) -> float:
+        """Of all three."""
+        return sum(self)
 
 
-def head_cost(model: CausalLM, options: AuxHeadConfig | None, num_stages: int, sequence_length: int) -> float:
-    """Forward and backward of a head, in units of a stage's forward pass (0 without heads).
+def layer_operations(model: CausalLM, sequence_length: int) -> list[Operations]:
+    """Of every layer of ``layer_specs``.
+
+    Args:
+        model: the cut model.
+        sequence_length: S; 0 leaves attention out.
+    """
+    attention = sequence_length * model.hidden_size
+    embedding, *layers, readout = model.matrix_parameters()
+    decoder = [Operations(layer + attention, layer + 2 * attention, layer) for layer in layers]
+    return [Operations(*[embedding] * 3), *decoder, Operations(*[readout] * 3)]
+
+
+def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> Operations:
+    """Of an auxiliary head; its blocks are taken to be like the mean decoder layer.
 
     An LM head that copies the last stage's has no weight gradient; one of low rank is two small products; it reads only
     the positions that it takes its loss on, and only the tokens that stand for the vocabulary.
     """
+    product = options.aux_tokens * _readout_products(model, options)
+    of_readout = Operations(product, product, product if options.readout == "private" else 0.0)
+    layers = layer_operations(model, sequence_length)[1:-1]
+    of_block = (sum(piece) / len(layers) for piece in zip(*layers, strict=True))
+    return Operations(*(a + options.blocks * b for a, b in zip(of_readout, of_block, strict=True)))
+
+
+def head_cost(model: CausalLM, options: AuxHeadConfig | None, num_stages: int, sequence_length: int) -> float:
+    """F, B and W of a head, in units of a stage's forward pass (0 without heads)."""
     if options is None:
         return 0.0
-    layer, readout = layer_work(model, sequence_length), head_readout_work(model, options)
-    products = 3 if options.readout == "private" else 2
-    head = products * options.aux_tokens * readout + 3 * options.blocks * layer
-    return head / (layer * (model.num_layers - 2) / num_stages)
-
-
-def layer_costs(model: CausalLM, sequence_length: int) -> list[int]:
-    """F, B and W of every layer of ``layer_specs`` for a token; embeddings are looked up.
-
-    Args:
-        model: the cut model.
-        sequence_length: attention looks at half of it on average; 0 leaves attention out.
-    """
-    attention = sequence_length * model.hidden_size  # scores and values: S·H each, over half of the positions
-    embedding, *layers, readout = model.matrix_parameters()
-    return [3 * embedding, *(3 * (layer + attention) for layer in layers), 3 * readout]
-
-
-def head_costs(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> int:
-    """The same of an auxiliary head; one that copies its LM head has no W there."""
-    products = 3 if options.readout == "private" else 2
-    layers = layer_costs(model, sequence_length)[1:-1]
-    blocks = options.blocks * sum(layers) / len(layers)
-    return round(products * options.aux_tokens * head_readout_work(model, options) + blocks)
+    layers = layer_operations(model, sequence_length)[1:-1]
+    stage = sum(layer.forward for layer in layers) / num_stages
+    return head_operations(model, options, sequence_length).total / stage
 
 
 def training_flops(model: CausalLM, options: AuxHeadConfig | None, heads: int, sequence_length: int) -> float:
     """Floating-point operations that training on one token needs: 6·P + 6·L·S·H, as MFU is usually counted.
 
     P: elements of the matrices that a token passes (2 operations each forward, 4 backward): those of decoder layers, of
-    experts those that it is sent to, of the model's LM head, and of each auxiliary head; embeddings are looked up. An
-    LM head that copies the last stage's has no weight gradient (4 instead of 6), and heads read only the positions and
-    tokens that they take their loss on. L decoder layers attend to half of S positions on average: 2·S·H forward, twice
-    that backward.
+    experts those that it is sent to, of the model's LM head, and of each auxiliary head.
 
     What a method does beyond that is not counted: recomputation, and the further input gradients of N > 1.
     """
-    trunk = 2.0 * sum(layer_costs(model, sequence_length))
-    if options is None or heads == 0:
-        return trunk
-    return trunk + heads * 2 * head_costs(model, options, sequence_length)
+    trunk = sum(layer.total for layer in layer_operations(model, sequence_length))
+    of_heads = 0.0 if options is None or heads == 0 else heads * head_operations(model, options, sequence_length).total
+    return 2 * (trunk + of_heads)
 
 
-def head_readout_work(model: CausalLM, options: AuxHeadConfig) -> int:
+def _readout_products(model: CausalLM, options: AuxHeadConfig) -> int:
     """Multiply-adds of a head's LM head for a token that it takes its loss on, forward."""
     size = model.hidden_size, model.vocab_size
     if options.rank is not None:

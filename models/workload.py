@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.planner.workload import Work, Workload
 from models.causal_lm import CausalLM
-from models.costs import head_readout_work
+from models.costs import Operations, head_operations, layer_operations
 
 _SHORT = 16  # tokens of the sequence on which kept bytes are counted
 
@@ -21,9 +21,9 @@ def workload(
 ) -> Workload:
     """A micro-batch of a model.
 
-    Operations are those of matrix products, attention over half of a sequence on average. Kept bytes are counted on a
-    real decoder layer of these shapes over a few tokens, and taken to grow with the tokens (as they do with fused
-    attention); all decoder layers are taken to be like the first.
+    Operations are those of :mod:`models.costs`. Kept bytes are counted on a real decoder layer of these shapes over a
+    few tokens, and taken to grow with the tokens (as they do with fused attention); all decoder layers are taken to
+    keep what the first does.
 
     Args:
         model: cut.
@@ -32,40 +32,27 @@ def workload(
         weight_bytes: 4, or 2 with fp32 copies.
     """
     tokens = samples * sequence_length
-    matrices, parameters = model.matrix_parameters(), model.parameter_counts()
+    parameters = model.parameter_counts()
     kept = kept_bytes_per_token(model, torch.float32 if weight_bytes == 4 else torch.bfloat16)
-    attention = 2.0 * 2 * sequence_length / 2 * model.hidden_size * tokens  # scores and values: 2·S·H each, half of it
-    layers = []
-    for index in range(model.num_layers):
-        product = 2.0 * matrices[index] * tokens
-        decoder = 0 < index < model.num_layers - 1
-        layers.append(
-            Work(
-                forward=product + (attention if decoder else 0.0),
-                input_gradient=(product if index else 0.0) + (2 * attention if decoder else 0.0),
-                weight_gradient=product,
-                parameters=parameters[index],
-                trained=parameters[index],
-                kept=kept * tokens if decoder else 0.0,
-            )
+    layers = [
+        _work(operations, tokens, count, count, kept * tokens if 0 < index < model.num_layers - 1 else 0.0)
+        for index, (operations, count) in enumerate(
+            zip(layer_operations(model, sequence_length), parameters, strict=True)
         )
-    head = None if options is None else _head(model, options, tokens, layers[1])
+    ]
+    head = None
+    if options is not None:
+        count = model.aux_head_parameters(options)
+        copied = 0 if options.readout == "private" else model.hidden_size * model.vocab_size
+        head = _work(head_operations(model, options, sequence_length), tokens, count, count - copied, 0.0)
     message = float(tokens * model.hidden_size * weight_bytes)
     return Workload(repr(model), tuple(layers), head, message, tokens, weight_bytes)
 
 
-def _head(model: CausalLM, options: AuxHeadConfig, tokens: int, layer: Work) -> Work:
-    product = 2.0 * head_readout_work(model, options) * options.aux_tokens * tokens
-    count, copied = model.aux_head_parameters(options), options.readout != "private"
-    readout = model.hidden_size * model.vocab_size
-    return Work(
-        forward=product + options.blocks * layer.forward,
-        input_gradient=product + options.blocks * layer.input_gradient,
-        weight_gradient=(0.0 if copied else product) + options.blocks * layer.weight_gradient,
-        parameters=count,
-        trained=count - (readout if copied else 0),
-        kept=0.0,
-    )
+def _work(operations: Operations, tokens: int, parameters: int, trained: int, kept: float) -> Work:
+    """A multiply-add is two operations."""
+    forward, input_gradient, weight_gradient = (2.0 * tokens * piece for piece in operations)
+    return Work(forward, input_gradient, weight_gradient, parameters, trained, kept)
 
 
 def kept_bytes_per_token(model: CausalLM, dtype: torch.dtype) -> float:

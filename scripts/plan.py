@@ -156,11 +156,14 @@ def show(job: Job, rows: list[Row], advice: Advice, args: argparse.Namespace) ->
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     work, where = job.workload, job.cluster.device
+    by_work, by_parameters = unevenness(job)
     head = "no heads" if work.head is None else f"a head {head_share(job):.2f} forward passes of a middle stage"
     console.print(
         f"{work.name}: {job.stages} stages with decoder layers {decoder_layers(job)}, {job.replicas} × "
-        f"{job.micro_batches} micro-batches of {work.tokens:,} tokens; {head}\n{where.name}: {where.source}; messages "
-        f"of {work.message / 2**20:.1f} MiB",
+        f"{job.micro_batches} micro-batches of {work.tokens:,} tokens; {head}\n"
+        f"with a head on each, the slowest stage is {by_work:.0%} over the mean (balanced by parameters: "
+        f"{by_parameters:.0%})\n"
+        f"{where.name}: {where.source}; messages of {work.message / 2**20:.1f} MiB",
         soft_wrap=True,
     )
     table = Table("", "ms a batch", "tokens/s", "idle, stages 0 and K-1", "GiB, largest stage", "of these head")
@@ -206,6 +209,15 @@ def head_share(job: Job) -> float:
     """Forward and backward of a head, in forward passes of the middle stage."""
     middle = job.workload.stage(job.bounds, job.stages // 2)
     return 0.0 if job.workload.head is None else job.workload.head.total / middle.forward
+
+
+def unevenness(job: Job) -> tuple[float, float]:
+    """By how much the slowest stage is over the mean, a head on each: of the job's cut, and of one by parameters."""
+    from ibp_deepspeed.planner.workload import balanced, over_mean
+
+    layers, head, every = job.workload.layers, job.workload.head, range(job.stages)
+    other = balanced(layers, job.stages, head, every, size=lambda work: work.parameters)
+    return over_mean(layers, job.bounds, head, every), over_mean(layers, other, head, every)
 
 
 def decoder_layers(job: Job) -> str:

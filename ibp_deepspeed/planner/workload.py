@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from ibp_deepspeed.schedule.simulator import Costs
 
@@ -40,6 +40,7 @@ class Work:
 
 NOTHING = Work(0.0, 0.0, 0.0, 0, 0, 0.0)
 _Load = Callable[[int, int, int], float]
+_Size = Callable[[Work], float]
 
 
 @dataclass(frozen=True)
@@ -93,30 +94,46 @@ class Workload:
         return found
 
 
-def balanced(layers: Sequence[Work], stages: int, head: Work | None, exits: Sequence[int]) -> list[int]:
-    """Bounds whose slowest stage is as fast as can be, an auxiliary head on every exit but the last counted.
+def balanced(
+    layers: Sequence[Work],
+    stages: int,
+    head: Work | None,
+    exits: Sequence[int],
+    size: _Size = lambda work: work.total,
+) -> list[int]:
+    """Bounds whose largest stage is as small as can be, an auxiliary head on every exit but the last counted.
 
     Args:
         layers: embedding, decoder layers, LM head.
         stages: K, at most the number of decoder layers.
         head: of an exit.
         exits: the stages that have one.
+        size: what is balanced (default: the time of F, B and W).
 
     Returns:
         K+1 numbers; the embedding is on the first stage, the LM head on the last, a decoder layer on every one.
     """
     count = len(layers) - 2
-    of_head = [0.0 if head is None or k not in exits or k == stages - 1 else head.total for k in range(stages)]
-    sums = [0.0]
-    for layer in layers[1:-1]:
-        sums.append(sums[-1] + layer.total)
+    of_head = [0.0 if head is None or k not in exits or k == stages - 1 else size(head) for k in range(stages)]
+    sums = [0.0, *accumulate(size(layer) for layer in layers[1:-1])]
 
     def load(stage: int, low: int, high: int) -> float:
-        ends = (layers[0].total if stage == 0 else 0.0) + (layers[-1].total if stage == stages - 1 else 0.0)
+        ends = (size(layers[0]) if stage == 0 else 0.0) + (size(layers[-1]) if stage == stages - 1 else 0.0)
         return sums[high] - sums[low] + of_head[stage] + ends
 
     bounds = _smallest_maximum(count, stages, load)
     return [0, *(bound + 1 for bound in bounds[1:-1]), len(layers)]
+
+
+def over_mean(layers: Sequence[Work], bounds: Sequence[int], head: Work | None, exits: Sequence[int]) -> float:
+    """By how much the slowest stage's F, B and W are over the mean stage's, as a share; see :func:`balanced`."""
+    last = len(bounds) - 2
+    times = [
+        sum(layer.total for layer in layers[low:high])
+        + (0.0 if head is None or k not in exits or k == last else head.total)
+        for k, (low, high) in enumerate(pairwise(bounds))
+    ]
+    return max(times) * len(times) / sum(times) - 1
 
 
 def _smallest_maximum(count: int, stages: int, load: _Load) -> list[int]:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig
-from ibp_deepspeed.planner.workload import balanced
+from ibp_deepspeed.planner.workload import balanced, over_mean
 from models import CausalLM, ModelError
-from models.costs import head_costs, layer_costs
+from models.costs import head_operations, layer_operations
 from models.partition import balanced_sizes, sizes_to_bounds
 from models.workload import workload
 
@@ -66,9 +66,10 @@ def test_every_stage_of_a_model_has_a_decoder_layer_and_the_largest_is_smallest(
     stages: int, options: AuxHeadConfig | None
 ) -> None:
     model = cut()
-    counts, aux = layer_costs(model, 64), head_costs(model, options, 64) if options else 0
+    counts = [layer.total for layer in layer_operations(model, 64)]
+    aux = head_operations(model, options, 64).total if options else 0
 
-    def largest(bounds: list[int]) -> int:
+    def largest(bounds: list[int]) -> float:
         sums = [sum(counts[low:high]) for low, high in pairwise(bounds)]
         headless = 0 if options and options.borrow else stages - 1
         return max(total + (aux if k != headless else 0) for k, total in enumerate(sums))
@@ -91,31 +92,29 @@ def test_a_large_embedding_takes_no_time() -> None:
     assert cut(vocab=4096).partition(2, aux_heads=AuxHeadConfig(negatives=64)) == [0, 8, 10]
 
 
+def test_attention_makes_long_sequences_of_many_layers_the_slow_part() -> None:
+    short, long = (cut(vocab=4096).partition(2, aux_heads=None, sequence_length=s) for s in (0, 8192))
+    assert short == [0, 8, 10] and long == [0, 5, 10]
+
+
 @pytest.mark.parametrize("stages", [2, 3, 4, 6, 12])
 @pytest.mark.parametrize("exits", ["every", 2])
 def test_gpt_with_a_real_vocabulary_is_shared_evenly_in_time(stages: int, exits: Literal["every"] | int) -> None:
     """The slowest stage is at most 10% over the mean, where every stage has a loss; by parameters it is slower."""
     model = CausalLM(AutoConfig.for_model("gpt2", n_layer=12, vocab_size=32_000))
-    private, where = AuxHeadConfig(), InterlockingConfig(strategy="local", exits=exits).exits_for(stages)
-    layers, head = layer_costs(model, 1024), head_costs(model, private, 1024)
+    where = InterlockingConfig(strategy="local", exits=exits).exits_for(stages)
+    work = workload(model, AuxHeadConfig(), samples=1, sequence_length=1024, weight_bytes=4)
 
-    def over_mean(bounds: list[int]) -> float:
-        own = [sum(layers[low:high]) for low, high in pairwise(bounds)]
-        times = [time + (head if k in where and k < stages - 1 else 0) for k, time in enumerate(own)]
-        return max(times) / (sum(times) / stages) - 1
+    def uneven(bounds: list[int]) -> float:
+        return over_mean(work.layers, bounds, work.head, where)
 
-    bounds = model.partition(stages, exits=where, sequence_length=1024)
-    planned = workload(model, private, samples=1, sequence_length=1024, weight_bytes=4)
-    by_planner = over_mean(balanced(planned.layers, stages, planned.head, where))
-    assert over_mean(bounds) == pytest.approx(by_planner, abs=0.02)
+    trained = uneven(model.partition(stages, exits=where, sequence_length=1024))
+    assert trained == pytest.approx(uneven(balanced(work.layers, stages, work.head, where)), abs=1e-6)
     if exits == "every":
-        assert over_mean(bounds) <= 0.10
-    if 2 < stages < 12 and exits == "every":
-        counts = model.parameter_counts()
-        counts[1] += counts[0]
-        counts[-2] += counts[-1]
-        heads = [model.aux_head_parameters(private)] * (stages - 1) + [0]
-        assert over_mean(sizes_to_bounds(balanced_sizes(counts[1:-1], heads))) > over_mean(bounds)
+        by_parameters = balanced(work.layers, stages, work.head, where, size=lambda layer: layer.parameters)
+        assert trained <= 0.10
+        if stages < 12:  # where there is more than one partition
+            assert uneven(by_parameters) > trained
 
 
 def test_manual_partitions() -> None:

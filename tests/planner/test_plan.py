@@ -157,6 +157,7 @@ def test_the_pages_command_runs_and_one_stage_can_be_planned() -> None:
     (words,) = commands("planning.md")
     shown = run(*words[2:])
     assert shown.returncode == 0 and "Advice: " in shown.stdout, shown.stderr
+    assert "the slowest stage is" in shown.stdout and "balanced by parameters" in shown.stdout
     alone = run("--model", "models/configs/llama-tiny.json", "--stages", "1")
     assert alone.returncode == 0 and "Do not interlock here" in alone.stdout, alone.stderr
     listed = run("--devices")
