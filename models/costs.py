@@ -57,15 +57,6 @@ def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: in
     return Operations(*(a + options.blocks * b for a, b in zip(of_readout, of_block, strict=True)))
 
 
-def head_cost(model: CausalLM, options: AuxHeadConfig | None, num_stages: int, sequence_length: int) -> float:
-    """F, B and W of a head, in units of a stage's forward pass (0 without heads)."""
-    if options is None:
-        return 0.0
-    layers = layer_operations(model, sequence_length)[1:-1]
-    stage = sum(layer.forward for layer in layers) / num_stages
-    return head_operations(model, options, sequence_length).total / stage
-
-
 def training_flops(model: CausalLM, options: AuxHeadConfig | None, heads: int, sequence_length: int) -> float:
     """Floating-point operations that training on one token needs: 6·P + 6·L·S·H, as MFU is usually counted.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.planner.workload import Work, Workload
+from ibp_deepspeed.schedule.simulator import Costs
 from models.causal_lm import CausalLM
 from models.costs import Operations, head_operations, layer_operations
 
@@ -47,6 +49,14 @@ def workload(
         head = _work(head_operations(model, options, sequence_length), tokens, count, count - copied, 0.0)
     message = float(tokens * model.hidden_size * weight_bytes)
     return Workload(repr(model), tuple(layers), head, message, tokens, weight_bytes)
+
+
+def units(model: CausalLM, options: AuxHeadConfig | None, bounds: Sequence[int], sequence_length: int) -> list[Costs]:
+    """Costs of each stage of a cut where the decoder layers of the mean stage take 1 forward; LM heads count too."""
+    work = workload(model, options, samples=1, sequence_length=sequence_length, weight_bytes=4)
+    unit = sum(layer.forward for layer in work.layers[1:-1]) / (len(bounds) - 1)
+    borrow = 0 if options is None else options.borrow
+    return work.costs(bounds, unit, borrow=borrow)
 
 
 def _work(operations: Operations, tokens: int, parameters: int, trained: int, kept: float) -> Work:

@@ -3,8 +3,8 @@
     python scripts/compare_runs.py runs/pairwise runs/global
     python scripts/compare_runs.py --equal-time runs/pairwise runs/global    # only a number: see --help
 
-The time is simulated from the schedule (forward pass, input gradient and weight gradient of a stage one unit each, a
-head by its size), without communication; runs are compared with the first one.
+The time is simulated from the schedule and the operations of each stage, LM head or auxiliary head included, without
+communication; the forward pass of a stage's decoder layers takes one unit on average. Runs are compared with the first.
 """
 
 from __future__ import annotations
@@ -52,11 +52,10 @@ def read(folder: Path) -> Result:
     """
     from ibp_deepspeed.config.interlocking import InterlockingConfig
     from ibp_deepspeed.schedule.predict import predict_timeline
-    from ibp_deepspeed.schedule.simulator import Costs
     from ibp_deepspeed.strategy.timeline import Timeline
     from models import CausalLM
-    from models.costs import head_cost
     from models.runs.checkpoint import Checkpoint
+    from models.workload import units
 
     description = Checkpoint(folder / "checkpoint").description
     try:
@@ -70,9 +69,9 @@ def read(folder: Path) -> Result:
     num_stages = len(description.bounds) - 1
     micro_batches = description.settings.get("gradient_accumulation_steps", 1)
     options = interlocking.aux_head
-    cost = head_cost(CausalLM(description.hf_config()), options, num_stages, description.sequence_length)
+    costs = units(CausalLM(description.hf_config()), options, description.bounds, description.sequence_length)
     timeline = Timeline(interlocking, num_stages, micro_batches, aux_heads=options is not None)
-    prediction = predict_timeline(timeline, Costs(head=cost))
+    prediction = predict_timeline(timeline, costs)
     name, last = in_words(interlocking, num_stages), evaluated[-1]
     loss = math.nan if last["held_out"][-1] is None else last["held_out"][-1]
     return Result(str(folder), name, num_stages, micro_batches, last["step"], loss, prediction.batch_time)

@@ -57,9 +57,9 @@ say "what it is good for: less waiting, so more batches in the same time"
 "$PYTHON" scripts/compare_runs.py "$out" "$out/backpropagation-$equal_time" "$out/backpropagation-$steps"
 cat <<TEXT
 One micro-batch a batch on four stages: three of four devices wait in backpropagation, pairwise interlocking waits for
-the next stage only. Batch for batch backpropagation is ahead; in equal time the two are level here, as backpropagation
-sends input gradients first ("backward": "split"). As 1F1B it takes 12 units a batch, and is behind in that time. With
-more stages there is more to win, with many micro-batches less: README.md says when it pays. One seed, a small model.
+the next stage only. Batch for batch backpropagation is ahead, in equal time pairwise interlocking, although backpropagation
+sends input gradients first ("backward": "split") and would take longer as 1F1B. With more stages there is more to win,
+with many micro-batches less: README.md says when it pays. One seed, a small model.
 TEXT
 
 say "done: $out has the checkpoint, history.jsonl, losses.png, exits.json and the Hugging Face folder hf"

@@ -55,13 +55,17 @@ def predict(
 
 
 def predict_timeline(
-    timeline: Timeline, costs: Costs | None = None, *, batches: int = 0, streaming: bool = True
+    timeline: Timeline,
+    costs: Costs | Sequence[Costs] | None = None,
+    *,
+    batches: int = 0,
+    streaming: bool = True,
 ) -> Prediction:
     """The mean over batches 0, 1, … of a timeline, entered by a pipeline that is in motion already.
 
     Args:
         timeline: with its own channel depth.
-        costs: times of the work.
+        costs: times of the work, of each stage or of all alike.
         batches: how many, rounded up to whole periods of ``global_interval`` (0: enough for a steady state).
         streaming: as in the configuration.
     """

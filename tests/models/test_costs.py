@@ -14,6 +14,7 @@ from models import CausalLM
 from models.build import virtual_pipeline
 from models.costs import training_flops
 from models.devices import peak_flops
+from models.workload import units
 
 LAYERS, WIDTH, VOCABULARY, TOKENS = 4, 32, 96, 16
 
@@ -69,6 +70,17 @@ def test_operations_of_a_training_are_those_of_its_matrix_products(options: dict
     attention_layers = LAYERS + (0 if given is None else given.blocks)
     expected = training_flops(model, given, stages - 1, TOKENS) - 6 * TOKENS * WIDTH * attention_layers
     assert products.operations == expected * 3 * TOKENS
+
+
+def test_units_of_a_stage_count_both_kinds_of_lm_heads() -> None:
+    """Two layers a stage: 2 · (matrices + attention) forward; the model's own LM head makes the last stage longer."""
+    model, options = llama(), AuxHeadConfig()
+    first, last = units(model, options, [0, 3, 6], TOKENS)
+    layer, read = model.matrix_parameters()[1] + TOKENS * WIDTH, WIDTH * VOCABULARY
+    assert first.forward == 1 and last.forward == pytest.approx(1 + read / (2 * layer))
+    assert first.head == pytest.approx(3 * read / (2 * layer))
+    assert last.input_gradient + last.weight_gradient == pytest.approx(2 * last.forward)
+    assert units(model, AuxHeadConfig(borrow=1), [0, 3, 6], TOKENS)[1].borrowed_gradient > 0.5
 
 
 def test_a_token_passes_the_experts_that_it_is_sent_to() -> None:
