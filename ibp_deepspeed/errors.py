@@ -27,6 +27,10 @@ class PlanError(InterlockingError, ValueError):
     """What can't be planned: a combination that can't run, with what would fit, or a bad profile."""
 
 
+class TraceError(InterlockingError, ValueError):
+    """A trace that can't be recorded or read."""
+
+
 class OutputError(InterlockingError):
     """A file or folder that can't be written, or is there already."""
 

@@ -30,6 +30,9 @@ make_environment() {
   fi
   echo "installing $1 into .venv (a few minutes the first time)"
   .venv/bin/python -m pip install --quiet --requirement "$1"
+  if [ -f "${1%.txt}-alone.txt" ]; then
+    .venv/bin/python -m pip install --quiet --no-deps --requirement "${1%.txt}-alone.txt"
+  fi
   .venv/bin/python -m pip install --quiet --no-deps --editable .
   echo "$wanted" >"$stamp"
 }

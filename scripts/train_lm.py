@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,6 +23,11 @@ from scripts.training.checkpoints import resume, save
 from scripts.training.loop import Run
 from scripts.training.plan import make_plan
 from scripts.training.start import describe, open_data, start, summarise
+from scripts.training.trace import batches as batches_to_trace
+from scripts.training.trace import path as trace_path
+
+if TYPE_CHECKING:
+    from ibp_deepspeed import InterlockedPipelineEngine
 
 
 def main(phase: cli.SameOnAllRanks) -> None:
@@ -30,8 +36,11 @@ def main(phase: cli.SameOnAllRanks) -> None:
     if not args.verbose:
         cli.quiet()
     plan = make_plan(args)
+    traced = batches_to_trace(args, plan.resume)
     pipeline = start(plan, args)
     resume(pipeline, plan, args)
+    if traced is not None:
+        cast("InterlockedPipelineEngine", pipeline).trace_batches(*traced, trace_path(args))
     data = open_data(pipeline, plan, args)
     args.output.mkdir(parents=True, exist_ok=True)
     if pipeline.global_rank == 0:
@@ -46,6 +55,8 @@ def main(phase: cli.SameOnAllRanks) -> None:
         print(text_table(evaluation, plan.train.manifest.unigram_entropy_nats))
         print(summary)
         print(f"checkpoint in {args.output / 'checkpoint'}")
+        if traced is not None:
+            print(f"trace of batches {traced.first} to {traced.last} in {trace_path(args)}: scripts/trace_report.py")
     pipeline.close()
 
 

@@ -20,6 +20,7 @@ ORDER = [
     {"config", "comm", "data"},
     {"strategy", "objectives", "checkpoint", "optimizer"},
     {"schedule", "stage", "single_process"},
+    {"trace"},
     {"engine", "planner"},
     {"models"},
     {"scripts"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.engine.checkpointing import EngineCheckpoints
 from ibp_deepspeed.engine.evaluation import evaluate
 from ibp_deepspeed.engine.execution import ExecutingEngine
-from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.engine.recorder import Recorder
+from ibp_deepspeed.errors import InterlockingError, TraceError
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
 from ibp_deepspeed.schedule.validate import ScheduleMaker, validated_timeline
 from ibp_deepspeed.stage.losses import StageLosses
@@ -45,6 +47,7 @@ class InterlockedPipelineEngine(ExecutingEngine):
     """
 
     module: InterlockedPipelineModule
+    _planned_recorder: Recorder | None
     make_schedule: ScheduleMaker = staticmethod(InterlockedTrainSchedule.for_batch)
     """What makes the schedule of a batch and a stage; another one is validated as this one is."""
 
@@ -72,6 +75,7 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self._weight_gradients = WeightGradients()
         if any(strategy.splits(self.stage_id) for strategy in self.timeline.strategies()):
             split_backward(self.module.forward_funcs, self._weight_gradients)
+        self._recorder = self._planned_recorder = None
         self._failed = False
         self._running_engine_backward = True  # for DeepSpeed's hooks: all backward passes are the engine's
         atexit.register(self._close_at_exit)
@@ -139,6 +143,7 @@ class InterlockedPipelineEngine(ExecutingEngine):
             self.module.train()
         self._losses.clear()
         self._schedule = self._train_schedule()
+        self._recorder = self._begin_recording()
         try:
             if self._readouts is not None:
                 self._readouts.begin_batch(self.global_steps)
@@ -146,6 +151,7 @@ class InterlockedPipelineEngine(ExecutingEngine):
             losses = self._losses.means(self.module.losses)
             if not self.interlocking.streaming:
                 dist.barrier()
+            self._end_recording()
         except BaseException:
             self._failed = True
             raise
@@ -154,6 +160,26 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self._report()
         computed = list(self.module.objectives)
         return losses[computed[-1]] if computed else torch.full((), torch.nan, device=self.device)
+
+    def trace_batches(self, first: int, last: int, path: str | Path) -> None:
+        """Record what each rank does in batches ``first`` … ``last``, and when; called on all ranks, between batches.
+
+        After the last of them all ranks meet once, and rank 0 writes a Chrome trace with the clocks of all aligned
+        (:mod:`ibp_deepspeed.trace`). Other batches are as fast as ever.
+
+        Args:
+            first, last: from 1.
+            path: of the file.
+
+        Raises:
+            TraceError: batches that are trained already, or none.
+        """
+        if not self.global_steps < first <= last:
+            raise TraceError(
+                f"can't trace batches {first} to {last}: batch {self.global_steps + 1} is the next one; "
+                "give FIRST:LAST from there on."
+            )
+        self._planned_recorder = Recorder(first, last, Path(path), gpu=torch.device(self.device).type == "cuda")
 
     @property
     def refresh_bytes(self) -> int:
@@ -219,7 +245,19 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self._failed = self._failed or getattr(sys, "last_value", None) is not None
         self.close()
 
-    # Reports
+    # Traces and reports
+
+    def _begin_recording(self) -> Recorder | None:
+        """The recorder, if the batch at hand is to be recorded."""
+        planned = self._planned_recorder
+        return planned if planned is not None and planned.covers(self.global_steps + 1) else None
+
+    def _end_recording(self) -> None:
+        """After the last batch that is recorded: write."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None and self.global_steps == recorder.last:
+            self._planned_recorder = None
+            recorder.finish(self)
 
     def _report(self) -> None:
         """Print and log what is known on rank 0 at the print interval; nobody waits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
 from ibp_deepspeed.engine.checkpointing import CheckpointingEngine
+from ibp_deepspeed.engine.recorder import Recorder
 from ibp_deepspeed.errors import BatchError
 from ibp_deepspeed.schedule import instructions
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
@@ -21,6 +23,9 @@ from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.stage.sample_ledger import SampleLedger, to_device, unpack
 from ibp_deepspeed.stage.weight_gradients import WeightGradients
 from ibp_deepspeed.strategy.strategy import StageStrategy
+from ibp_deepspeed.trace.spans import CREDIT, WEIGHTS
+
+_UNRECORDED = nullcontext()
 
 
 class ExecutingEngine(CheckpointingEngine):
@@ -43,12 +48,23 @@ class ExecutingEngine(CheckpointingEngine):
     _weight_gradients: WeightGradients
     _due: deque[MicroBatchInFlight]
     """Whose weight gradients are still to be computed."""
+    _recorder: Recorder | None
+    """Of the batch at hand, if it is recorded."""
 
     def _exec_schedule(self, pipe_schedule: InterlockedTrainSchedule) -> None:
         """Overrides PipelineEngine's, which makes all instructions in every batch again."""
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
+        if self._recorder is None:
+            for command in pipe_schedule.program:
+                self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
+            return
         for command in pipe_schedule.program:
-            self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
+            with self._recorder.instruction(command):
+                self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
+
+    def _recording(self, kind: str, micro_batch: int) -> AbstractContextManager[None]:
+        """Around what is recorded apart from the instruction in which it happens."""
+        return _UNRECORDED if self._recorder is None else self._recorder.span(kind, micro_batch)
 
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
         recompute = self._recompute and self._schedule.tables[micro_batch].waits
@@ -57,6 +73,7 @@ class ExecutingEngine(CheckpointingEngine):
             micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute)
         else:
             micro = MicroBatchInFlight(self.module.trunk, recompute=recompute)
+        micro.number = micro_batch
         micro.inputs, micro.labels, micro.sample_checksum = self.load_micro_batch()
         self.pipe_buffers["in_flight"][buffer_id] = micro
 
@@ -69,7 +86,9 @@ class ExecutingEngine(CheckpointingEngine):
 
     def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
         micro = self._in_flight(buffer_id)
-        self.links.wait_for_credit()
+        if not self.is_last_stage():
+            with self._recording(CREDIT, micro_batch):
+                self.links.wait_for_credit()
         micro.forward(input_gradient_follows=self._schedule.tables[micro_batch].input_gradient_follows)
         if self.is_last_stage():
             micro.outputs = self.module.objectives[self.stage_id].loss(micro.outputs, micro.labels)
@@ -156,7 +175,8 @@ class ExecutingEngine(CheckpointingEngine):
             self._work_off(has_come)
 
     def _work_off(self, until: Callable[[], bool]) -> None:
-        with self._accumulating():  # one micro-batch each: bf16 gradients of two would be summed in bf16
+        # one micro-batch each: bf16 gradients of two would be summed in bf16
+        with self._recording(WEIGHTS, self._due[0].number), self._accumulating():
             if self._due[0].update_weights(until):
                 self._due.popleft()
 

@@ -44,7 +44,7 @@ def predict(
     """Simulate enough batches for a steady state (or ``batches`` of them) and measure the last half."""
     batch_strategy = BatchStrategy.uniform(strategy, micro_batches)
     depth = batch_strategy.channel_depth(channel_depth)
-    batches = batches or 2 * _settling_batches(batch_strategy, depth)
+    batches = batches or 2 * settling_batches(batch_strategy, depth)
     simulator = Simulator(
         [validated_schedules(batch_strategy, depth)] * batches,
         channel_depth=depth,
@@ -70,7 +70,7 @@ def predict_timeline(
         streaming: as in the configuration.
     """
     depth, period = timeline.channel_depth(), timeline.period
-    settling = _settling_batches(timeline.at(0), depth)
+    settling = settling_batches(timeline.at(0), depth)
     valid = validated_timeline(timeline)
     warm_up = math.ceil(settling / period) * period
     measured = math.ceil((batches or settling) / period) * period
@@ -84,7 +84,7 @@ def predict_timeline(
     return measure(simulator, warm_up, len(timeline.at(0)))
 
 
-def _settling_batches(batch_strategy: BatchStrategy, depth: int) -> int:
+def settling_batches(batch_strategy: BatchStrategy, depth: int) -> int:
     """Batches after which the start of a run is forgotten: the pipeline and its channels are full."""
     return batch_strategy.stages * (2 + depth // len(batch_strategy)) + 4
 

@@ -22,6 +22,7 @@ class MicroBatchInFlight:
             with the forward pass and the next one, and run the trunk once more there (once, whatever their number).
 
     Attributes:
+        number: in its batch.
         inputs: h_{k-1}, a leaf; on the first stage what the data loader gave.
         labels: for this stage's loss.
         sample_checksum: of the samples that the labels belong to.
@@ -43,6 +44,7 @@ class MicroBatchInFlight:
     ) -> None:
         self.trunk, self.borrowed = trunk, borrowed
         self.recompute = recompute
+        self.number = 0
         self.inputs: Any = None
         self.labels: Any = None
         self.sample_checksum = 0

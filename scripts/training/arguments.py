@@ -16,6 +16,14 @@ def parse_arguments(description: str | None, words: list[str] | None = None) -> 
     _add_what(parser)
     _add_hyperparameters(parser)
     _add_evaluation_and_checkpoints(parser)
+    parser.add_argument(
+        "--trace",
+        nargs="?",
+        const="",
+        metavar="FIRST:LAST",
+        help="record what every stage does in these batches, and write OUTPUT/trace.json for Perfetto and "
+        "scripts/trace_report.py (default without a value: three batches after the first ten)",
+    )
     parser.add_argument("--verbose", action="store_true", help="show the log of DeepSpeed and Hugging Face")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(words)
