@@ -25,6 +25,7 @@ CASES = {
     "memory": "saved activations of a real model on each stage",
     "heads": "one head: time and peak memory against full logits",
     "split": "decoder layers: the backward pass at once, and input gradient first",
+    "trace": "what recording a trace costs",
     "profile": "one stage on one device: the time of each piece of its work",
 }
 

@@ -14,7 +14,7 @@ from ibp_deepspeed.schedule.instructions import (
     ForwardPass,
 )
 from ibp_deepspeed.trace.report import letter_of
-from ibp_deepspeed.trace.spans import Recording, own_seconds
+from ibp_deepspeed.trace.spans import Recording, Span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,19 +57,17 @@ def draw(recordings: Sequence[tuple[str, Recording]], unit: float = 1e-3, label:
 def _panel(axes: Any, recording: Recording, unit: float, longest: float) -> set[str]:
     """Fill a panel; returns the letters in it."""
     seen = set()
-    origin = min(span.start for span in recording.spans)
-    for process in recording.of_replica(0):
-        for span, _ in own_seconds(recording.by_rank[process.rank]):
-            letter = letter_of(span)
-            if not letter:
-                continue
-            seen.add(letter)
-            left, width = (span.start - origin) / unit, span.seconds / unit
-            pale = 0.5 * (span.batch - recording.first) / max(1, recording.batches - 1)
-            style = {"color": COLOURS[letter], "edgecolor": "white", "linewidth": 0.6, "alpha": 1 - pale}
-            axes.barh(process.stage, width, left=left, **style)
-            if width > _READABLE * longest:
-                axes.text(left + width / 2, process.stage, str(span.micro_batch), ha="center", va="center", fontsize=7)
+    spans, stages = _computing(recording), {process.rank: process.stage for process in recording.processes}
+    origin = min((span.start for span in spans), default=0.0)
+    for span in spans:
+        letter, stage = letter_of(span), stages[span.rank]
+        seen.add(letter)
+        left, width = (span.start - origin) / unit, span.seconds / unit
+        pale = 0.5 * (span.batch - recording.first) / max(1, recording.batches - 1)
+        style = {"color": COLOURS[letter], "edgecolor": "white", "linewidth": 0.6, "alpha": 1 - pale}
+        axes.barh(stage, width, left=left, **style)
+        if width > _READABLE * longest:
+            axes.text(left + width / 2, stage, str(span.micro_batch), ha="center", va="center", fontsize=7)
     axes.set_yticks(range(recording.stages), [f"stage {k}" for k in range(recording.stages)], fontsize=8)
     axes.set_ylim(recording.stages - 0.5, -0.5)
     axes.set_xlim(0, longest)
@@ -78,5 +76,11 @@ def _panel(axes: Any, recording: Recording, unit: float, longest: float) -> set[
     return seen
 
 
+def _computing(recording: Recording) -> list[Span]:
+    ranks = {process.rank for process in recording.of_replica(0)}
+    return [span for span in recording.spans if span.rank in ranks and letter_of(span)]
+
+
 def _length(recording: Recording) -> float:
-    return max(span.end for span in recording.spans) - min(span.start for span in recording.spans)
+    spans = _computing(recording)
+    return max((span.end for span in spans), default=0.0) - min((span.start for span in spans), default=0.0)

@@ -55,6 +55,11 @@ def test_a_latency_is_waited_for(tmp_path: Path) -> None:
     assert rows["N=1"]["predicted"] == pytest.approx(3.1) and rows["1F1B"]["predicted"] == pytest.approx(10)
 
 
+def test_recording_is_compared_with_not_recording(tmp_path: Path) -> None:
+    row = benchmark("trace", tmp_path, "--work", "nothing", "--measured", "2")["nothing"]
+    assert row["off"][0] > 0 and row["on"][0] > 0  # type: ignore[index]
+
+
 def test_overhead_has_a_row_for_each_engine_and_bare_loop(tmp_path: Path) -> None:
     command = partial(real, sys.executable, "-m", "benchmarks.speed")  # its own way of starting processes
     rows = benchmark("overhead", tmp_path, "--stages", "2", "--micro-batches", "2", "--batches", "4", start=command)

@@ -45,7 +45,7 @@ def trained(data: Path, config: Path, shared: Shared) -> Path:
 
     def make(folder: Path) -> None:
         words = ("--deepspeed_config", config, "--data", data, "--steps", 8, "--eval-interval", 4, "--output", folder)
-        done = deepspeed(4, "scripts/train_lm.py", "--stages", 2, *words, *SMALL)
+        done = deepspeed(4, "scripts/train_lm.py", "--stages", 2, *words, "--trace", "5:6", *SMALL)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "2 stages × 2 replicas" in done.stdout and "unigrams" in done.stdout
         assert "[INFO]" not in done.stdout and "[WARNING]" not in done.stdout, "nobody asked for DeepSpeed's log"
