@@ -14,6 +14,7 @@ from benchmarks.quality.records import Record
 
 _NAMES = {
     "local, shared": "N = 1 (local)",
+    "modules of 2, shared": "modules of two stages",
     "2-wise window, shared": "N = 2 (pairwise)",
     "3-wise window, shared": "N = 3",
     "global": "backpropagation",

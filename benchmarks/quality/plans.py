@@ -29,12 +29,13 @@ def backpropagation() -> dict[str, Any]:
 
 
 def hop_rows(stages: int) -> dict[str, dict[str, Any]]:
-    """Every width, mode and readout at K stages, and heads with a block."""
+    """Modules of half the stages, then every width, mode and readout at K stages, and heads with a block."""
     rows = {
         "global": backpropagation(),
         "local, private": block(1),
         "local, shared": block(1, readout="shared"),
         "local, shared, 1 block": block(1, readout="shared", aux_head={"blocks": 1}),
+        **{f"modules of {g}, shared": block(1, readout="shared", exits=g) for g in (2, 4) if g < stages},
     }
     for n, mode, readout in product(range(2, stages + 1), ("window", "furthest"), ("shared", "private")):
         if not (n == stages and mode == "furthest"):  # that is global
@@ -46,6 +47,7 @@ HOP_ROWS = hop_rows(4)
 HOP_HEADLINES = (
     "global",
     "local, shared",
+    "modules of 2, shared",
     "2-wise window, shared",
     "3-wise window, shared",
     "local, shared, 1 block",
@@ -74,7 +76,7 @@ def hop(row: str, interlocking: dict[str, Any], hops: int, seed: int, stages: in
 
 def check(results: Path) -> Iterator[Run]:
     """The standing check of a few minutes: does a wider reach build a longer circuit?"""
-    rows = ("local, shared", "2-wise window, shared", "3-wise window, shared", "global")
+    rows = ("local, shared", "modules of 2, shared", "2-wise window, shared", "3-wise window, shared", "global")
     for p, row in product((1, 2), rows):
         yield hop(row, HOP_ROWS[row], p, seed=0, study="check")
 
@@ -83,8 +85,8 @@ def hops(results: Path) -> Iterator[Run]:
     """All of p = 1 … 4, K = 4 and 8, each once; first what says most: one seed of all rows, more of the headlines."""
     parts: list[tuple[int, int, int, Iterable[str]]] = [(4, p, 0, HOP_ROWS) for p in (1, 2)]
     parts += [(4, p, seed, HOP_HEADLINES) for seed in SEEDS[1:] for p in (2, 1)]
-    parts += [(4, 3, 0, HOP_HEADLINES), (8, 2, 0, HOP_HEADLINES[:4]), (4, 4, 0, HOP_HEADLINES[:4])]
-    parts += [(8, p, 0, HOP_HEADLINES[:4]) for p in (1, 3, 4)]
+    parts += [(4, 3, 0, HOP_HEADLINES), (8, 2, 0, HOP_HEADLINES[:5]), (4, 4, 0, HOP_HEADLINES[:5])]
+    parts += [(8, p, 0, [*HOP_HEADLINES[:5], "modules of 4, shared"]) for p in (1, 2, 3, 4)]
     everything = product((4, 8), (1, 2, 3, 4), SEEDS)
     parts += [(stages, p, seed, hop_rows(stages)) for stages, p, seed in everything]
     seen = set()

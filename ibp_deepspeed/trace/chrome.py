@@ -106,7 +106,13 @@ def _processes(recording: Recording) -> Iterator[dict[str, Any]]:
         name = f"stage {process.stage}, replica {process.replica} (rank {process.rank}, {process.host})"
         order = process.replica * recording.stages + process.stage
         yield {"ph": "M", "pid": process.rank, "tid": 0, "name": "process_name", "args": {"name": name}}
-        yield {"ph": "M", "pid": process.rank, "tid": 0, "name": "process_sort_index", "args": {"sort_index": order}}
+        yield {
+            "ph": "M",
+            "pid": process.rank,
+            "tid": 0,
+            "name": "process_sort_index",
+            "args": {"sort_index": order},
+        }
         yield {"ph": "M", "pid": process.rank, "tid": 0, "name": "thread_name", "args": {"name": "instructions"}}
 
 
