@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import shutil
 
 _MODULES = (
     "torch.distributed",
@@ -22,19 +21,6 @@ _MODULES = (
     "tests.toys",
 )
 
-
-def _load_shared_memory_extension() -> None:
-    """DeepSpeed's, which each process would compile or ask ninja for when it meets the others."""
-    if shutil.which("c++") is None or shutil.which("ninja") is None:
-        return
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is not None:
-        builder.load()
-
-
 for _name in _MODULES:
     importlib.import_module(_name)
-_load_shared_memory_extension()
 gc.freeze()  # a child's collections leave these objects alone, and their pages shared

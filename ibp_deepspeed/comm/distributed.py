@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,23 +16,24 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from torch import Tensor
+from torch.utils.cpp_extension import get_default_build_root
 
 from ibp_deepspeed.errors import ConfigError
 
+_COMPILES_MINUTES = 20.0
 _COMPILED_ON_CPU = ("adam", "adamw", "adagrad", "lion", "lamb")
 
 
 def init_distributed() -> None:
-    """As ``deepspeed.init_distributed``, for two more kinds of machine.
+    """As ``deepspeed.init_distributed``, without an extension that it compiles for CPUs, and for shared GPUs.
 
-    On CPU processes the extension that DeepSpeed compiles at first use is optional: without a compiler its
-    shared-memory all-reduce is marked as not available, and gloo does its work. With more processes than GPUs on a
-    machine, several share one: see :func:`share_devices`.
+    Its shared-memory all-reduce is marked as not available: only DeepSpeed's inference calls it
+    (``inference_all_reduce``), compiling takes minutes at the first start, and one that is killed meanwhile leaves a
+    lock in torch's cache that every later start waits for without a word. With more processes than GPUs on a machine,
+    several share one: see :func:`share_devices`.
     """
     backend = get_accelerator().communication_backend_name()
-    if not (_needs_no_compiler() or has_compiler()):
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _tell("no C++ compiler: gloo takes the place of DeepSpeed's shared-memory extension.")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     processes, devices = _local_processes(), get_accelerator().device_count()
     if _needs_no_compiler() and 0 < devices < processes:
         share_devices(devices)
@@ -77,18 +80,35 @@ def check_compiler(ds_config: Mapping[str, Any]) -> None:
     """Refuse an optimizer that DeepSpeed would have to compile where it can't.
 
     Raises:
-        ConfigError: on CPU without a compiler, with the setting that needs none.
+        ConfigError: on CPU without a compiler, with the setting that needs none; or where a start that was killed while
+            it compiled has left its lock, which torch waits for without a word.
     """
     optimizer = ds_config.get("optimizer", {})
     name = str(optimizer.get("type", "")).lower()
-    if _needs_no_compiler() or has_compiler() or name not in _COMPILED_ON_CPU:
+    if _needs_no_compiler() or name not in _COMPILED_ON_CPU:
         return
     if name.startswith("adam") and optimizer.get("params", {}).get("torch_adam"):
+        return
+    if has_compiler():
+        _check_locks(optimizer["type"])
         return
     raise ConfigError(
         f"DeepSpeed compiles its {optimizer['type']} for CPU and no C++ compiler was found: install g++, or use "
         f'"AdamW" with "torch_adam": true.'
     )
+
+
+def _check_locks(optimizer: str) -> None:
+    """Of DeepSpeed's optimizers in torch's cache of extensions: an old lock is an error, a young one is told of."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in sorted(root.glob("**/cpu_*/lock")):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > _COMPILES_MINUTES:
+            raise ConfigError(
+                f"DeepSpeed's {optimizer} would wait for ever: a process that compiled it {minutes:.0f} minutes ago has "
+                f'left {lock}; remove that file, or use "AdamW" with "torch_adam": true.'
+            )
+        _tell(f"waiting for another process that compiles {lock.parent.name}; if there is none, remove {lock}.")
 
 
 def check_connections(backend: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ibp_deepspeed import ConfigError, InterlockingConfig, Strategy
+from ibp_deepspeed.comm import distributed
 from ibp_deepspeed.comm.distributed import check_compiler, check_connections
 from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
@@ -149,6 +153,29 @@ def test_an_optimizer_that_needs_a_compiler_names_the_way_out(monkeypatch: pytes
         check_compiler({"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}})
     check_compiler({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}})
     check_compiler({"optimizer": {"type": "SGD"}})
+
+
+@pytest.mark.parametrize("minutes", [1, 90])
+def test_the_lock_of_a_start_that_was_killed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, minutes: int
+) -> None:
+    """A young one may be that of a process that compiles now."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(distributed, "has_compiler", lambda: True)
+    monkeypatch.delenv("RANK", raising=False)
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    then = time.time() - 60 * minutes
+    os.utime(lock, (then, then))
+    check_compiler({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}})
+    assert not capsys.readouterr().err
+    if minutes > 20:
+        with pytest.raises(ConfigError, match=f"{minutes} minutes ago has left {lock}"):
+            check_compiler({"optimizer": {"type": "Adam"}})
+    else:
+        check_compiler({"optimizer": {"type": "Adam"}})
+        assert str(lock) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,8 @@ def assert_same(one: Any, other: Any, where: str) -> None:
             assert_same(*pair, f"{where}/{index}")
 
 
-def test_no_compiler_is_needed(data: Path, config: Path, tmp_path: Path) -> None:
-    """Two stages on a path without c++ and ninja, nothing compiled before."""
+def test_nothing_is_compiled(data: Path, config: Path, tmp_path: Path) -> None:
+    """Two stages on a path without c++ and ninja."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("bash", "sh", "env", "ls", "uname"):
@@ -156,7 +156,6 @@ def test_no_compiler_is_needed(data: Path, config: Path, tmp_path: Path) -> None
     env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = deepspeed(2, "scripts/train_lm.py", *words, environment=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (done.stdout + done.stderr).count("no C++ compiler: gloo takes the place") == 1
     assert not (tmp_path / "extensions").exists()
 
 

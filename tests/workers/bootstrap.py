@@ -17,7 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ibp_deepspeed import cli
+from ibp_deepspeed import cli, init_distributed
 
 _SKEW_SECONDS = 5.0  # a rank waits so long for a lower one to speak: forks start at once, a user's processes may not
 
@@ -43,7 +43,7 @@ def _meet_and_fail(main: Callable[..., None], argument: Any, phase: cli.SameOnAl
 
 def meet() -> None:
     """All processes of the job, with one thread each and without DeepSpeed's log."""
-    deepspeed.init_distributed("gloo")
+    init_distributed()
     deepspeed.utils.logger.setLevel("ERROR")
     torch.set_num_threads(1)
 
