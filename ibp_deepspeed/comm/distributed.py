@@ -105,8 +105,8 @@ def _check_locks(optimizer: str) -> None:
         minutes = (time.time() - lock.stat().st_mtime) / 60
         if minutes > _COMPILES_MINUTES:
             raise ConfigError(
-                f"DeepSpeed's {optimizer} would wait for ever: a process that compiled it {minutes:.0f} minutes ago has "
-                f'left {lock}; remove that file, or use "AdamW" with "torch_adam": true.'
+                f"DeepSpeed's {optimizer} would wait for ever: a process that compiled it {minutes:.0f} minutes ago "
+                f'has left {lock}; remove that file, or use "AdamW" with "torch_adam": true.'
             )
         _tell(f"waiting for another process that compiles {lock.parent.name}; if there is none, remove {lock}.")
 

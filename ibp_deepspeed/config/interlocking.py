@@ -126,6 +126,8 @@ class InterlockingConfig(BaseModel):
     ``compile`` it is fused."""
     decay: Literal["matrices", "all"] = "matrices"
     """What the optimizer's weight decay acts on: ``matrices`` leaves out norms, biases and temperatures."""
+    watchdog_seconds: float = Field(default=600.0, ge=0, allow_inf_nan=False)
+    """A step of the schedule that takes longer ends the job, and names who was waited for; 0: no limit."""
     compile: bool = False
     """``torch.compile`` of the decoder layers."""
     schedule: tuple[Phase, ...] = ()

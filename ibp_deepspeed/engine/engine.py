@@ -21,6 +21,7 @@ from ibp_deepspeed.engine.checkpointing import EngineCheckpoints
 from ibp_deepspeed.engine.evaluation import evaluate
 from ibp_deepspeed.engine.execution import ExecutingEngine
 from ibp_deepspeed.engine.recorder import Recorder
+from ibp_deepspeed.engine.watchdog import Position, Watchdog
 from ibp_deepspeed.errors import InterlockingError, TraceError
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
 from ibp_deepspeed.schedule.validate import ScheduleMaker, validated_timeline
@@ -54,6 +55,7 @@ class InterlockedPipelineEngine(ExecutingEngine):
     def __init__(self, *args: Any, interlocking: InterlockingConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.interlocking = interlocking
+        self.position = Position()
         self.pipe_buffers: dict[str, list[Any]] = {"in_flight": []}
         self.recomputations = 0
         # The stage is checkpointed by hand (micro_batch.py): DeepSpeed's functions recompute for every gradient.
@@ -77,6 +79,9 @@ class InterlockedPipelineEngine(ExecutingEngine):
             split_backward(self.module.forward_funcs, self._weight_gradients)
         self._recorder = self._planned_recorder = None
         self._failed = False
+        self._watchdog = Watchdog.of_engine(
+            self.position, self.stage_id, self.data_parallel_rank, interlocking.watchdog_seconds
+        )
         self._running_engine_backward = True  # for DeepSpeed's hooks: all backward passes are the engine's
         atexit.register(self._close_at_exit)
 
@@ -144,14 +149,17 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self._losses.clear()
         self._schedule = self._train_schedule()
         self._recorder = self._begin_recording()
+        self.position.batch = self.global_steps + 1
         try:
             if self._readouts is not None:
                 self._readouts.begin_batch(self.global_steps)
             self._exec_schedule(self._schedule)
+            self.position.at("the mean of its losses")
             losses = self._losses.means(self.module.losses)
             if not self.interlocking.streaming:
                 dist.barrier()
             self._end_recording()
+            self.position.at(None)
         except BaseException:
             self._failed = True
             raise
@@ -215,7 +223,9 @@ class InterlockedPipelineEngine(ExecutingEngine):
         was_training = self.module.training
         self.module.eval()
         try:
-            return evaluate(self, num_micro_batches or self.micro_batches)
+            losses = evaluate(self, num_micro_batches or self.micro_batches)
+            self.position.at(None)
+            return losses
         except BaseException:
             self._failed = True
             raise
@@ -234,6 +244,8 @@ class InterlockedPipelineEngine(ExecutingEngine):
     def close(self) -> None:
         """Wait until the neighbours have all messages, then end; happens by itself at the end of the process."""
         atexit.unregister(self._close_at_exit)
+        if self._watchdog is not None:
+            self._watchdog.close()
         if not self._failed:
             self.links.flush(_FLUSH_SECONDS)
         self.links.close(wait=not self._failed)

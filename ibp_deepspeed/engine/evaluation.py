@@ -25,6 +25,7 @@ def evaluate(engine: InterlockedPipelineEngine, micro_batches: int) -> Tensor:
     link = engine.links.evaluation_link()
     try:
         for m in range(micro_batches):
+            engine.position.at(f"the evaluation of micro-batch {m}")
             _evaluate_micro_batch(engine, m, link, losses, ledger)
     finally:
         link.close()

@@ -14,6 +14,7 @@ from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
 from ibp_deepspeed.engine.checkpointing import CheckpointingEngine
 from ibp_deepspeed.engine.recorder import Recorder
+from ibp_deepspeed.engine.watchdog import Position
 from ibp_deepspeed.errors import BatchError
 from ibp_deepspeed.schedule import instructions
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
@@ -32,10 +33,12 @@ class ExecutingEngine(CheckpointingEngine):
     """An engine with this package's instructions in the place of DeepSpeed's.
 
     Attributes:
+        position: which instruction is executed.
         recomputations: how often the trunk was run again for activation checkpointing.
     """
 
     module: InterlockedPipelineModule
+    position: Position
     links: StageLinks
     recomputations: int
     _schedule: InterlockedTrainSchedule
@@ -54,11 +57,11 @@ class ExecutingEngine(CheckpointingEngine):
     def _exec_schedule(self, pipe_schedule: InterlockedTrainSchedule) -> None:
         """Overrides PipelineEngine's, which makes all instructions in every batch again."""
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
-        if self._recorder is None:
-            for command in pipe_schedule.program:
-                self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
-            return
         for command in pipe_schedule.program:
+            self.position.at(command)
+            if self._recorder is None:
+                self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
+                continue
             with self._recorder.instruction(command):
                 self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
 
@@ -87,8 +90,10 @@ class ExecutingEngine(CheckpointingEngine):
     def _exec_forward_pass(self, buffer_id: int, micro_batch: int) -> None:
         micro = self._in_flight(buffer_id)
         if not self.is_last_stage():
+            self.position.awaits_credit = True
             with self._recording(CREDIT, micro_batch):
                 self.links.wait_for_credit()
+            self.position.awaits_credit = False
         micro.forward(input_gradient_follows=self._schedule.tables[micro_batch].input_gradient_follows)
         if self.is_last_stage():
             micro.outputs = self.module.objectives[self.stage_id].loss(micro.outputs, micro.labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +31,9 @@ WAITING: dict[str, Any] = {
         "aux_head": {"readout": "shared", "refresh_interval": 2, "refresh_delay": 0},
     },
 }
+
+
+WATCHED: dict[str, Any] = {**CONFIG, "interlocking": {"strategy": "pairwise", "watchdog_seconds": 3.0}}
 
 
 class Misbehaving(Layer):
@@ -76,6 +80,38 @@ def raising() -> Callable[[Tensor], Tensor]:
     return act
 
 
+def after(calls: int, act: Callable[[], None]) -> Callable[[Tensor], Tensor]:
+    """Do something in the forward pass after that many."""
+    left = [calls]
+
+    def pass_on(hidden: Tensor) -> Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            act()
+        return hidden
+
+    return pass_on
+
+
+def for_ever() -> None:
+    while True:
+        time.sleep(0.1)
+
+
+def stop() -> None:
+    """Stop this process, when its watchdog has said where it is."""
+    time.sleep(1.5)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hanging_data(rank: int) -> Iterator[Any]:
+    """Data that ends for stage 2 without an end."""
+    yield from micro_batches(0, 3)
+    if rank == 2:
+        for_ever()
+    yield from itertools.cycle(micro_batches(1, 3))
+
+
 def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
     rank = deepspeed.comm.get_rank()
     other = [(x, y + rank // 2) for x, y in micro_batches(0, 3)]  # stages 0 and 1 agree, 2 and 3 agree
@@ -100,6 +136,9 @@ def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
             InterlockedPipelineModule([nn.Linear(2, 2)] * 3, num_stages=4, loss_fn=loss_fn, aux_head=None), phase
         ),
         "two configs": lambda: train(make_module(4, {"strategy": "local"}), phase),
+        "layer hangs": lambda: train(module_with(LayerSpec(Misbehaving, 3, after(4, for_ever))), phase, config=WATCHED),
+        "process stops": lambda: train(module_with(LayerSpec(Misbehaving, 3, after(4, stop))), phase, config=WATCHED),
+        "loader hangs": lambda: train(make_module(4), phase, hanging_data(rank), WATCHED),
         "last stage dies": lambda: train(make_module(4, follow=True), phase, dying_data(rank), WAITING),
         "scalar parameter": lambda: train(module_with(LayerSpec(Scalar)), phase),
     }
