@@ -14,6 +14,7 @@ from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 from models.costs import head_operations, layer_operations
 from models.errors import ModelError
+from models.kinds import first_of_kind
 from models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
 from models.recorder import Recorder
@@ -132,6 +133,11 @@ class CausalLM:
         """
         chosen = getattr(self.hf_config, "num_experts_per_tok", None)
         return [_matrices(self._meta_layer(index), chosen) for index in range(self.num_layers)]
+
+    def layer_kinds(self) -> list[int]:
+        """For every layer of ``layer_specs`` the first one that is like it, see :mod:`models.kinds`."""
+        last = self.num_layers - 1
+        return [0, *(1 + first for first in first_of_kind(list(self._shell.layers), self.hf_config)), last]
 
     def aux_head_parameters(self, options: AuxHeadConfig = PRIVATE) -> int:
         """Parameters of one auxiliary head, copied ones included."""
