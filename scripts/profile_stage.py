@@ -4,9 +4,9 @@
     python scripts/plan.py --model models/configs/llama-1b.json --sequence-length 2048 --stages 8 --profile profile.json
     deepspeed … scripts/train_lm.py --sequence-length 2048 … --partition profile:profile.json
 
-One layer of each kind is measured, the last one and an auxiliary head with their losses: the forward pass (F), the input
-gradient (B) and the weight gradient (W) as the engine splits them, and B and W at once. One at a time is on the device, so
-that the model may be larger than its memory. On a CPU set OMP_NUM_THREADS as the training will have it.
+One layer of each kind is measured, the last one and an auxiliary head with their losses: the forward pass (F), the
+input gradient (B) and the weight gradient (W) as the engine splits them, and B and W at once. One at a time is on the
+device, so that the model may be larger than its memory. On a CPU set OMP_NUM_THREADS as the training will have it.
 """
 
 from __future__ import annotations
@@ -42,12 +42,10 @@ def show(profile: Profile) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    what, threads = profile.subject, "" if profile.threads is None else f", {profile.threads} thread{'s' * (profile.threads > 1)}"
-    compiled = ", compiled" if what.compiled else ""
+    what = profile.subject
     console.print(
-        f"{profile.model} on {profile.device} ({what.dtype}{compiled}{threads}, torch {profile.torch}): "
-        f"{what.samples} × {what.sequence_length:,} tokens; milliseconds, medians of {profile.repeats} "
-        f"(smallest … largest)",
+        f"{profile.model} on {profile.device} ({profile.about}): {what.samples} × {what.sequence_length:,} tokens; "
+        f"milliseconds, medians of {profile.repeats} (smallest … largest)",
         soft_wrap=True,
     )
     table = Table("", "layers", "F", "B", "W", "B and W at once", "of a layer", "kept, MiB")
@@ -62,8 +60,8 @@ def show(profile: Profile) -> None:
         console.print(f"a message between two processes: not measured, {profile.no_message}", soft_wrap=True)
         return
     console.print(
-        f"a message of the hidden states ({message.size / 2**20:.2f} MiB) between two processes over {message.backend}: "
-        f"{_milliseconds(message.seconds)} ms; of one number: {_milliseconds(message.latency)} ms",
+        f"a message of the hidden states ({message.size / 2**20:.2f} MiB) between two processes over "
+        f"{message.backend}: {_milliseconds(message.seconds)} ms; of one number: {_milliseconds(message.latency)} ms",
         soft_wrap=True,
     )
 

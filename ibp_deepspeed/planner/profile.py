@@ -1,4 +1,4 @@
-"""Times of a model's layers and heads as they were measured on a device (``scripts/profile_stage.py``), for planning."""
+"""Times of a model's layers and heads that were measured on a device (``scripts/profile_stage.py``), for planning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from ibp_deepspeed.errors import PlanError, first_line
 from ibp_deepspeed.planner.hardware import Device, Link
 from ibp_deepspeed.planner.workload import Work, Workload
 
-VERSION = 1
 AGAIN = "measure it with scripts/profile_stage.py"
 HEAD_OPTIONS = ("readout", "blocks", "rank", "aux_tokens", "negatives", "chunk_tokens")
 """Options of ``aux_head`` that what a head takes depends on."""
@@ -95,8 +94,8 @@ class Subject(_Record):
     dtype: DType
     sequence_length: PositiveInt
     samples: PositiveInt
-    head: dict[str, Any] | None
-    """HEAD_OPTIONS of the auxiliary head. Asked for: None if there is none, then any will do."""
+    head: dict[str, Any]
+    """HEAD_OPTIONS of the auxiliary head. Asked for: empty if there is none, then any will do."""
     compiled: bool | None
     """Whether layers are compiled. Asked for: None if either will do."""
 
@@ -109,9 +108,9 @@ class Subject(_Record):
         for field, name in names.items():
             if getattr(self, field) != getattr(asked, field):
                 return name, getattr(self, field), getattr(asked, field)
-        for key in HEAD_OPTIONS if self.head is not None and asked.head is not None else ():
-            if self.head.get(key) != asked.head.get(key):
-                return f"the head's {key}", self.head.get(key), asked.head.get(key)
+        for key, value in (asked.head or {}).items():
+            if (there := self.head.get(key)) != value:
+                return f"the head's {key}", there, value
         if asked.compiled is not None and asked.compiled != self.compiled:
             return "compile", self.compiled, asked.compiled
         return None
@@ -120,7 +119,7 @@ class Subject(_Record):
 class Profile(_Record):
     """What ``scripts/profile_stage.py`` writes."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     model: str
     """As it was named."""
     config_checksum: str
@@ -135,6 +134,8 @@ class Profile(_Record):
     """Of torch, on a CPU."""
     torch: str
     repeats: PositiveInt
+    layers: PositiveInt
+    """Of ``layer_specs``: embedding, decoder layers, last layer."""
     pieces: list[Piece]
     head: Piece
     message: Message | None
@@ -144,10 +145,12 @@ class Profile(_Record):
     @model_validator(mode="after")
     def _complete(self) -> Profile:
         """Every layer from the embedding to the LM head belongs to one piece."""
-        found = sorted(layer for piece in self.pieces for layer in piece.layers)
-        if len(found) < 3 or found != list(range(len(found))):
-            missing = next((i for i in range(max(3, len(found))) if i not in found), None)
-            raise ValueError(f"layer {missing} is missing" if missing is not None else "a layer is there twice")
+        found = [layer for piece in self.pieces for layer in piece.layers]
+        missing = [layer for layer in range(self.layers) if layer not in found]
+        if missing:
+            raise ValueError(f"layer {missing[0]} of {self.layers} is missing")
+        if len(found) != self.layers:
+            raise ValueError(f"its pieces have {len(found)} layers, the model {self.layers}")
         if self.config_checksum != checksum(self.subject.config):
             raise ValueError("its config_checksum is not that of its config")
         return self
@@ -171,10 +174,15 @@ class Profile(_Record):
             path: of the file, for the reader.
             memory: bytes, in the place of the device's own.
         """
-        threads = "" if self.threads is None else f", {self.threads} thread{'s' * (self.threads > 1)}"
-        compiled = ", compiled" if self.subject.compiled else ""
-        text = f"measured, {path} ({self.subject.dtype}{compiled}{threads}, torch {self.torch})"
+        text = f"measured, {path} ({self.about})"
         return Device(self.device, 1.0, self.memory if memory is None else memory, text)
+
+    @property
+    def about(self) -> str:
+        """What it was measured with, in words."""
+        threads = [] if self.threads is None else [f"{self.threads} thread{'s' * (self.threads > 1)}"]
+        words = [self.subject.dtype, *["compiled"] * bool(self.subject.compiled), *threads, f"torch {self.torch}"]
+        return ", ".join(words)
 
 
 def checksum(config: Mapping[str, Any]) -> str:
@@ -200,8 +208,8 @@ def read_profile(path: Path) -> Profile:
     except ValueError as error:
         raise PlanError(f"the profile {path} is no JSON ({first_line(error)}): {AGAIN}.") from None
     version = values.get("version") if isinstance(values, dict) else None
-    if version != VERSION:
-        raise PlanError(f"the profile {path} has version {version}, this program reads {VERSION}: {AGAIN}.")
+    if version != (known := Profile.model_fields["version"].default):
+        raise PlanError(f"the profile {path} has version {version}, this program reads {known}: {AGAIN}.")
     try:
         return Profile.model_validate(values)
     except ValidationError as error:
@@ -233,10 +241,10 @@ def check_profile(profile: Profile, path: Path, asked: Subject, words: Sequence[
     )
 
 
-def head_words(options: Mapping[str, Any] | None) -> list[str]:
+def head_words(options: Mapping[str, Any]) -> list[str]:
     """``--head …`` of options that are not as they are by default."""
     plain = head_options(AuxHeadConfig())
-    given = [f"{name}={value}" for name, value in (options or {}).items() if value != plain[name]]
+    given = [f"{name}={value}" for name, value in options.items() if value != plain[name]]
     return ["--head", *given] if given else []
 
 

@@ -34,7 +34,8 @@ class Costs:
     """Time of each piece of a stage's work in a micro-batch, in any unit.
 
     ``head`` is an auxiliary head's (the model's own belongs to the last stage's layers), ``borrowed_gradient`` that of
-    borrowed layers' input gradient, ``latency`` one message's; ``at_once`` is what B and W in one piece take beyond both.
+    borrowed layers' input gradient, ``latency`` one message's; ``at_once`` is what B and W in one piece take
+    beyond both.
     """
 
     forward: float = 1.0

@@ -72,6 +72,7 @@ def make_profile(
         message_bytes=size,
         torch=torch.__version__,
         repeats=repeats,
+        layers=model.num_layers,
         pieces=pieces[:-1],
         head=pieces[-1],
         message=None if isinstance(message, str) else message,
@@ -89,7 +90,7 @@ def measure(things: Sequence[Specimen], device: torch.device, repeats: int) -> l
             for thing, found, extra in zip(things, times, about, strict=True):
                 bar.set_postfix_str(thing.name)
                 with thing.on(device):
-                    for _ in range(WARM_UP if round_ == 0 else 1):  # its weights have just come, gradients are not there
+                    for _ in range(WARM_UP if round_ == 0 else 1):  # its weights have just come, gradients don't exist
                         thing.micro_batch()
                     found.append(thing.micro_batch())
                     if round_ == 0:

@@ -19,7 +19,7 @@ from models.profiling.specimen import Specimen
 def specimens(
     model: CausalLM, options: AuxHeadConfig, *, samples: int, sequence_length: int, compiled: bool = False
 ) -> list[Specimen]:
-    """Embedding, a decoder layer of each kind, the last layer with its loss, and an auxiliary head with its, on the CPU.
+    """Embedding, decoder layers of each kind, the last layer with its loss, an auxiliary head with its; on the CPU.
 
     A head's blocks are of the kinds that follow the middle of the model.
 

@@ -38,6 +38,6 @@ def subject_of(
         dtype=dtype,
         sequence_length=sequence_length,
         samples=samples,
-        head=None if options is None else head_options(options),
+        head={} if options is None else head_options(options),
         compiled=None if compiled == "either" else compiled,
     )

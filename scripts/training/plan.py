@@ -13,8 +13,8 @@ from scripts.training.arguments import (
     default_hyperparameters,
     given_hyperparameters,
     parse_overrides,
-    parse_partition,
 )
+from scripts.training.partition import stage_bounds
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -92,14 +92,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if first:
         _warn_of_schedule(ds_config, args.steps)
         _warn_of_mode(interlocking, num_stages)
-    partition = parse_partition(args.partition)
-    bounds = model.partition(
-        num_stages,
-        aux_heads=interlocking.aux_head,
-        exits=interlocking.exits_for(num_stages),
-        manual=partition,
-        sequence_length=args.sequence_length,
-    )
+    bounds = stage_bounds(args, model, interlocking, num_stages, ds_config)
     description = _description(args, ds_config, model, bounds, interlocking, train)
     files = {**description.files(), **begin.files, **tokenizer_texts(args.data / layout.TOKENIZER)}
     resume = checkpoint_to_resume(args.output / "checkpoint", args.resume, description, args.steps)
