@@ -25,7 +25,6 @@ CASES = {
     "memory": "saved activations of a real model on each stage",
     "heads": "one head: time and peak memory against full logits",
     "split": "decoder layers: the backward pass at once, and input gradient first",
-    "profile": "one stage on one device: the time of each piece of its work",
 }
 
 

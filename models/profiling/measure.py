@@ -15,7 +15,7 @@ from ibp_deepspeed.planner.profile import Message, Piece, Profile, Spread, check
 from models.causal_lm import CausalLM
 from models.devices import processor
 from models.profiling.specimen import Specimen, Times
-from models.profiling.specimens import specimens
+from models.profiling.specimens import Specimens
 from models.profiling.subject import subject_of
 
 WARM_UP = 2
@@ -54,8 +54,8 @@ def make_profile(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = samples * sequence_length * model.hidden_size * dtype.itemsize
-    things = specimens(model, options, samples=samples, sequence_length=sequence_length, compiled=compiled)
-    pieces = measure(things, device, repeats)
+    make = Specimens(model, options, samples=samples, sequence_length=sequence_length, compiled=compiled)
+    pieces = measure(make.every(), device, repeats)
     message = measure_message(size, repeats) if messages else "it was not asked for"
     subject = subject_of(
         model,

@@ -16,49 +16,56 @@ from models.objective import LanguageModelObjective
 from models.profiling.specimen import Specimen
 
 
-def specimens(
-    model: CausalLM, options: AuxHeadConfig, *, samples: int, sequence_length: int, compiled: bool = False
-) -> list[Specimen]:
-    """Embedding, decoder layers of each kind, the last layer with its loss, an auxiliary head with its; on the CPU.
-
-    A head's blocks are of the kinds that follow the middle of the model.
+class Specimens:
+    """Makes them, on the CPU.
 
     Args:
         model: cut, of the dtype that is computed with.
-        options: of the head.
+        options: of the auxiliary heads.
         samples, sequence_length: of a micro-batch.
         compiled: as with ``"compile": true``.
     """
-    kinds = model.layer_kinds()
-    last = model.num_layers - 1
-    shape = (samples, sequence_length)
-    labels = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    found = []
-    for first in dict.fromkeys(kinds):
-        module = model.build_layer(first)
-        alike = [index for index, kind in enumerate(kinds) if kind == first]
-        inputs = partial(labels.to) if first == 0 else partial(_hidden, model, shape, module)
-        run = partial(_with_loss, last_objective().configured(None, CausalLMLoss(options.chunk_tokens)), labels)
-        found.append(
-            Specimen(_name(first, last), alike, module, run if first == last else _layer, inputs, compiled=compiled)
-        )
-    objective = LanguageModelObjective(model.aux_head(0, options, after=(model.num_layers - 2) // 2))
-    objective.token_counts = torch.ones(model.vocab_size, dtype=torch.int64)
-    objective.configured(options, CausalLMLoss(options.chunk_tokens))
-    run = partial(_with_loss, objective, labels)
-    inputs = partial(_hidden, model, shape, objective.module)
-    return [*found, Specimen("auxiliary head", [], objective.module, run, inputs, compiled=compiled)]
 
+    def __init__(
+        self, model: CausalLM, options: AuxHeadConfig, *, samples: int, sequence_length: int, compiled: bool = False
+    ) -> None:
+        self._model, self._options, self._compiled = model, options, compiled
+        self._kinds = model.layer_kinds()
+        generator = torch.Generator().manual_seed(0)
+        self._tokens = torch.randint(model.vocab_size, (samples, sequence_length), generator=generator)
+        self._loss_fn = CausalLMLoss(options.chunk_tokens)
 
-def _name(index: int, last: int) -> str:
-    names = {0: "embedding", last: "last layer and loss"}
-    return names.get(index, f"decoder layer {index}")
+    def every(self) -> list[Specimen]:
+        """A layer of each kind (embedding, decoder layers, the last one with its loss), and the head with its."""
+        return [*map(self.layer, dict.fromkeys(self._kinds)), self.head()]
 
+    def layer(self, index: int) -> Specimen:
+        """Layer ``index``, the first of its kind."""
+        last = self._model.num_layers - 1
+        alike = [i for i, kind in enumerate(self._kinds) if kind == index]
+        module = self._model.build_layer(index)
+        if index == 0:
+            return Specimen("embedding", alike, module, _layer, self._tokens.to, compiled=self._compiled)
+        if index < last:
+            name, run = f"decoder layer {index}", _layer
+        else:
+            name = "last layer and loss"
+            run = partial(_with_loss, last_objective().configured(None, self._loss_fn), self._tokens)
+        return Specimen(name, alike, module, run, partial(self._hidden, module), compiled=self._compiled)
 
-def _hidden(model: CausalLM, shape: tuple[int, int], module: nn.Module, device: torch.device) -> Tensor:
-    """Hidden states [B, S, H], a leaf."""
-    dtype = next(module.parameters()).dtype
-    return torch.randn(*shape, model.hidden_size, dtype=dtype, device=device, requires_grad=True)
+    def head(self) -> Specimen:
+        """An auxiliary head; its blocks are of the kinds that follow the middle of the model."""
+        middle = (self._model.num_layers - 2) // 2
+        objective = LanguageModelObjective(self._model.aux_head(0, self._options, after=middle))
+        objective.token_counts = torch.ones(self._model.vocab_size, dtype=torch.int64)
+        objective.configured(self._options, self._loss_fn)
+        run, module = partial(_with_loss, objective, self._tokens), objective.module
+        return Specimen("auxiliary head", [], module, run, partial(self._hidden, module), compiled=self._compiled)
+
+    def _hidden(self, module: nn.Module, device: torch.device) -> Tensor:
+        """Hidden states [B, S, H], a leaf."""
+        dtype = next(module.parameters()).dtype
+        return torch.randn(*self._tokens.shape, self._model.hidden_size, dtype=dtype, device=device, requires_grad=True)
 
 
 def _layer(module: nn.Module, inputs: Any) -> Tensor:
@@ -67,6 +74,6 @@ def _layer(module: nn.Module, inputs: Any) -> Tensor:
 
 
 def _with_loss(objective: Objective, labels: Tensor, module: nn.Module, hidden: Tensor) -> Tensor:
-    """A loss in training; what stands for it, module, is a copy of the objective's own."""
+    """A loss in training, on what ``module`` gives: the objective's own, or its copy with a split backward pass."""
     where = {"batch": 0, "micro_batch": 0, "index": 0}
     return objective.training_loss(module(hidden), labels.to(hidden.device), **where)
