@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import cli
 from ibp_deepspeed.errors import OutputError
-from scripts.subject import add_subject_arguments, check_sizes, subject
+from scripts.subject import add_subject_arguments, check_positions, check_sizes, subject
 
 if TYPE_CHECKING:
     from ibp_deepspeed.planner.profile import Piece, Profile, Spread
@@ -98,6 +98,7 @@ def main(phase: cli.SameOnAllRanks) -> None:
 
     dtype = torch.float32 if args.fp32 else torch.bfloat16
     model, options = subject(args, dtype)
+    check_positions(args.sequence_length, model.hf_config)
     profile = make_profile(
         model,
         args.model,

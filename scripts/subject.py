@@ -9,6 +9,7 @@ from ibp_deepspeed.errors import PlanError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
     from ibp_deepspeed.config.interlocking import AuxHeadConfig
     from models import CausalLM
@@ -40,6 +41,21 @@ def check_sizes(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 1:
             raise PlanError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1.")
+
+
+def check_positions(sequence_length: int, hf_config: PretrainedConfig) -> None:
+    """That a model has positions for a sequence.
+
+    Raises:
+        ModelError: it has fewer.
+    """
+    from models.errors import ModelError
+
+    if sequence_length > getattr(hf_config, "max_position_embeddings", sequence_length):
+        raise ModelError(
+            f"--sequence-length {sequence_length} is longer than the model's {hf_config.max_position_embeddings} "
+            f"positions: use --set max_position_embeddings={sequence_length}."
+        )
 
 
 def subject(args: argparse.Namespace, dtype: torch.dtype | None = None) -> tuple[CausalLM, AuxHeadConfig]:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from scripts.subject import check_positions
 from scripts.training.arguments import (
     default_hyperparameters,
     given_hyperparameters,
@@ -175,11 +176,7 @@ def _starting_point(args: argparse.Namespace, vocabulary_size: int) -> StartingP
 def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> None:
     from models.errors import ModelError
 
-    if args.sequence_length > getattr(hf_config, "max_position_embeddings", args.sequence_length):
-        raise ModelError(
-            f"--sequence-length {args.sequence_length} is longer than the model's {hf_config.max_position_embeddings} "
-            f"positions: use --set max_position_embeddings={args.sequence_length}."
-        )
+    check_positions(args.sequence_length, hf_config)
     for option, value in given_hyperparameters(args).items():
         if value < (0 if option in ("--warmup-steps", "--learning-rate") else 1):
             raise ModelError(f"{option} is {value}: give a larger one.")
