@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+from torch.multiprocessing import ProcessException
 from tqdm import tqdm
 
 from ibp_deepspeed.comm.to_and_fro import message_seconds
@@ -124,7 +125,11 @@ def measure_message(size: int, repeats: int) -> Message | str:
     if gpus == 1:
         return "there is one GPU, and a copy on it is no message"
     backend: Literal["gloo", "nccl"] = "nccl" if gpus else "gloo"
-    small, large = message_seconds([_ONE_NUMBER, size], max(repeats, MESSAGES), backend)
+    try:
+        small, large = message_seconds([_ONE_NUMBER, size], max(repeats, MESSAGES), backend)
+    except ProcessException as error:
+        last = str(error).strip().splitlines()[-1]
+        return f"the two processes failed over {backend}: {last}"
     return Message(backend=backend, size=size, seconds=_spread(large), latency=_spread(small))
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 from transformers import AutoConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from models import CausalLM
 from models.profiling import specimen
-from models.profiling.measure import make_profile, measure
+from models.profiling.measure import make_profile, measure, measure_message
 from models.profiling.specimen import Specimen
 from models.profiling.specimens import Specimens
 from models.profiling.subject import config_values
@@ -127,6 +128,17 @@ def test_layers_that_differ_are_measured_each() -> None:
     assert [piece.layers for piece in profile.pieces] == [[0], [1], [2, 3, 4], [5]]
     assert profile.pieces[2].parameters > profile.pieces[1].parameters and profile.head.layers == []
     assert profile.message is None and profile.no_message and math.isfinite(profile.pieces[2].work().total)
+
+
+def test_where_no_message_can_be_measured_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ProcessRaisedException("Traceback (most recent call last):\n  …\nRuntimeError: no way", 0, 1)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert measure_message(100, 1) == "there is one GPU, and a copy on it is no message"
+    monkeypatch.setattr("models.profiling.measure.message_seconds", fails)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert measure_message(100, 1) == "the two processes failed over nccl: RuntimeError: no way"
 
 
 def test_what_no_time_depends_on_is_not_compared() -> None:

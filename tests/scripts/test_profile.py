@@ -15,6 +15,7 @@ from models import CausalLM, load_config
 from scripts.training.arguments import parse_arguments
 from scripts.training.plan import make_plan
 from tests.commands import Done, assert_one_sentence, script
+from tests.docs.test_pages import commands
 from tests.forks import ROOT
 from tests.scripts.settings import SMALL, changed
 from tests.shared import Shared
@@ -162,6 +163,17 @@ def test_a_plan_takes_times_and_messages_from_the_profile(measured: Path, tmp_pa
 )
 def test_a_plan_refuses_what_does_not_fit_the_profile(more: tuple[str, str], sentence: str, measured: Path) -> None:
     assert_one_sentence(plan("--profile", measured, *more), sentence)
+
+
+def test_the_pages_commands_measure_and_plan(tmp_path: Path) -> None:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    found = [words for words in commands("planning.md") if "profile.json" in words]
+    assert [words[1] for words in found] == ["scripts/profile_stage.py", "scripts/plan.py"]
+    measuring, planning = ([words[1].removeprefix("scripts/"), *words[2:]] for words in found)
+    done = script(*measuring, "--repeats", 1, folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = script(*planning, folder=tmp_path)
+    assert done.returncode == 0 and "measured, profile.json" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
