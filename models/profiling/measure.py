@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch.multiprocessing import ProcessException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from tqdm import tqdm
 
 from ibp_deepspeed.comm.to_and_fro import message_seconds
@@ -127,7 +127,7 @@ def measure_message(size: int, repeats: int) -> Message | str:
     backend: Literal["gloo", "nccl"] = "nccl" if gpus else "gloo"
     try:
         small, large = message_seconds([_ONE_NUMBER, size], max(repeats, MESSAGES), backend)
-    except ProcessException as error:
+    except (ProcessExitedException, ProcessRaisedException) as error:
         last = str(error).strip().splitlines()[-1]
         return f"the two processes failed over {backend}: {last}"
     return Message(backend=backend, size=size, seconds=_spread(large), latency=_spread(small))
