@@ -8,8 +8,8 @@ what is missing or has failed. What was measured stays until it is measured agai
 noted beside it. The exit code is 1 if a part has failed.
 
 Parts: environment and versions; 2 and 4 processes on one GPU, and NCCL between as many GPUs as there are, against the
-one-process pipeline; the profile of a stage of four models; a head with and without a fused kernel; a short study of
-three strategies.
+one-process pipeline; a decoder layer and a head of four models; a head with and without a fused kernel; a short study
+of three strategies.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from deepspeed.pipe import LayerSpec
@@ -14,12 +14,17 @@ from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 from models.costs import head_operations, layer_operations
 from models.errors import ModelError
+from models.kinds import first_of_kind
 from models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
 from models.recorder import Recorder
 from models.shell import Shell
 
+if TYPE_CHECKING:
+    from ibp_deepspeed.planner.workload import Workload
+
 PRIVATE = AuxHeadConfig()
+_NANOSECONDS = 1e9  # partitions are of whole numbers
 
 
 class Weights(Protocol):
@@ -133,6 +138,11 @@ class CausalLM:
         chosen = getattr(self.hf_config, "num_experts_per_tok", None)
         return [_matrices(self._meta_layer(index), chosen) for index in range(self.num_layers)]
 
+    def layer_kinds(self) -> list[int]:
+        """For every layer of ``layer_specs`` the first one that is like it, see :mod:`models.kinds`."""
+        last = self.num_layers - 1
+        return [0, *(1 + first for first in first_of_kind(list(self._shell.layers), self.hf_config)), last]
+
     def aux_head_parameters(self, options: AuxHeadConfig = PRIVATE) -> int:
         """Parameters of one auxiliary head, copied ones included."""
         return _count(self._meta_head(options, self.num_layers))
@@ -145,12 +155,13 @@ class CausalLM:
         exits: Sequence[int] | None = None,
         manual: Sequence[int] | None = None,
         sequence_length: int = 0,
+        measured: Workload | None = None,
     ) -> list[int]:
         """Bounds of the stages in ``layer_specs``: stage k has the layers bounds[k] … bounds[k+1]-1.
 
-        The slowest stage is as fast as it can be, counted in operations (``costs.py``), with an auxiliary head for all
-        exits but the last (on the stage behind, if heads stand behind layers of the next one) unless ``aux_heads`` is
-        None; of such partitions the most even one is taken. Every stage has a decoder layer.
+        The slowest stage is as fast as it can be, counted in operations (``costs.py``) or in measured seconds, with an
+        auxiliary head for all exits but the last (on the stage behind, if heads stand behind layers of the next one)
+        unless ``aux_heads`` is None; of such partitions the most even one is taken. Every stage has a decoder layer.
 
         Args:
             num_stages: K, from 1 to the number of decoder layers.
@@ -158,6 +169,7 @@ class CausalLM:
             exits: the stages that have a loss; None: all.
             manual: instead, K numbers of decoder layers, or K+1 bounds.
             sequence_length: S, for attention's share of a layer; 0 leaves it out.
+            measured: seconds of this model's layers and of such a head, in the place of operations.
 
         Returns:
             K+1 numbers from 0 to ``num_layers``.
@@ -173,13 +185,18 @@ class CausalLM:
             )
         if manual is not None:
             return manual_bounds(manual, num_stages, decoder_layers)
-        embedding, *costs, readout = (round(layer.total) for layer in layer_operations(self, sequence_length))
+        if measured is None:
+            layers = [layer.total for layer in layer_operations(self, sequence_length)]
+            head = head_operations(self, aux_heads, sequence_length).total if aux_heads else 0.0
+        else:
+            layers = [_NANOSECONDS * layer.total for layer in measured.layers]
+            head = _NANOSECONDS * measured.head.total if aux_heads and measured.head else 0.0
+        embedding, *costs, readout = map(round, layers)
         costs[0] += embedding
         costs[-1] += readout
-        size = round(head_operations(self, aux_heads, sequence_length).total) if aux_heads else 0
         placed = None if exits is None else tuple(exits)
         placement = HeadPlacement(num_stages, aux_heads.borrow if aux_heads else 0, placed)
-        heads = [0 if placement.head_at(stage) is None else size for stage in range(num_stages)]
+        heads = [0 if placement.head_at(stage) is None else round(head) for stage in range(num_stages)]
         return sizes_to_bounds(balanced_sizes(costs, heads))
 
     def _meta_layer(self, index: int) -> nn.Module:

@@ -1,8 +1,10 @@
-"""GPUs that are known: their peak in dense bf16 and their memory, from the vendor's data sheets."""
+"""GPUs that are known: their peak in dense bf16 and their memory, from the vendor's data sheets; and the processor."""
 
 from __future__ import annotations
 
+import platform
 import re
+from pathlib import Path
 
 PEAK_FLOPS: dict[str, float] = {
     "B200": 2250e12,  # NVIDIA HGX B200: 36 PFLOPS sparse for eight, dense is half
@@ -40,3 +42,12 @@ MEMORY_GIB: dict[str, float] = {
     "A10": 24,
 }
 """The same names → GB as sold; what a process can have is some GiB less."""
+
+
+def processor() -> str:
+    """The name of this machine's CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,11 +69,12 @@ def kept_bytes_per_token(model: CausalLM, dtype: torch.dtype) -> float:
     """Bytes that a decoder layer keeps of a token for its backward pass, its weights left out."""
     layer: Any = model.empty_layer(1).to(dtype)
     hidden = torch.zeros(1, _SHORT, model.hidden_size, dtype=dtype, requires_grad=True)
-    return sum(_kept(layer, hidden)) / _SHORT
+    return kept_bytes(lambda: layer(hidden), layer.parameters()) / _SHORT
 
 
-def _kept(layer: nn.Module, hidden: Tensor) -> list[int]:
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+def kept_bytes(forward: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes that a forward pass keeps for its backward pass; what is saved twice counts once, parameters don't."""
+    own = {p.untyped_storage().data_ptr() for p in parameters}
     storages: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -83,6 +84,6 @@ def _kept(layer: nn.Module, hidden: Tensor) -> list[int]:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = layer(hidden)
+        outputs = forward()
     del outputs
-    return [storage.nbytes() for storage in storages.values()]
+    return sum(storage.nbytes() for storage in storages.values())

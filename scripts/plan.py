@@ -5,7 +5,8 @@
         --device H100 --host-gbps 100 --zero 1 --data-parallel 4 --head negatives=16384
 
 Times are simulated from the schedules that are executed (DeepSpeed's and torch's own lists for the others), with the
-operations of each stage's layers and heads, and messages of the hidden states. Nothing is run on a device.
+operations of each stage's layers and heads, and messages of the hidden states. Nothing is run on a device; --profile
+takes times that profile_stage.py has measured on one.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import cli
 from ibp_deepspeed.errors import OutputError, PlanError
+from scripts.subject import add_subject_arguments, check_sizes, subject
 
 if TYPE_CHECKING:
     from ibp_deepspeed.planner.hardware import Cluster, Device
     from ibp_deepspeed.planner.plan import Advice, Job, Row
+    from ibp_deepspeed.planner.profile import Profile
 
 _GIB = 2**30
 
@@ -41,36 +44,25 @@ class _ListDevices(argparse.Action):
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--model", required=True, metavar="CONFIG", help="Hugging Face config: JSON file, folder or hub name")
-    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the model's config")
-    add("--sequence-length", type=int, default=2048, metavar="S", help="tokens of a sample (default: %(default)s)")
-    add("--micro-batch-size", type=int, default=1, metavar="B", help="samples of a micro-batch (default: %(default)s)")
-    add("--fp32", action="store_true", help="compute in fp32 (default: bf16 with fp32 copies)")
-    add(
-        "--head",
-        nargs="*",
-        default=[],
-        metavar="OPTION=VALUE",
-        help="options of aux_head: readout, blocks, rank, aux_tokens, negatives (default: a private LM head)",
-    )
+    add_subject_arguments(parser)
     add = parser.add_argument_group("the pipeline").add_argument
     add("--stages", type=int, required=True, metavar="K")
     add("--micro-batches", type=int, default=8, metavar="M", help="of a batch (default: %(default)s)")
     add("--data-parallel", type=int, default=1, metavar="R", help="pipelines side by side (default: %(default)s)")
     add("--zero", type=int, default=0, choices=[0, 1], help="ZeRO stage (default: %(default)s)")
     add("--recompute", action="store_true", help="stages run forward again before their backward pass")
-    add("--partition", metavar="N,N,…", help="decoder layers of each stage (default: balanced by their work)")
+    add("--partition", metavar="N,N,…", help="decoder layers of each stage, or profile:FILE (default: balanced)")
     add = parser.add_argument_group("the machines").add_argument
-    add("--device", default="H100", metavar="NAME", help="a known GPU, see --devices, or any name with --tflops")
+    add("--profile", type=Path, metavar="FILE", help="times, and memory, as profile_stage.py measured them on a device")
+    add("--device", metavar="NAME", help="a known GPU, see --devices, or any name with --tflops (default: H100)")
     add("--devices", action=_ListDevices, nargs=0, help="list the known GPUs, and stop")
     add("--tflops", type=float, metavar="X", help="peak of the device, 10^12 operations a second")
     add("--memory", type=float, metavar="GIB", help="of the device (default: a known GPU's; otherwise not checked)")
-    add("--reached", type=float, default=0.45, metavar="X", help="part of the peak that layers reach (default: 0.45)")
+    add("--reached", type=float, metavar="X", help="part of the peak that layers reach (default: 0.45)")
     add("--stages-a-host", type=int, metavar="N", help="consecutive stages on a host (default: all)")
-    add("--gbps", type=float, default=400.0, help="10^9 bits a second inside a host, each way (default: %(default)s)")
+    add("--gbps", type=float, help="10^9 bits a second inside a host, each way (default: the profile's, or 400)")
     add("--host-gbps", type=float, default=100.0, help="the same between hosts (default: %(default)s)")
-    add("--latency-us", type=float, default=10.0, help="of a message, microseconds (default: %(default)s)")
+    add("--latency-us", type=float, help="of a message, microseconds (default: the profile's inside a host, or 10)")
     add = parser.add_argument_group("the answer").add_argument
     add("--tolerance", type=float, default=2.0, metavar="%", help="loss above backpropagation's that is accepted")
     add("--json", type=Path, metavar="FILE", help="write all numbers here")
@@ -87,26 +79,30 @@ def device(args: argparse.Namespace) -> Device:
     from ibp_deepspeed.planner.hardware import Device
     from models.devices import MEMORY_GIB, PEAK_FLOPS
 
-    if args.device not in PEAK_FLOPS and args.tflops is None:
+    name, reached = args.device or "H100", 0.45 if args.reached is None else args.reached
+    if name not in PEAK_FLOPS and args.tflops is None:
         known = ", ".join(PEAK_FLOPS)
-        raise PlanError(f"--device {args.device} is not known: give its --tflops, or one of {known}.")
-    for name in ("reached", "gbps", "host_gbps"):
-        if getattr(args, name) <= 0:
-            raise PlanError(f"--{name.replace('_', '-')} is {getattr(args, name):g}: give more than 0.")
-    peak = PEAK_FLOPS[args.device] if args.tflops is None else args.tflops * 1e12
+        raise PlanError(f"--device {name} is not known: give its --tflops, or one of {known}.")
+    peak = PEAK_FLOPS[name] if args.tflops is None else args.tflops * 1e12
     source = "its data sheet" if args.tflops is None else "--tflops"
-    gib = args.memory if args.memory is not None else MEMORY_GIB.get(args.device)
-    text = f"{args.reached:.0%} of {peak / 1e12:g} TFLOP/s ({source})"
-    return Device(args.device, peak * args.reached, None if gib is None else gib * _GIB, text)
+    gib = args.memory if args.memory is not None else MEMORY_GIB.get(name)
+    text = f"{reached:.0%} of {peak / 1e12:g} TFLOP/s ({source})"
+    return Device(name, peak * reached, None if gib is None else gib * _GIB, text)
 
 
-def cluster(args: argparse.Namespace) -> Cluster:
-    """Devices and links."""
+def cluster(args: argparse.Namespace, profile: Profile | None) -> Cluster:
+    """Devices and links; those of a profile where there is one."""
     from ibp_deepspeed.planner.hardware import Cluster, Link
+    from scripts.measured import measured
 
-    latency = args.latency_us * 1e-6
-    inside, between = Link(args.gbps * 1e9 / 8, latency), Link(args.host_gbps * 1e9 / 8, latency)
-    return Cluster(device(args), inside, between, args.stages_a_host)
+    for name in ("reached", "gbps", "host_gbps"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise PlanError(f"--{name.replace('_', '-')} is {value:g}: give more than 0.")
+    latency = (10.0 if args.latency_us is None else args.latency_us) * 1e-6
+    inside = Link((400.0 if args.gbps is None else args.gbps) * 1e9 / 8, latency)
+    between = Link(args.host_gbps * 1e9 / 8, latency)
+    where, inside = (device(args), inside) if profile is None else measured(profile, args, inside)
+    return Cluster(where, inside, between, args.stages_a_host)
 
 
 def make_job(args: argparse.Namespace) -> Job:
@@ -115,31 +111,26 @@ def make_job(args: argparse.Namespace) -> Job:
     Raises:
         InterlockingError: one sentence about the first thing that is wrong.
     """
-    from ibp_deepspeed.config.interlocking import InterlockingConfig
     from ibp_deepspeed.planner.plan import Job
     from ibp_deepspeed.planner.workload import balanced
-    from models import CausalLM
-    from models.config import load_config
     from models.workload import workload
-    from scripts.training.arguments import parse_overrides, parse_partition
+    from scripts.measured import check_subject, given_profile
+    from scripts.training.arguments import parse_partition
 
-    for name in ("stages", "micro_batches", "data_parallel", "micro_batch_size", "sequence_length"):
-        if getattr(args, name) < 1:
-            raise PlanError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1.")
-    options = InterlockingConfig.parse({"aux_head": parse_overrides(args.head, "--head")}).aux_head
-    assert options is not None
-    if options.borrow:
-        raise PlanError(f"--head borrow={options.borrow}: heads behind a borrowed layer have a row of their own.")
-    machines = cluster(args)
-    model = CausalLM(load_config(args.model, **parse_overrides(args.set)))
+    check_sizes(args, "stages", "micro_batches", "data_parallel", "micro_batch_size", "sequence_length")
+    profile = given_profile(args)
+    machines = cluster(args, profile)
+    model, options = subject(args)
     if args.stages > model.num_layers - 2:
         raise PlanError(
             f"--stages is {args.stages}, the model has {model.num_layers - 2} decoder layers: give at most that many."
         )
-    if options.negatives is not None and options.negatives > model.vocab_size:
-        raise PlanError(f"--head negatives={options.negatives}: the vocabulary has {model.vocab_size} tokens.")
-    size = {"samples": args.micro_batch_size, "sequence_length": args.sequence_length}
-    work = workload(model, options, **size, weight_bytes=4 if args.fp32 else 2)
+    if profile is None:
+        size = {"samples": args.micro_batch_size, "sequence_length": args.sequence_length}
+        work = workload(model, options, **size, weight_bytes=4 if args.fp32 else 2)
+    else:
+        check_subject(profile, args, model, options)
+        work = profile.workload()
     manual = parse_partition(args.partition)
     bounds = (
         balanced(work.layers, args.stages, work.head, range(args.stages))

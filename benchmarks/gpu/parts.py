@@ -10,7 +10,8 @@ from typing import Any
 
 from ibp_deepspeed.errors import ConfigError
 
-SHAPES = ("gpt2-124m", "llama-1b", "llama-7b", "llama-8b")
+SHAPES = ("gpt2-124m", "llama3-1b", "llama2-7b", "llama3-8b")
+"""Of ``models/configs``."""
 
 
 class NotRun(Exception):
@@ -42,7 +43,9 @@ def all_parts(small: bool) -> dict[str, Part]:
     parts = {"environment": Part("environment", 60)}
     parts |= {f"sharing-{k}": Part("sharing", 90, {"stages": k}) for k in (2, 4)}
     parts |= {f"nccl-{k}": Part("nccl", 60, {"stages": k}) for k in (2, 3, 4, 8)}
-    parts |= {f"profile-{shape}": Part("stages", 75, {"shape": shape}) for shape in (("tiny",) if small else SHAPES)}
+    parts |= {
+        f"profile-{shape}": Part("stages", 75, {"shape": shape}) for shape in (("llama-tiny",) if small else SHAPES)
+    }
     return parts | {"heads": Part("heads", 60), "study": Part("study", 150)}
 
 

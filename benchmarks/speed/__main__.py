@@ -26,7 +26,6 @@ CASES = {
     "heads": "one head: time and peak memory against full logits",
     "split": "decoder layers: the backward pass at once, and input gradient first",
     "trace": "what recording a trace costs",
-    "profile": "one stage on one device: the time of each piece of its work",
 }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from benchmarks.pages import markdown
+from models.devices import processor
 
 Row = dict[str, Any]
 
@@ -80,7 +81,7 @@ def machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "device": device,
     }
@@ -97,11 +98,3 @@ def save(path: Path, rows: Sequence[Row], **about: Any) -> None:
 def table(rows: Sequence[Row], columns: dict[str, Callable[[Row], str]]) -> str:
     """Rows as a Markdown table."""
     return markdown([list(columns), *([show(row) for show in columns.values()] for row in rows)])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

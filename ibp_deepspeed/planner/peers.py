@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from deepspeed.runtime.pipe import schedule as ds
 
 from ibp_deepspeed.errors import PlanError, ScheduleError
+from ibp_deepspeed.schedule.instructions import BackwardPass
 from ibp_deepspeed.schedule.simulator import Boundary, Costs
 
 Message = tuple[str, int, int]
@@ -97,7 +98,12 @@ def _one_f_one_b(stages: int, micro_batches: int, stage: int) -> Iterator[Step]:
                 case ds.ForwardPass():
                     yield Step(pieces=(("forward", stage),), begins=1)
                 case ds.BackwardPass():
-                    yield Step(pieces=(("input_gradient", stage), ("weight_gradient", stage)), begins=-1)
+                    yield Step(pieces=_whole(stage), begins=-1)
+
+
+def _whole(chunk: int) -> tuple[tuple[str, int], ...]:
+    """A backward pass in one piece."""
+    return tuple((name, chunk) for name in BackwardPass.costs)
 
 
 def _dual_pipe_v(stages: int, micro_batches: int, rank: int) -> Iterator[Step]:
@@ -132,7 +138,7 @@ def _dual_pipe_v(stages: int, micro_batches: int, rank: int) -> Iterator[Step]:
                 case ds.ForwardPass():
                     yield Step(pieces=(("forward", chunk[phase]),), begins=1)
                 case ds.BackwardPass():
-                    yield Step(pieces=(("input_gradient", chunk[phase]), ("weight_gradient", chunk[phase])), begins=-1)
+                    yield Step(pieces=_whole(chunk[phase]), begins=-1)
     yield from commit()
 
 
@@ -155,7 +161,7 @@ _PIECES = {
     "FORWARD": ("forward",),
     "BACKWARD_INPUT": ("input_gradient",),
     "BACKWARD_WEIGHT": ("weight_gradient",),
-    "FULL_BACKWARD": ("input_gradient", "weight_gradient"),
+    "FULL_BACKWARD": BackwardPass.costs,
 }
 
 

@@ -219,7 +219,7 @@ def _reduction(job: Job, memory: Sequence[Memory]) -> float:
 
 
 def _plain_work(costs: Sequence[Costs]) -> float:
-    return sum(c.forward + c.input_gradient + c.weight_gradient for c in costs)
+    return sum(c.plain for c in costs)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def peer_timing(
         return execute(peer, chunk_costs(peer, [alike] * k), [boundary] * (k - 1)).batch_time
 
     time = on_the_ray(smaller, stages, micro_batches)
-    work = micro_batches * (alike.forward + alike.input_gradient + alike.weight_gradient)
+    work = micro_batches * (alike.plain - (alike.at_once if name in ("ZB1", "ZBV") else 0.0))
     largest = max(held)
     most = -(-held[largest] * stages // largest)  # as many for each stage as in the largest of the smaller ones
     return Timing(time, [1 - work / time] * stages, [most] * stages, simulated=False)
@@ -112,7 +112,7 @@ def peer_timing(
 
 def asynchronous_timing(stages: int, micro_batches: int, costs: Sequence[Costs]) -> Timing:
     """Of 1F1B that never drains (PipeDream-2BW): the slowest stage's work, if messages come in time."""
-    work = [c.forward + c.input_gradient + c.weight_gradient for c in costs]
+    work = [c.plain for c in costs]
     held = [stages - k for k in range(stages)]
     return Timing(micro_batches * max(work), [1 - w / max(work) for w in work], held, simulated=True)
 
@@ -140,7 +140,7 @@ def on_the_ray(time: Callable[[int, int], float], stages: int, micro_batches: in
 
 def slowest(costs: Sequence[Costs]) -> Costs:
     """The greatest of each piece: a stage that is at least as slow as all."""
-    pieces = ("forward", "input_gradient", "weight_gradient", "head", "borrowed_gradient")
+    pieces = ("forward", "input_gradient", "weight_gradient", "head", "borrowed_gradient", "at_once")
     return Costs(**{piece: max(getattr(c, piece) for c in costs) for piece in pieces})
 
 
@@ -182,5 +182,5 @@ def _simulate(
 def chunk_costs(peer: Peer, costs: Sequence[Costs]) -> list[Costs]:
     """Costs of each chunk of a peer, equal parts of its rank's stage."""
     share = peer.chunks // len(peer.programs)
-    pieces = ("forward", "input_gradient", "weight_gradient")
+    pieces = ("forward", "input_gradient", "weight_gradient", "at_once")
     return [Costs(**{p: getattr(costs[rank], p) / share for p in pieces}) for rank in peer.places]

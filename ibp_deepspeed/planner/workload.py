@@ -1,4 +1,4 @@
-"""What is trained, in operations and bytes of one micro-batch, and what a stage of it costs."""
+"""What is trained, in operations (or measured seconds) and bytes of one micro-batch, and what a stage of it costs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ class Work:
     """Of a layer or a head, in a micro-batch.
 
     Attributes:
-        forward, input_gradient, weight_gradient: floating-point operations of F, B and W.
+        forward, input_gradient, weight_gradient: floating-point operations of F, B and W; or seconds, for a device that
+            does one of them a second (:mod:`ibp_deepspeed.planner.profile`).
         parameters: of them all.
         trained: parameters that an optimizer has state for.
         kept: bytes that its backward pass needs of its forward pass.
+        at_once: what B and W at once take beyond the sum of both; below 0 if that is less.
     """
 
     forward: float
@@ -26,15 +28,16 @@ class Work:
     parameters: int
     trained: int
     kept: float
+    at_once: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         """Both, one after the other."""
-        names = ("forward", "input_gradient", "weight_gradient", "parameters", "trained", "kept")
+        names = ("forward", "input_gradient", "weight_gradient", "parameters", "trained", "kept", "at_once")
         return Work(*(getattr(self, name) + getattr(other, name) for name in names))
 
     @property
     def total(self) -> float:
-        """Floating-point operations of F, B and W."""
+        """F, B and W."""
         return self.forward + self.input_gradient + self.weight_gradient
 
 
@@ -89,6 +92,7 @@ class Workload:
                     weight_gradient=work.weight_gradient / flops,
                     head=head,
                     borrowed_gradient=borrowed / flops,
+                    at_once=work.at_once / flops,
                 )
             )
         return found

@@ -194,7 +194,7 @@ class BackwardPass(_Update, deepspeed_schedule.BackwardPass):
     """B and W in one: accumulate the trunk's gradient, and free the micro-batch's graph and buffer."""
 
     letter, meaning = "BW", "backward pass (B and W)"
-    costs = ("input_gradient", "weight_gradient")
+    costs = ("input_gradient", "weight_gradient", "at_once")
     ends = True
 
 

@@ -34,7 +34,8 @@ class Costs:
     """Time of each piece of a stage's work in a micro-batch, in any unit.
 
     ``head`` is an auxiliary head's (the model's own belongs to the last stage's layers), ``borrowed_gradient`` that of
-    borrowed layers' input gradient, ``latency`` one message's.
+    borrowed layers' input gradient, ``latency`` one message's; ``at_once`` is what B and W in one piece take
+    beyond both.
     """
 
     forward: float = 1.0
@@ -43,6 +44,12 @@ class Costs:
     head: float = 0.1
     borrowed_gradient: float = 0.0
     latency: float = 0.0
+    at_once: float = 0.0
+
+    @property
+    def plain(self) -> float:
+        """F, and B and W at once."""
+        return self.forward + self.input_gradient + self.weight_gradient + self.at_once
 
     def of(self, instruction: PipeInstruction) -> float:
         """Time that an instruction computes."""

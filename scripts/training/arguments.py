@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 EVAL_MICRO_BATCHES = 16
+_BY_PROFILE = "profile:"
 
 
 def parse_arguments(description: str | None, words: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +55,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add(
         "--partition",
         metavar="N,N,…",
-        help="decoder layers of each stage (default: balance work, heads too)",
+        help="decoder layers of each stage, or profile:FILE: balanced by what profile_stage.py measured "
+        "(default: balanced by operations, heads counted)",
     )
     add("--sequence-length", type=int, default=256, metavar="S", help="tokens of a sample (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="initial weights and order of data (default: %(default)s)")
@@ -143,15 +145,24 @@ def parse_overrides(pairs: list[str], option: str = "--set") -> dict[str, Any]:
     return values
 
 
+def profile_of_partition(text: str | None) -> Path | None:
+    """FILE of ``profile:FILE``; None: it is something else."""
+    return Path(text.removeprefix(_BY_PROFILE)) if text and text.startswith(_BY_PROFILE) else None
+
+
 def parse_partition(text: str | None) -> list[int] | None:
-    """``2,2,2,2`` as numbers.
+    """``2,2,2,2`` as numbers; None: stages are balanced.
 
     Raises:
         ModelError: something else.
     """
     from models.errors import ModelError
 
+    if not text or profile_of_partition(text):
+        return None
     try:
-        return [int(n) for n in text.split(",")] if text else None
+        return [int(n) for n in text.split(",")]
     except ValueError:
-        raise ModelError(f"--partition {text}: write decoder layers of each stage as numbers, like 2,2,2,2.") from None
+        raise ModelError(
+            f"--partition {text}: write decoder layers of each stage as numbers, like 2,2,2,2, or profile:FILE."
+        ) from None

@@ -9,12 +9,13 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from scripts.subject import check_positions
 from scripts.training.arguments import (
     default_hyperparameters,
     given_hyperparameters,
     parse_overrides,
-    parse_partition,
 )
+from scripts.training.partition import stage_bounds
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -92,14 +93,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if first:
         _warn_of_schedule(ds_config, args.steps)
         _warn_of_mode(interlocking, num_stages)
-    partition = parse_partition(args.partition)
-    bounds = model.partition(
-        num_stages,
-        aux_heads=interlocking.aux_head,
-        exits=interlocking.exits_for(num_stages),
-        manual=partition,
-        sequence_length=args.sequence_length,
-    )
+    bounds = stage_bounds(args, model, interlocking, num_stages, ds_config)
     description = _description(args, ds_config, model, bounds, interlocking, train)
     files = {**description.files(), **begin.files, **tokenizer_texts(args.data / layout.TOKENIZER)}
     resume = checkpoint_to_resume(args.output / "checkpoint", args.resume, description, args.steps)
@@ -182,11 +176,7 @@ def _starting_point(args: argparse.Namespace, vocabulary_size: int) -> StartingP
 def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> None:
     from models.errors import ModelError
 
-    if args.sequence_length > getattr(hf_config, "max_position_embeddings", args.sequence_length):
-        raise ModelError(
-            f"--sequence-length {args.sequence_length} is longer than the model's {hf_config.max_position_embeddings} "
-            f"positions: use --set max_position_embeddings={args.sequence_length}."
-        )
+    check_positions(args.sequence_length, hf_config)
     for option, value in given_hyperparameters(args).items():
         if value < (0 if option in ("--warmup-steps", "--learning-rate") else 1):
             raise ModelError(f"{option} is {value}: give a larger one.")

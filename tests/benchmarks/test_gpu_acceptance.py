@@ -18,9 +18,12 @@ from benchmarks import gpu_acceptance
 from benchmarks.gpu import against, heads, records, stages
 from benchmarks.gpu.memory import estimated_peak
 from benchmarks.gpu.parts import all_parts, chosen
-from benchmarks.speed.cases.profile import Stage
 from ibp_deepspeed import cli
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import ConfigError
+from models import CausalLM, load_config
+from models.profiling import specimen
+from models.profiling.specimens import Specimens
 from tests.commands import gpu_part, real
 
 
@@ -71,25 +74,37 @@ def test_a_head_with_another_loss_fails_its_part(monkeypatch: pytest.MonkeyPatch
     assert rows[-1]["contender"] == "fused kernel" and rows[-1]["not_run"]
 
 
-def test_the_profile_has_a_share_of_the_head_and_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda module: module)  # takes most of a minute, and is not ours
-    rows = stages.run(small=True, shape="tiny")
-    assert [row["compiled"] for row in rows] == [False, True]
-    for row in rows:
-        assert row["head_share"] == pytest.approx(
-            row["ms"]["head"][0] / (row["ms"]["forward"][0] + row["ms"]["backward"][0]), abs=1e-3
-        )
+def test_a_layer_and_a_head_are_measured_with_an_estimate_of_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specimen, "compile_layers", lambda *_: None)  # takes most of a minute, and is not ours
+    rows = stages.run(small=True, shape="llama-tiny")
+    assert [(row["piece"], row["compiled"]) for row in rows] == [
+        ("decoder layer 1", False),
+        ("auxiliary head", False),
+        ("decoder layer 1", True),
+    ]
+    layer, head = (row["ms"]["forward"][0] + row["ms"]["backward"][0] for row in rows[:2])
+    assert rows[1]["of_layer"] == pytest.approx(head / layer, abs=1e-3) and rows[0]["of_layer"] == 1
+    assert rows[0]["ms"]["weight_gradient"][0] > 0 == rows[2]["ms"]["weight_gradient"][0]
+    assert all(row["peak_bytes"] is None and row["estimated_bytes"] > 0 for row in rows)
 
 
 def test_the_estimate_grows_by_what_a_layer_keeps_and_weighs() -> None:
-    """A layer more: weights, their gradients, and what autograd saves, which doubles with the sequence."""
+    """Weights and their gradients, in bf16 fp32 sums too; what autograd saves doubles with the sequence."""
 
-    def estimate(layers: int, tokens: int) -> int:
-        return estimated_peak(Stage.make("tiny", layers, 1, tokens, torch.device("cpu"), torch.float32, False))
+    def estimate(dtype: torch.dtype, tokens: int) -> tuple[int, int]:
+        model = CausalLM(load_config("models/configs/llama-tiny.json"), dtype=dtype)
+        thing = Specimens(model, AuxHeadConfig(), samples=1, sequence_length=tokens).layer(1)
+        with thing.on(torch.device("cpu")):
+            kept = thing.kept()
+        message = tokens * 128 * dtype.itemsize
+        return estimated_peak(thing, kept, message) - 4 * message, kept
 
-    weights = 4 * (4 * 64 * 64 + 3 * 64 * 160 + 2 * 64)
-    layer, longer = (estimate(3, tokens) - estimate(2, tokens) for tokens in (64, 128))
-    assert layer > weights and longer - layer == pytest.approx(layer - weights, rel=0.02)
+    weights = 4 * 128 * 128 + 3 * 128 * 352 + 2 * 128
+    short, kept = estimate(torch.float32, 64)
+    long, twice = estimate(torch.float32, 128)
+    assert short - kept == long - twice == 2 * 4 * weights and twice == pytest.approx(2 * kept, rel=0.02)
+    half, kept = estimate(torch.bfloat16, 64)
+    assert half - kept == (2 + 2 + 4) * weights
 
 
 def test_the_driver_runs_what_is_missing_in_processes_of_their_own(tmp_path: Path) -> None:
@@ -216,7 +231,7 @@ def test_parts_are_chosen_by_beginnings_of_their_names() -> None:
     parts = all_parts(small=False)
     assert list(chosen(parts, ["sharing", "heads"])) == ["sharing-2", "sharing-4", "heads"]
     assert [part for part in parts if part.startswith("profile")] == [
-        "profile-gpt2-124m", "profile-llama-1b", "profile-llama-7b", "profile-llama-8b",
+        "profile-gpt2-124m", "profile-llama3-1b", "profile-llama2-7b", "profile-llama3-8b",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="there is no part speed: there are environment"):
         chosen(parts, ["speed"])

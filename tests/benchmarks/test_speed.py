@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.pages import filled
 from benchmarks.speed import report
-from benchmarks.speed.cases import links, profile
+from benchmarks.speed.cases import links
 from benchmarks.speed.contenders import applies
 from benchmarks.speed.harness import Spread, table
 from benchmarks.speed.namespaces import missing
@@ -118,14 +117,6 @@ def test_real_compute_counts_tokens(tmp_path: Path) -> None:
     rows = benchmark("compute", tmp_path, *sizes)
     assert list(rows) == ["N=1", "B-W", "B-W fused", "1F1B"] and rows["1F1B"]["speedup"] == 1
     assert all(row["tokens_per_second"][0] > 0 for row in rows.values())  # type: ignore[index]
-
-
-def test_the_profile_of_a_stage_has_all_its_pieces(tmp_path: Path) -> None:
-    row = benchmark("profile", tmp_path, "--eager-only", "--tokens", "16")["tiny"]
-    assert set(row["ms"]) == {"forward", "input_product", "backward", "head"}  # type: ignore[call-overload]
-    stage = profile.Stage.make("tiny", 2, 1, 16, torch.device("cpu"), torch.float32, compiled=False)
-    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 160)
-    assert stage.operations("forward") == 16 * (2 * matrices + 2 * 16 * 64 * 2) == stage.operations("backward") / 2
 
 
 def test_contenders_apply_where_they_can() -> None:

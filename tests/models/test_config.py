@@ -17,7 +17,13 @@ PRESETS = Path(models.__file__).parent / "configs"
 # parameters with an untied readout
 SMALL_ONES = (8, 128, 4, 4096)
 TINY = {"gpt2-tiny": SMALL_ONES, "llama-nano": (4, 32, 2, 512), "llama-tiny": SMALL_ONES, "qwen3-tiny": SMALL_ONES}
-LARGE = {"gpt2-124m": (12, 163_037_184), "llama-1b": (22, 1_100_048_384)}
+LARGE = {
+    "gpt2-124m": (12, 163_037_184),
+    "llama-1b": (22, 1_100_048_384),
+    "llama2-7b": (32, 6_738_415_616),
+    "llama3-1b": (16, 1_235_814_400 + 128_256 * 2048),
+    "llama3-8b": (32, 8_030_261_248),
+}
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -1,0 +1,1 @@
+"""What layers, heads and messages of a model take on the device at hand, measured."""
