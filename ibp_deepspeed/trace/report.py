@@ -170,14 +170,15 @@ def _costs(row: Sequence[tuple[Span, float]]) -> Costs:
     alone, together = mean("BackwardInput", "UpdateInput"), mean("BackwardPass")
     apart = statistics.fmean(weights.values()) if weights else None
     if together is not None:
-        alone = together / 2 if alone is None else min(alone, together)
-        apart = together - alone
+        alone = together / 2 if alone is None else alone
+        apart = max(0.0, together - alone) if apart is None else apart
     return Costs(
         forward=mean("ForwardPass") or 0.0,
         input_gradient=alone or 0.0,
         weight_gradient=apart or 0.0,
         head=mean("AuxLoss") or 0.0,
         borrowed_gradient=mean("BackwardBorrowed") or 0.0,
+        at_once=0.0 if together is None else together - (alone or 0.0) - (apart or 0.0),
     )
 
 
