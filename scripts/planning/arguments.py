@@ -1,0 +1,58 @@
+"""The command line of plan.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+class _ListDevices(argparse.Action):
+    """As --help, the known GPUs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from models.devices import MEMORY_GIB, PEAK_FLOPS
+
+        for name, peak in PEAK_FLOPS.items():
+            print(f"{name}: {peak / 1e12:g} TFLOP/s in dense bf16, {MEMORY_GIB[name]:g} GB")
+        parser.exit()
+
+
+def parse_arguments(description: str | None, words: list[str] | None = None) -> argparse.Namespace:
+    """The command line (or ``words``); every option's help says its default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--model", required=True, metavar="CONFIG", help="Hugging Face config: JSON file, folder or hub name")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the model's config")
+    add("--sequence-length", type=int, default=2048, metavar="S", help="tokens of a sample (default: %(default)s)")
+    add("--micro-batch-size", type=int, default=1, metavar="B", help="samples of a micro-batch (default: %(default)s)")
+    add("--fp32", action="store_true", help="compute in fp32 (default: bf16 with fp32 copies)")
+    add(
+        "--head",
+        nargs="*",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="options of aux_head: readout, blocks, rank, aux_tokens, negatives (default: a private LM head)",
+    )
+    add = parser.add_argument_group("the pipeline").add_argument
+    add("--stages", type=int, required=True, metavar="K")
+    add("--micro-batches", type=int, default=8, metavar="M", help="of a batch (default: %(default)s)")
+    add("--data-parallel", type=int, default=1, metavar="R", help="pipelines side by side (default: %(default)s)")
+    add("--zero", type=int, default=0, choices=[0, 1], help="ZeRO stage (default: %(default)s)")
+    add("--recompute", action="store_true", help="stages run forward again before their backward pass")
+    add("--partition", metavar="N,N,…", help="decoder layers of each stage (default: balanced by their work)")
+    add = parser.add_argument_group("the machines").add_argument
+    add("--device", default="H100", metavar="NAME", help="a known GPU, see --devices, or any name with --tflops")
+    add("--devices", action=_ListDevices, nargs=0, help="list the known GPUs, and stop")
+    add("--tflops", type=float, metavar="X", help="peak of the device, 10^12 operations a second")
+    add("--memory", type=float, metavar="GIB", help="of the device (default: a known GPU's; otherwise not checked)")
+    add("--reached", type=float, default=0.45, metavar="X", help="part of the peak that layers reach (default: 0.45)")
+    add("--stages-a-host", type=int, metavar="N", help="consecutive stages on a host (default: all)")
+    add("--gbps", type=float, default=400.0, help="10^9 bits a second inside a host, each way (default: %(default)s)")
+    add("--host-gbps", type=float, default=100.0, help="the same between hosts (default: %(default)s)")
+    add("--latency-us", type=float, default=10.0, help="of a message, microseconds (default: %(default)s)")
+    add = parser.add_argument_group("the answer").add_argument
+    add("--tolerance", type=float, default=2.0, metavar="%", help="loss above backpropagation's that is accepted")
+    add("--json", type=Path, metavar="FILE", help="write all numbers here")
+    add("--write", type=Path, metavar="FILE", help="write the DeepSpeed JSON of what is advised here")
+    return parser.parse_args(words)
