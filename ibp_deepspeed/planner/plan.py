@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,15 +12,14 @@ from ibp_deepspeed.errors import ConfigError, PlanError
 from ibp_deepspeed.planner.hardware import Cluster
 from ibp_deepspeed.planner.learned import Learned, learned
 from ibp_deepspeed.planner.memory import Memory, stage_memory
-from ibp_deepspeed.planner.peers import why_not
-from ibp_deepspeed.planner.timing import Timing, asynchronous_timing, peer_timing, stage_work, strategy_timing
+from ibp_deepspeed.planner.peers import ASYNCHRONOUS, why_not
+from ibp_deepspeed.planner.pieces import crossings, works
+from ibp_deepspeed.planner.timing import Timing, peer_timing, strategy_timing
 from ibp_deepspeed.planner.workload import Workload
 from ibp_deepspeed.schedule.simulator import Costs
-from ibp_deepspeed.strategy.strategy import Strategy
 from ibp_deepspeed.strategy.timeline import Timeline
 
 PEERS = ("1F1B", "interleaved 1F1B", "ZB1", "ZBV", "DualPipeV")
-ASYNCHRONOUS = "asynchronous 1F1B"
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,15 @@ class Job:
     def stages(self) -> int:
         """K."""
         return len(self.bounds) - 1
+
+    def costs(self, borrow: int = 0) -> list[Costs]:
+        """Seconds of each piece of each stage's work, a straggler's times its factor.
+
+        Raises:
+            PlanError: a straggler that there is not.
+        """
+        found = self.workload.costs(self.bounds, self.cluster.device.flops, borrow=borrow, recompute=self.recompute)
+        return self.cluster.slowed(found)
 
 
 @dataclass(frozen=True)
@@ -139,22 +146,23 @@ def evaluate(job: Job, candidate: Candidate) -> Row:
     borrow = 0 if config.aux_head is None else config.aux_head.borrow
     if borrow and any(high - low <= borrow for low, high in pairwise(job.bounds[1:])):
         return Row(candidate, reason=f"{borrow} borrowed layers need stages of more than that.")
-    costs = job.workload.costs(job.bounds, job.cluster.device.flops, borrow=borrow, recompute=job.recompute)
+    costs = job.costs(borrow)
     boundaries = job.cluster.boundaries(job.stages, job.workload.message)
-    make = partial(_strategy, block, strategy, job)
-    timing = strategy_timing(make, job.stages, job.micro_batches, costs, boundaries)
+    try:
+        timing = strategy_timing(strategy, job.micro_batches, costs, boundaries, job.cluster.uneven)
+    except PlanError as error:
+        return Row(candidate, reason=str(error))
     exits = set(strategy.placement.losses) - {job.stages - 1}
     homes = {strategy.placement.home(loss) for loss in exits}
     memory = [_memory(job, k, timing.in_flight[k], head=k in homes) for k in range(job.stages)]
-    gradients = [sum(strategy.crosses(loss, k) for loss in strategy.placement.losses) for k in range(1, job.stages)]
-    crossing = 1 + max(gradients) if gradients else 0
+    crossing = 1 + max(crossings(strategy)) if job.stages > 1 else 0
     return Row(
         candidate,
         timing=timing,
         batch_time=timing.batch_time + _reduction(job, memory),
         memory=memory,
         link_bytes=crossing * job.micro_batches * job.workload.message,
-        work=sum(stage_work(strategy, cost, k) for k, cost in enumerate(costs)) / _plain_work(costs),
+        work=sum(works(strategy, costs)) / _plain_work(costs),
         exact=strategy.is_backpropagation,
         learned=learned(strategy.width, len(strategy.placement.losses), strategy.mode, borrow),
     )
@@ -168,12 +176,11 @@ def _peer_row(job: Job, candidate: Candidate) -> Row:
         reason = f"{name} needs {2 * job.stages} decoder layers, two parts a stage; there are fewer."
     if reason is not None:
         return Row(candidate, reason=reason)
-    costs = job.workload.costs(job.bounds, job.cluster.device.flops, recompute=job.recompute)
     boundaries = job.cluster.boundaries(job.stages, job.workload.message)
-    if late:
-        timing = asynchronous_timing(job.stages, job.micro_batches, costs)
-    else:
-        timing = peer_timing(name, job.stages, job.micro_batches, costs, boundaries)
+    try:
+        timing = peer_timing(name, job.stages, job.micro_batches, job.costs(), boundaries, job.cluster.uneven)
+    except PlanError as error:
+        return Row(candidate, reason=str(error))
     share = 0.5 if two_chunks else 1.0
     memory = [
         _memory(job, k, share * timing.in_flight[k], head=False, versions=2 if late else 1) for k in range(job.stages)
@@ -183,16 +190,6 @@ def _peer_row(job: Job, candidate: Candidate) -> Row:
     time = timing.batch_time + (0.0 if late else _reduction(job, memory))
     link_bytes = crossings * job.workload.message
     return Row(candidate, None, timing, time, memory, link_bytes, exact=not late, learned=note)
-
-
-def _strategy(block: Mapping[str, Any], full: Strategy, job: Job, stages: int) -> Strategy:
-    """The same strategy on fewer stages, for timing; of those whose reach is the whole pipeline, all of it."""
-    if stages == job.stages:
-        return full
-    values = dict(block)
-    if values.get("strategy") == "global" and values.get("exits") == job.stages:
-        values["exits"] = stages
-    return Timeline(InterlockingConfig.parse(values), stages, job.micro_batches, job.workload.head is not None).at(0)[0]
 
 
 def _memory(job: Job, stage: int, in_flight: float, *, head: bool, versions: int = 1) -> Memory:

@@ -56,6 +56,17 @@ def test_times_are_those_of_the_schedules() -> None:
     ]
 
 
+@pytest.mark.parametrize(("stages", "most"), [(64, 4_000_000), (1024, 12_000_000)])
+def test_a_plan_of_many_stages_is_a_bounded_amount_of_work(stages: int, most: int) -> None:
+    """All rows; simulated as they are, 64 stages alone would be 20 million instructions, 1024 stages 10^11."""
+    of = job(stages=stages, micro_batches=2 * stages, head=0.3)
+    found = list(rows(of).values())
+    assert all(row.timing is not None for row in found) and len(found) >= 38
+    assert 0 < sum(row.timing.executed for row in found if row.timing is not None) < most
+    for row in found:
+        assert row.timing is not None and all(-1e-9 <= share < 1 for share in row.timing.idle), row.candidate.name
+
+
 def test_memory_is_what_a_stage_holds() -> None:
     work = job().workload
     of = stage_memory(work, [0, 3, 18], 0, 4, head=True)

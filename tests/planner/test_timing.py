@@ -11,7 +11,8 @@ import pytest
 from benchmarks.speed.emulated import strategy_of
 from ibp_deepspeed.errors import PlanError
 from ibp_deepspeed.planner import timing
-from ibp_deepspeed.planner.peers import execute, make_peer
+from ibp_deepspeed.planner.execution import execute
+from ibp_deepspeed.planner.peers import make_peer
 from ibp_deepspeed.planner.timing import peer_timing, strategy_timing
 from ibp_deepspeed.schedule.predict import measure, predict
 from ibp_deepspeed.schedule.simulator import Boundary, Costs, Simulator
@@ -26,12 +27,19 @@ MAKERS: dict[str, Callable[[int], Strategy]] = {
     "N = 3, furthest": lambda k: Strategy(k, 3, "furthest"),
     "G = 2": lambda k: Strategy(k, 1, "window", exits=tuple(range((k - 1) % 2, k, 2))),
     "B before W": lambda k: Strategy(k, k, "furthest", exits=(k - 1,)),
+    "N = 8": lambda k: Strategy(k, 8, "window"),
+    "N = 6, furthest": lambda k: Strategy(k, 6, "furthest"),
+    "G = 4": lambda k: Strategy(k, 1, "window", exits=tuple(range((k - 1) % 4, k, 4))),
+    "G = 4, N = 2": lambda k: Strategy(k, 2, "window", exits=tuple(range((k - 1) % 4, k, 4))),
+    "N = 2, slack 1": lambda k: Strategy(k, 2, "window", hop_slack=1),
+    "sum": lambda k: Strategy(k, k, "sum"),
+    "borrowed": lambda k: Strategy(k, 1, "window", borrow=1),
     "1F1B": lambda k: Strategy(k, k, "furthest", exits=(k - 1,), split_backward=False),
 }
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize(("stages", "micro_batches"), [(16, 4), (16, 16), (12, 60)])
+@pytest.mark.parametrize(("stages", "micro_batches"), [(16, 4), (16, 16), (12, 60), (20, 31)])
 def test_a_large_pipeline_is_continued_from_smaller_ones(
     name: str, stages: int, micro_batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,14 +48,14 @@ def test_a_large_pipeline_is_continued_from_smaller_ones(
         found = {}
         for largest in (0, 10**9):
             monkeypatch.setattr(timing, "LARGEST", largest)
-            found[largest] = strategy_timing(MAKERS[name], stages, micro_batches, *given)
+            found[largest] = strategy_timing(MAKERS[name](stages), micro_batches, *given)
         continued, simulated = found[0], found[10**9]
         assert simulated.simulated and not continued.simulated
         assert continued.batch_time == pytest.approx(simulated.batch_time, rel=0.005)
         assert continued.in_flight == simulated.in_flight
 
 
-@pytest.mark.parametrize("name", ["1F1B", "interleaved 1F1B", "ZB1", "ZBV", "DualPipeV"])
+@pytest.mark.parametrize("name", ["1F1B", "interleaved 1F1B", "ZB1", "ZBV", "DualPipeV", "asynchronous 1F1B"])
 def test_peers_are_continued_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [Costs()] * 16, [Boundary()] * 15
     monkeypatch.setattr(timing, "LARGEST", 10**9)
@@ -70,11 +78,11 @@ def test_deepspeeds_1f1b_takes_what_ours_does_with_b_and_w_in_one() -> None:
 def test_stages_and_links_have_costs_of_their_own() -> None:
     fast, slow = Costs(1, 1, 1, 0), Costs(2, 2, 2, 0)
     boundaries = [Boundary(0.0, 0.0), Boundary(1.0, 3.0), Boundary(0.0, 0.0)]
-    local = strategy_timing(MAKERS["N = 1"], 4, 8, [fast, slow, fast, fast], boundaries)
+    local = strategy_timing(MAKERS["N = 1"](4), 8, [fast, slow, fast, fast], boundaries)
     assert local.batch_time == pytest.approx(8 * 6) and local.idle == pytest.approx([0.5, 0, 0.5, 0.5])
-    exact = strategy_timing(MAKERS["1F1B"], 4, 1, [fast] * 4, boundaries)
+    exact = strategy_timing(MAKERS["1F1B"](4), 1, [fast] * 4, boundaries)
     assert exact.batch_time == pytest.approx(12 + 2 * 4)  # there and back over the one slow link
-    busy = strategy_timing(MAKERS["N = 1"], 4, 8, [fast] * 4, [Boundary(0.0, 5.0)] * 3)
+    busy = strategy_timing(MAKERS["N = 1"](4), 8, [fast] * 4, [Boundary(0.0, 5.0)] * 3)
     assert busy.batch_time == pytest.approx(8 * 5)  # the link is full
 
 

@@ -22,8 +22,9 @@ BOUNDARIES = st.builds(Boundary, st.floats(0.0, 3.0), st.floats(0.0, 3.0))
 
 
 @st.composite
-def strategies(draw: st.DrawFn) -> Strategy:
-    stages = draw(st.integers(1, 5))
+def strategies(draw: st.DrawFn, most_stages: int = 5) -> Strategy:
+    """Any that there can be."""
+    stages = draw(st.integers(1, most_stages))
     mode: Mode = draw(st.sampled_from(get_args(Mode)))
     width = stages if mode == "sum" else draw(st.integers(1, stages))
     exits = draw(
