@@ -27,7 +27,8 @@ def main(phase: cli.SameOnAllRanks) -> None:
     cli.quiet()
     from tqdm import tqdm
 
-    from ibp_deepspeed.planner.plan import advise, candidates, evaluate
+    from ibp_deepspeed.planner.advice import advise
+    from ibp_deepspeed.planner.plan import candidates, evaluate
     from scripts.planning.files import as_json, ds_config
     from scripts.planning.job import make_job
     from scripts.planning.table import show

@@ -48,6 +48,8 @@ def main() -> None:
     if not rows:
         return  # the case has said why
     print(f"\n{table(rows, module.COLUMNS)}")
+    if hasattr(module, "summary"):
+        print(f"\n{module.summary(rows)}")
     if args.out:
         about = {key: value for key, value in vars(args).items() if key not in ("case", "out")}
         save(args.out / f"{args.case}.json", rows, **about)

@@ -52,6 +52,7 @@ class Cluster:
         device: all alike.
         stages_a_host: consecutive stages of one pipeline on a host; None: all.
         inside, between: links inside a host, and between two.
+        replicas_apart: whether replicas of a pipeline that is on one host are on others.
         stragglers: stage → by what its work takes longer.
         jitter: standard deviation of the logarithm of a factor on each piece of work, drawn by ``seed``.
     """
@@ -60,6 +61,7 @@ class Cluster:
     inside: Link
     between: Link
     stages_a_host: int | None = None
+    replicas_apart: bool = False
     stragglers: Mapping[int, float] = field(default_factory=dict)
     jitter: float = 0.0
     seed: int = 0
@@ -78,6 +80,12 @@ class Cluster:
         for stage, factor in self.stragglers.items():
             if factor <= 0:
                 raise PlanError(f"stage {stage} takes {factor:g} times as long: give more than 0, 1.5 for half more.")
+
+    def reduction(self, stages: int) -> tuple[Link, int]:
+        """What the gradients of replicas are summed over, and how many stages of a host do so over it at once."""
+        if self.stages_a_host is None and not self.replicas_apart:
+            return self.inside, 1
+        return self.between, min(stages, self.stages_a_host or stages)
 
     @property
     def uneven(self) -> Unevenness:

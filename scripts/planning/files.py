@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ibp_deepspeed.errors import PlanError
 
 if TYPE_CHECKING:
-    from ibp_deepspeed.planner.plan import Advice, Job, Row
+    from ibp_deepspeed.planner.advice import Advice
+    from ibp_deepspeed.planner.plan import Job, Row
 
 
 def as_json(job: Job, rows: list[Row], advice: Advice) -> str:

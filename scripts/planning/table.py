@@ -6,7 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ibp_deepspeed.planner.plan import Advice, Job, Row
+    from ibp_deepspeed.planner.advice import Advice
+    from ibp_deepspeed.planner.plan import Job, Row
 
 _GIB = 2**30
 

@@ -15,10 +15,11 @@ from transformers import AutoConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.planner import plan
+from ibp_deepspeed.planner.advice import advise
 from ibp_deepspeed.planner.hardware import Cluster, Device, Link
 from ibp_deepspeed.planner.learned import Learned, learned, table
 from ibp_deepspeed.planner.memory import stage_memory
-from ibp_deepspeed.planner.plan import Candidate, Job, advise, candidates, evaluate
+from ibp_deepspeed.planner.plan import Candidate, Job, candidates, evaluate
 from ibp_deepspeed.planner.workload import NOTHING, Work, Workload, balanced
 from models import CausalLM
 from models.workload import kept_bytes_per_token, workload
@@ -114,7 +115,12 @@ def test_borrowed_layers_need_longer_stages() -> None:
     short = replace(of, bounds=[0, 2, *range(3, 10), 18])
     assert evaluate(of, Candidate("b", {"strategy": "local", "aux_head": {"borrow": 1}})).timing is not None
     reason = evaluate(short, Candidate("b", {"strategy": "local", "aux_head": {"borrow": 1}})).reason
-    assert reason is not None and "need stages of more" in reason
+    assert reason == (
+        "a head behind 1 borrowed layer needs stages of more than that, the shortest has 1: fewer stages would make "
+        "them longer."
+    )
+    more = evaluate(of, Candidate("b", {"strategy": "local", "aux_head": {"borrow": 3}})).reason
+    assert more is not None and more.endswith("the shortest has 2: borrow = 1 would fit.")
 
 
 def test_a_private_head_of_llama_3_8b_is_two_forward_passes_of_a_stage() -> None:

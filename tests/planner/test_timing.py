@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed.emulated import strategy_of
+from benchmarks.speed.predicted import strategy_of
 from ibp_deepspeed.errors import PlanError
 from ibp_deepspeed.planner import timing
 from ibp_deepspeed.planner.execution import execute

@@ -1,0 +1,61 @@
+"""Whether to interlock, and how: what the planner's rows come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ibp_deepspeed.errors import PlanError
+from ibp_deepspeed.planner.plan import Job, Row
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do, and why.
+
+    Attributes:
+        row: the candidate that is advised; None: nothing fits.
+        reason: in one or two sentences.
+    """
+
+    row: Row | None
+    reason: str
+
+
+def advise(job: Job, rows: Sequence[Row], tolerance: float = 0.02) -> Advice:
+    """The fastest candidate of ours that fits and whose loss was measured to be within ``tolerance`` of
+    backpropagation's, if it is more than 5% faster than the best exact schedule that fits; else that one."""
+    memory = job.cluster.device.memory
+    running = [row for row in rows if row.timing is not None]
+    fitting = [row for row in running if memory is None or row.most_memory <= memory]
+    if not fitting:
+        least = min(running, key=lambda row: row.most_memory, default=None)
+        if least is None:
+            raise PlanError("no way of training can run so.")
+        assert memory is not None
+        return Advice(
+            None,
+            f"Nothing fits into {memory / 2**30:.0f} GiB: {least.candidate.name} holds least, "
+            f"{least.most_memory / 2**30:.1f} GiB on its largest stage. Take more stages, ZeRO 1 with more replicas, "
+            "smaller micro-batches, or recomputation.",
+        )
+    exact = min((row for row in fitting if row.exact), key=lambda row: row.batch_time, default=None)
+    ours = [row for row in fitting if row.candidate.block is not None and not row.exact and row.learned is not None]
+    good = [row for row in ours if row.learned is not None and row.learned.mean <= tolerance]
+    best = min(good, key=lambda row: row.batch_time, default=None)
+    if exact is None or (best is not None and best.batch_time < 0.95 * exact.batch_time):
+        if best is None:
+            chosen = min(fitting, key=lambda row: row.batch_time)
+            return Advice(chosen, f"{chosen.candidate.name} is the fastest that fits; its learning is not measured.")
+        against = (
+            "" if exact is None else f" in {best.batch_time / exact.batch_time:.2f} of {exact.candidate.name}'s time"
+        )
+        return Advice(best, f"{best.candidate.name}{against}; {best.learned.sentence() if best.learned else ''}")
+    missed = min(ours, key=lambda row: row.batch_time, default=None)
+    why = (
+        "nothing that interlocks is more than 5% faster"
+        if best is not None or missed is None or missed.batch_time >= 0.95 * exact.batch_time
+        else f"what is faster ({missed.candidate.name}, {missed.batch_time / exact.batch_time:.2f} of the time) was "
+        f"measured to learn worse than {tolerance:.0%} allows"
+    )
+    return Advice(exact, f"Do not interlock here: {why}. {exact.candidate.name} is exact and the fastest that fits.")
