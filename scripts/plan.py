@@ -3,6 +3,8 @@
     python scripts/plan.py --model models/configs/llama-tiny.json --stages 4 --device H100
     python scripts/plan.py --model meta-llama/Meta-Llama-3-8B --stages 8 --stages-a-host 4 --micro-batches 16 \\
         --device H100 --host-gbps 100 --zero 1 --data-parallel 4 --head negatives=16384
+    python scripts/plan.py --search --model models/configs/llama-8b.json --devices-total 8 --devices-a-host 4 \\
+        --batch-samples 64 --device A100 --host-gbps 25 --write best.json
 
 Times are simulated from the schedules that are executed (DeepSpeed's and torch's own lists for the others), with the
 operations of each stage's layers and heads, and messages of the hidden states. Nothing is run on a device.
@@ -31,11 +33,15 @@ def main(phase: cli.SameOnAllRanks) -> None:
     from ibp_deepspeed.planner.plan import candidates, evaluate
     from scripts.planning.files import as_json, ds_config
     from scripts.planning.job import make_job
+    from scripts.planning.searching import find
     from scripts.planning.table import show
 
     for path in (args.json, args.write):
         if path is not None and not path.parent.is_dir():
             raise OutputError(f"there is no folder {path.parent} to write {path.name} to: make it first.")
+    if args.search:
+        find(args)
+        return
     job = make_job(args)
     rows = [evaluate(job, c) for c in tqdm(list(candidates(job.stages)), desc="plan", leave=False, disable=None)]
     advice = advise(job, rows, args.tolerance / 100)

@@ -50,13 +50,17 @@ class Job:
         """K."""
         return len(self.bounds) - 1
 
-    def costs(self, borrow: int = 0) -> list[Costs]:
+    def costs(self, again: Sequence[bool], borrow: int = 0) -> list[Costs]:
         """Seconds of each piece of each stage's work, a straggler's times its factor.
+
+        Args:
+            again: whether each stage runs forward again before its backward pass.
+            borrow: layers of the next stage before an auxiliary head.
 
         Raises:
             PlanError: a straggler that there is not.
         """
-        found = self.workload.costs(self.bounds, self.cluster.device.flops, borrow=borrow, recompute=self.recompute)
+        found = self.workload.costs(self.bounds, self.cluster.device.flops, borrow=borrow, recompute=again)
         return self.cluster.slowed(found)
 
 
@@ -111,17 +115,17 @@ def candidates(stages: int) -> Iterator[Candidate]:
     yield Candidate(ASYNCHRONOUS)
     yield Candidate("backpropagation, input gradients first", {"strategy": "global", "exits": stages})
     yield Candidate("backpropagation, all exits (sum)", {"strategy": "global", "mode": "sum"})
-    for size in _sizes(stages):
+    for size in sizes(stages):
         if size > 1:
             yield Candidate(f"modules of {size} (G = {size})", {"strategy": "local", "exits": size})
-    for width in _sizes(stages):
+    for width in sizes(stages):
         yield Candidate(f"N = {width}", _nwise(width, "window"))
         if width > 1:
             yield Candidate(f"N = {width}, furthest", _nwise(width, "furthest"))
     yield Candidate("N = 1, heads behind a borrowed layer", {"strategy": "local", "aux_head": {"borrow": 1}})
 
 
-def _sizes(stages: int) -> list[int]:
+def sizes(stages: int) -> list[int]:
     """1, 2, 3, 4, 6, 8, 12, 16, … below K."""
     found = [1, 2, 3]
     while found[-1] < stages:
@@ -175,11 +179,13 @@ def outlook(job: Job, block: Mapping[str, Any]) -> Outlook:
             f"a head behind {_counted(borrow, 'borrowed layer')} needs stages of more than that, the shortest has "
             f"{shortest}: {fit}."
         )
-    costs = job.costs(borrow)
+    # A stage whose update waits for no other one has nothing to recompute: it is updated at once.
+    again = [job.recompute and strategy.distance(k) > 0 for k in range(job.stages)]
+    costs = job.costs(again, borrow)
     exits = set(strategy.placement.losses) - {job.stages - 1}
     homes = {strategy.placement.home(loss) for loss in exits}
     held = [strategy.most_in_flight(k, job.micro_batches) for k in range(job.stages)]
-    memory = [_memory(job, k, held[k], head=k in homes) for k in range(job.stages)]
+    memory = [_memory(job, k, held[k], again[k], head=k in homes) for k in range(job.stages)]
     reduction = _reduction(job, memory)
     return Outlook(
         strategy,
@@ -227,10 +233,12 @@ def _peer_row(job: Job, candidate: Candidate) -> Row:
             f"{_counted(layers // 2, 'stage')} would fit."
         )
     boundaries = job.cluster.boundaries(job.stages, job.workload.message)
-    timing = peer_timing(name, job.stages, job.micro_batches, job.costs(), boundaries, job.cluster.uneven)
+    again = [job.recompute] * job.stages
+    timing = peer_timing(name, job.stages, job.micro_batches, job.costs(again), boundaries, job.cluster.uneven)
     share = 0.5 if two_chunks else 1.0
     memory = [
-        _memory(job, k, share * timing.in_flight[k], head=False, versions=2 if late else 1) for k in range(job.stages)
+        _memory(job, k, share * timing.in_flight[k], again[k], head=False, versions=2 if late else 1)
+        for k in range(job.stages)
     ]
     crossings = 0 if job.stages == 1 else (2 if two_chunks else 1) * 2 * job.micro_batches
     note = learned(0, 1, "late", 0) if late else None
@@ -243,7 +251,7 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _memory(job: Job, stage: int, in_flight: float, *, head: bool, versions: int = 1) -> Memory:
+def _memory(job: Job, stage: int, in_flight: float, again: bool, *, head: bool, versions: int = 1) -> Memory:
     return stage_memory(
         job.workload,
         job.bounds,
@@ -252,7 +260,7 @@ def _memory(job: Job, stage: int, in_flight: float, *, head: bool, versions: int
         head=head,
         zero=job.zero,
         replicas=job.replicas,
-        recompute=job.recompute,
+        recompute=again,
         weight_versions=versions,
     )
 

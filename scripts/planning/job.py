@@ -42,7 +42,16 @@ def cluster(args: argparse.Namespace) -> Cluster:
 
     latency = args.latency_us * 1e-6
     inside, between = Link(args.gbps * 1e9 / 8, latency), Link(args.host_gbps * 1e9 / 8, latency)
-    return Cluster(device(args), inside, between, args.stages_a_host)
+    slow = dict(_straggler(text) for text in args.straggler)
+    return Cluster(device(args), inside, between, args.stages_a_host, stragglers=slow, jitter=args.jitter)
+
+
+def _straggler(text: str) -> tuple[int, float]:
+    stage, _, factor = text.partition("=")
+    try:
+        return int(stage), float(factor)
+    except ValueError:
+        raise PlanError(f"--straggler {text}: write it as STAGE=FACTOR, like 2=1.5.") from None
 
 
 def make_job(args: argparse.Namespace) -> Job:
@@ -59,6 +68,8 @@ def make_job(args: argparse.Namespace) -> Job:
     from models.workload import workload
     from scripts.training.arguments import parse_overrides, parse_partition
 
+    if args.stages is None:
+        raise PlanError("the number of stages is missing: give --stages, or --search with --devices-total.")
     for name in ("stages", "micro_batches", "data_parallel", "micro_batch_size", "sequence_length"):
         if getattr(args, name) < 1:
             raise PlanError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give at least 1.")
