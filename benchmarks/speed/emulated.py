@@ -44,7 +44,7 @@ class Timed(NamedTuple):
     Attributes:
         seconds: on the slowest rank.
         idle: share of them that this rank did not sleep.
-        processor: seconds of it that this rank's process took, all threads together.
+        processor: seconds of a processor that this rank's engine took.
     """
 
     seconds: float
@@ -60,11 +60,11 @@ def time_batches(engine: Any, batches: int, warm_up: int = 1, rows: Iterator[Bat
     dist.barrier()
     for _ in range(warm_up):
         engine.train_batch(rows)
-    start, slept, processor = time.perf_counter(), Clock.slept, time.process_time()
+    start, slept, processor = time.perf_counter(), Clock.slept, time.thread_time()
     for _ in range(batches):
         engine.train_batch(rows)
     elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    idle, own = 1 - (Clock.slept - slept) / elapsed.item(), time.process_time() - processor
+    idle, own = 1 - (Clock.slept - slept) / elapsed.item(), time.thread_time() - processor
     dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
     return Timed(elapsed.item() / batches, idle, own / batches)
 
@@ -139,7 +139,7 @@ def measure(
                 "contender": name,
                 "units": units,
                 "idle": [round(share, 3) for share in idle],
-                **predicted.predictions(name, stages, micro_batches, latency, units[0], own),
+                **predicted.predictions(name, stages, micro_batches, latency, units[1], own),
             }
         )
     peer = next(row["units"][0] for row in rows if row["contender"] == "1F1B")

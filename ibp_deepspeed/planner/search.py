@@ -213,7 +213,7 @@ def _prospects(
             way, without = replace(way, job=replace(way.job, recompute=True)), most
             known = outlook(way.job, block)
         if limit is not None and _most(known) > limit:
-            result.excluded[f"they need more than {limit / 2**30:.0f} GiB, recomputing or not"] += 1
+            result.excluded[f"they need more than {limit / 2**30:.3g} GiB, recomputing or not"] += 1
             continue
         found.append((way, known, without))
     return found
