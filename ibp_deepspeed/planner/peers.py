@@ -88,7 +88,9 @@ def why_not(name: str, stages: int, micro_batches: int) -> str | None:
     if name in ("DualPipeV", "ZBV") and micro_batches < 2 * stages:
         return f"{name} needs at least {2 * stages} micro-batches on {stages} stages, {micro_batches} are given."
     if name in ("interleaved 1F1B", "ZB1") and micro_batches % stages:
-        return f"{name} needs a multiple of {stages} micro-batches, {micro_batches} are given."
+        below = micro_batches // stages * stages
+        fit = f"{below} or {below + stages}" if below else f"{stages}"
+        return f"{name} needs a multiple of {stages} micro-batches, {micro_batches} are given: {fit} would fit."
     return None
 
 

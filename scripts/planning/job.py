@@ -84,7 +84,9 @@ def make_job(args: argparse.Namespace) -> Job:
             f"--stages is {args.stages}, the model has {model.num_layers - 2} decoder layers: give at most that many."
         )
     if options.negatives is not None and options.negatives > model.vocab_size:
-        raise PlanError(f"--head negatives={options.negatives}: the vocabulary has {model.vocab_size} tokens.")
+        raise PlanError(
+            f"--head negatives={options.negatives}: the vocabulary has {model.vocab_size} tokens, give at most those."
+        )
     size = {"samples": args.micro_batch_size, "sequence_length": args.sequence_length}
     work = workload(model, options, **size, weight_bytes=4 if args.fp32 else 2)
     manual = parse_partition(args.partition)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.errors import PlanError
 from ibp_deepspeed.planner import plan
 from ibp_deepspeed.planner.advice import advise
 from ibp_deepspeed.planner.hardware import Cluster, Device, Link
@@ -100,7 +101,33 @@ def test_advice() -> None:
     assert "nothing that interlocks is more than 5% faster" in advise(many, list(rows(many).values())).reason
     tiny = job(memory=1e6)
     nothing = advise(tiny, list(rows(tiny).values()))
-    assert nothing.row is None and nothing.reason.startswith("Nothing fits into 0 GiB")
+    assert nothing.row is None and nothing.reason.startswith("Nothing fits into 0.000931 GiB")
+    assert nothing.reason.endswith(
+        "Not even one decoder layer a stage with recomputation would fit: take a smaller model or micro-batch."
+    )
+
+
+def test_what_would_fit_is_said_with_its_size() -> None:
+    """Layers that keep 64 MB a micro-batch: 1F1B's first stage of four holds four times two of them."""
+    heavy = job(stages=4, micro_batches=8)
+    layers = (NOTHING, *[replace(LAYER, kept=64e6)] * 8, NOTHING)
+    heavy = replace(heavy, workload=replace(heavy.workload, layers=layers, head=None))
+
+    def said(memory: float, **more: Any) -> str:
+        device = replace(heavy.cluster.device, memory=memory)
+        of = replace(heavy, cluster=replace(heavy.cluster, device=device), **more)
+        advice = advise(of, list(rows(of).values()))
+        assert advice.row is None
+        return advice.reason
+
+    assert "With recomputation 1F1B would hold 0.2 GiB, which fits." in said(2.7e8)
+    parameters = replace(LAYER, kept=0.0, parameters=10**7, trained=10**7)
+    heavy = replace(heavy, workload=replace(heavy.workload, layers=(NOTHING, *[parameters] * 8, NOTHING)))
+    assert "With ZeRO 1 1F1B would hold 0.3 GiB" in said(3.2e8, replicas=8)
+    assert "On 8 stages 1F1B would hold 0.3 GiB" in said(3.2e8)
+    with pytest.raises(PlanError, match="of 1F1B: with jitter or a straggler"):
+        many = replace(heavy, micro_batches=20_000, cluster=replace(heavy.cluster, jitter=0.1))
+        advise(many, list(rows(many).values()))
 
 
 def test_what_is_known_of_learning_is_named_with_its_size() -> None:
@@ -175,6 +202,8 @@ def test_the_pages_command_runs_and_one_stage_can_be_planned() -> None:
     shown = run(*words[2:])
     assert shown.returncode == 0 and "Advice: " in shown.stdout, shown.stderr
     assert "the slowest stage is" in shown.stdout and "balanced by parameters" in shown.stdout
+    uneven = run("--model", "models/configs/llama-tiny.json", "--stages", "4", "--jitter", "0.1", "--straggler", "1=2")
+    assert uneven.returncode == 0 and "Advice: " in uneven.stdout, uneven.stderr
     alone = run("--model", "models/configs/llama-tiny.json", "--stages", "1")
     assert alone.returncode == 0 and "Do not interlock here" in alone.stdout, alone.stderr
     listed = run("--devices")
@@ -190,8 +219,13 @@ def test_the_pages_command_runs_and_one_stage_can_be_planned() -> None:
         (("--stages", "2", "--head", "ranc=3"), 'unknown key "interlocking.aux_head.ranc" (did you mean "rank"?)'),
         (("--stages", "2", "--gbps", "0"), "--gbps is 0: give more than 0"),
         (("--stages", "2", "--head", "negatives"), "--head negatives: write it as key=value"),
-        (("--stages", "2", "--head", "negatives=99999"), "--head negatives=99999: the vocabulary has"),
+        (("--stages", "2", "--head", "negatives=99999"), "tokens, give at most those"),
         (("--stages", "2", "--head", "borrow=1"), "have a row of their own"),
+        ((), "the number of stages is missing: give --stages, or --search with --devices-total"),
+        (("--stages", "2", "--straggler", "2=1.5"), "stage 2 can't be slow, the 2 stages are 0 to 1"),
+        (("--stages", "2", "--straggler", "1"), "--straggler 1: write it as STAGE=FACTOR, like 2=1.5"),
+        (("--stages", "2", "--straggler", "1=0"), "stage 1 takes 0 times as long: give more than 0"),
+        (("--stages", "2", "--jitter", "-1"), "a jitter of -1: give 0 or more"),
         (("--stages", "2", "--json", "nowhere/plan.json"), "there is no folder nowhere to write plan.json to"),
     ],
 )

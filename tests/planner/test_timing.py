@@ -13,7 +13,7 @@ from ibp_deepspeed.errors import PlanError
 from ibp_deepspeed.planner import timing
 from ibp_deepspeed.planner.execution import execute
 from ibp_deepspeed.planner.peers import make_peer
-from ibp_deepspeed.planner.timing import peer_timing, strategy_timing
+from ibp_deepspeed.planner.timing import Unevenness, peer_timing, strategy_timing
 from ibp_deepspeed.schedule.predict import measure, predict
 from ibp_deepspeed.schedule.simulator import Boundary, Costs, Simulator
 from ibp_deepspeed.schedule.validate import validated_schedules
@@ -101,6 +101,30 @@ def test_jitter_repeats_by_its_seed_and_costs_what_waits_for_it() -> None:
     assert slow == pytest.approx(2 * 1 + 1.5 + 3 + 4 * 3 + 2 * 1.5 + 2 * 2)
 
 
+def test_asynchronous_1f1b_waits_for_messages_that_take_long() -> None:
+    """Each stage is one micro-batch further ahead than the next one: a round trip over a boundary in that time."""
+    costs = [Costs(1, 1, 1, 0)] * 4
+    at_once = peer_timing("asynchronous 1F1B", 4, 8, costs, [Boundary()] * 3)
+    assert at_once.batch_time == pytest.approx(3 * 8) and at_once.in_flight == [4, 3, 2, 1]
+    late = peer_timing("asynchronous 1F1B", 4, 8, costs, [Boundary(latency=1.0)] * 3)
+    assert late.batch_time == pytest.approx((3 + 2 * 1 * 3 / 4) * 8)
+
+
+def test_a_straggler_holds_up_who_waits_for_it_and_jitter_repeats() -> None:
+    costs, links = [Costs(1, 1, 1, 0)] * 4, [Boundary()] * 3
+    slow = [costs[0], costs[1], costs[2].scaled(1.5), costs[3]]
+    local, plain = MAKERS["N = 1"](4), strategy_timing(MAKERS["1F1B"](4), 4, costs, links)
+    assert strategy_timing(local, 4, slow, links, Unevenness(straggler=True)).batch_time == pytest.approx(4 * 4.5)
+    for timing_of in (
+        lambda uneven: strategy_timing(MAKERS["1F1B"](4), 4, costs, links, uneven),
+        lambda uneven: peer_timing("1F1B", 4, 4, costs, links, uneven),
+        lambda uneven: peer_timing("asynchronous 1F1B", 4, 4, costs, links, uneven),
+    ):
+        shaken, again = timing_of(Unevenness(0.2, seed=1)), timing_of(Unevenness(0.2, seed=1))
+        assert shaken == again != timing_of(Unevenness(0.2, seed=2))
+        assert timing_of(Unevenness()).batch_time < shaken.batch_time < 1.3 * plain.batch_time
+
+
 def test_the_emulated_table_is_what_the_schedules_say() -> None:
     """Ours within 5%; other systems' within 8%: their engines wait in ways that their lists don't show."""
     for row in json.loads(EMULATED.read_text(encoding="utf-8"))["rows"]:
@@ -119,5 +143,15 @@ def test_the_emulated_table_is_what_the_schedules_say() -> None:
 def test_what_can_not_run_says_what_would() -> None:
     with pytest.raises(PlanError, match="ZBV needs at least 16 micro-batches on 8 stages, 8 are given"):
         make_peer("ZBV", 8, 8)
-    with pytest.raises(PlanError, match="needs a multiple of 4 micro-batches, 6 are given"):
+    with pytest.raises(PlanError, match="needs a multiple of 4 micro-batches, 6 are given: 4 or 8 would fit"):
         peer_timing("interleaved 1F1B", 4, 6, [Costs()] * 4, [Boundary()] * 3)
+    with pytest.raises(PlanError, match="needs a multiple of 4 micro-batches, 3 are given: 4 would fit"):
+        make_peer("ZB1", 4, 3)
+    with pytest.raises(
+        PlanError, match=r"up to 200,000 instructions; this one has [\d,]+: at most (\d+) micro"
+    ) as seen:
+        strategy_timing(MAKERS["N = 8"](64), 512, [Costs()] * 64, [Boundary()] * 63, Unevenness(jitter=0.1))
+    fits = int(str(seen.value).split("at most ")[1].split()[0])
+    assert 100 < fits < 512
+    with pytest.raises(PlanError, match="fewer stages would fit"):
+        peer_timing("1F1B", 20_000, 1, [Costs()] * 20_000, [Boundary()] * 19_999, Unevenness(jitter=0.1))
