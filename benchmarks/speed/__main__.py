@@ -23,6 +23,7 @@ CASES = {
     "compute": "a real Llama on real cores: tokens a second",
     "links": "stages on hosts of their own, joined by slow links (needs root)",
     "memory": "saved activations of a real model on each stage",
+    "footprint": "what each stage of a running engine holds, beside what the planner says",
     "heads": "one head: time and peak memory against full logits",
     "split": "decoder layers: the backward pass at once, and input gradient first",
     "profile": "one stage on one device: the time of each piece of its work",

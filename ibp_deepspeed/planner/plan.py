@@ -185,7 +185,10 @@ def outlook(job: Job, block: Mapping[str, Any]) -> Outlook:
     exits = set(strategy.placement.losses) - {job.stages - 1}
     homes = {strategy.placement.home(loss) for loss in exits}
     held = [strategy.most_in_flight(k, job.micro_batches) for k in range(job.stages)]
-    memory = [_memory(job, k, held[k], again[k], head=k in homes) for k in range(job.stages)]
+    whole = [min(job.micro_batches, strategy.distance(k) * strategy.hop_slots + 1) for k in range(job.stages)]
+    memory = [
+        _memory(job, k, whole[k], again[k], head=k in homes, put_off=held[k] - whole[k]) for k in range(job.stages)
+    ]
     reduction = _reduction(job, memory)
     return Outlook(
         strategy,
@@ -251,7 +254,9 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _memory(job: Job, stage: int, in_flight: float, again: bool, *, head: bool, versions: int = 1) -> Memory:
+def _memory(
+    job: Job, stage: int, in_flight: float, again: bool, *, head: bool, versions: int = 1, put_off: float = 0.0
+) -> Memory:
     return stage_memory(
         job.workload,
         job.bounds,
@@ -262,6 +267,7 @@ def _memory(job: Job, stage: int, in_flight: float, again: bool, *, head: bool, 
         replicas=job.replicas,
         recompute=again,
         weight_versions=versions,
+        put_off=put_off,
     )
 
 

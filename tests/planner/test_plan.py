@@ -19,7 +19,7 @@ from ibp_deepspeed.planner import plan
 from ibp_deepspeed.planner.advice import advise
 from ibp_deepspeed.planner.hardware import Cluster, Device, Link
 from ibp_deepspeed.planner.learned import Learned, learned, table
-from ibp_deepspeed.planner.memory import stage_memory
+from ibp_deepspeed.planner.memory import PUT_OFF, stage_memory
 from ibp_deepspeed.planner.plan import Candidate, Job, candidates, evaluate
 from ibp_deepspeed.planner.workload import NOTHING, Work, Workload, balanced
 from models import CausalLM
@@ -79,6 +79,10 @@ def test_memory_is_what_a_stage_holds() -> None:
     assert (shared.weights, shared.gradients, shared.optimizer) == (2000 * 2, 2000 * 4, 2000 * 12 / 4)
     again = stage_memory(half, [0, 3, 18], 0, 4, head=False, recompute=True)
     assert again.activations == 4 * 1e3 + 128
+    due = stage_memory(half, [0, 3, 18], 0, 4, head=False, put_off=2)
+    assert due.activations == pytest.approx(4 * 128 + 2 * PUT_OFF * 128)
+    due = stage_memory(half, [0, 3, 18], 0, 4, head=False, put_off=2, recompute=True)
+    assert due.activations == pytest.approx(4 * 1e3 + 128 + 2 * PUT_OFF * 128)
 
 
 def test_a_balanced_partition_counts_heads_and_vocabulary() -> None:
