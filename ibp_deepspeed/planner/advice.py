@@ -9,6 +9,9 @@ from ibp_deepspeed.errors import PlanError
 from ibp_deepspeed.planner.plan import Job, Row, outlook
 from ibp_deepspeed.planner.workload import balanced
 
+INTERLOCK_BELOW = 0.95
+"""Of the fastest exact schedule's time: what is not faster than that is not worth another loss."""
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -78,7 +81,7 @@ def advise(job: Job, rows: Sequence[Row], tolerance: float = 0.02) -> Advice:
     ours = [row for row in fitting if row.candidate.block is not None and not row.exact and row.learned is not None]
     good = [row for row in ours if row.learned is not None and row.learned.mean <= tolerance]
     best = min(good, key=lambda row: row.batch_time, default=None)
-    if exact is None or (best is not None and best.batch_time < 0.95 * exact.batch_time):
+    if exact is None or (best is not None and best.batch_time < INTERLOCK_BELOW * exact.batch_time):
         if best is None:
             chosen = min(fitting, key=lambda row: row.batch_time)
             return Advice(chosen, f"{chosen.candidate.name} is the fastest that fits; its learning is not measured.")
@@ -89,7 +92,7 @@ def advise(job: Job, rows: Sequence[Row], tolerance: float = 0.02) -> Advice:
     missed = min(ours, key=lambda row: row.batch_time, default=None)
     why = (
         "nothing that interlocks is more than 5% faster"
-        if best is not None or missed is None or missed.batch_time >= 0.95 * exact.batch_time
+        if best is not None or missed is None or missed.batch_time >= INTERLOCK_BELOW * exact.batch_time
         else f"what is faster ({missed.candidate.name}, {missed.batch_time / exact.batch_time:.2f} of the time) was "
         f"measured to learn worse than {tolerance:.0%} allows"
     )

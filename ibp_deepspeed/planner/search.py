@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import inf
 from typing import Any
 
 from ibp_deepspeed.errors import PlanError
+from ibp_deepspeed.planner.advice import INTERLOCK_BELOW
 from ibp_deepspeed.planner.hardware import Cluster
 from ibp_deepspeed.planner.plan import Candidate, Job, Outlook, Row, evaluate, outlook, sizes
 from ibp_deepspeed.planner.workload import Workload, balanced
@@ -130,6 +132,7 @@ class Result:
 
     Attributes:
         best: the fastest of each group, fastest first.
+        exact: the fastest whose gradients are backpropagation's; None if none fits.
         excluded: why → how many ways.
         looked_at: ways in all.
         simulated: of them.
@@ -137,10 +140,19 @@ class Result:
     """
 
     best: list[Found] = field(default_factory=list)
+    exact: Found | None = None
     excluded: Counter[str] = field(default_factory=Counter)
     looked_at: int = 0
     simulated: int = 0
     complete: bool = True
+
+    @property
+    def advised(self) -> Found:
+        """The fastest, if it is exact or more than 5% faster than what is; else that, as the plain table advises."""
+        first = self.best[0]
+        if self.exact is None or first.row.batch_time < INTERLOCK_BELOW * self.exact.row.batch_time:
+            return first
+        return self.exact
 
 
 def search(
@@ -168,7 +180,10 @@ def search(
     best: dict[tuple[int, int, str], Found] = {}
     for way, known, without in progress(prospects):
         ranked = sorted(found.row.batch_time for found in best.values())
-        if len(ranked) >= keep and _SURE * known.least_time > ranked[keep - 1]:
+        most_wanted = ranked[keep - 1] if len(ranked) >= keep else inf
+        if known.exact:  # with the fastest exact one all others are compared
+            most_wanted = max(most_wanted, inf if result.exact is None else result.exact.row.batch_time)
+        if _SURE * known.least_time > most_wanted:
             result.excluded["slower than the best ones by the work of their busiest stage alone"] += 1
             continue
         if result.simulated >= most:
@@ -181,6 +196,8 @@ def search(
             result.excluded["can't be simulated as large as they are"] += 1
             continue
         found = Found(way, row, known, without)
+        if row.exact and (result.exact is None or found.rank < result.exact.rank):
+            result.exact = found
         if way.group not in best or found.rank < best[way.group].rank:
             best[way.group] = found
     result.best = sorted(best.values(), key=lambda found: found.rank)[:keep]

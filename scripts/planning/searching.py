@@ -43,7 +43,7 @@ def find(args: argparse.Namespace) -> None:
         args.json.write_text(as_json(result) + "\n", encoding="utf-8")
     if not result.best:
         raise PlanError(nothing(found_for, result))
-    best = result.best[0].way
+    best = result.advised.way
     if args.write is not None:
         assert best.candidate.block is not None
         text = json.dumps(settings(best.job, best.candidate.block, best.samples, args), indent=2)
@@ -130,7 +130,7 @@ def show(space: Space, result: Result) -> None:
     )
     table = Table("", "K", "replicas", "M", "samples", "strategy", "heads", "ms a batch", "tokens/s", "GiB", "loss")
     for number, found in enumerate(result.best, 1):
-        table.add_row(str(number), *cells(space, found), style="bold" if number == 1 else None)
+        table.add_row(str(number), *cells(space, found), style="bold" if found is result.advised else None)
     if result.best:
         console.print(table)
     for number, found in enumerate(result.best, 1):
@@ -140,6 +140,25 @@ def show(space: Space, result: Result) -> None:
         console.print(f"  {count:,}: {reason}", soft_wrap=True)
     if any(not found.row.exact for found in result.best):
         console.print("Losses were measured with private heads.", soft_wrap=True)
+    if result.best:
+        console.print(f"\nAdvice: {advice(result)}", soft_wrap=True)
+
+
+def advice(result: Result) -> str:
+    """What to do, and why."""
+    first, advised, exact = result.best[0], result.advised, result.exact
+    what = f"{advised.way.job.stages} stages, {advised.way.candidate.name}"
+    if advised is exact and first is not exact:
+        part = first.row.batch_time / exact.row.batch_time
+        return (
+            f"do not interlock here: the fastest ({first.way.candidate.name}) takes {part:.2f} of the time of what is "
+            f"exact, which is not worth another loss. {what}."
+        )
+    if exact is None or advised is exact:
+        return f"{what}, the fastest{' and exact' if advised is exact else ''}."
+    learned = advised.known.learned
+    said = f"; {learned.sentence()}" if learned is not None else "."
+    return f"{what}, in {advised.row.batch_time / exact.row.batch_time:.2f} of the time of what is exact{said}"
 
 
 def cells(space: Space, found: Found) -> list[str]:
@@ -212,28 +231,32 @@ def command(way: Any, args: argparse.Namespace) -> str:
 
 def as_json(result: Result) -> str:
     """All numbers of the best, in seconds and bytes."""
-    from dataclasses import asdict
-
     return json.dumps(
         {
             "looked_at": result.looked_at,
             "simulated": result.simulated,
             "complete": result.complete,
+            "advice": advice(result) if result.best else "nothing fits",
             "excluded": dict(result.excluded),
-            "best": [
-                {
-                    "stages": found.way.job.stages,
-                    "bounds": list(found.way.job.bounds),
-                    "replicas": found.way.job.replicas,
-                    "micro_batches": found.way.job.micro_batches,
-                    "samples": found.way.samples,
-                    "recompute": found.way.job.recompute,
-                    "heads": found.way.kind,
-                    "reason": why(found),
-                    "row": asdict(found.row),
-                }
-                for found in result.best
-            ],
+            "advised": _as_json(result.advised) if result.best else None,
+            "best": [_as_json(found) for found in result.best],
         },
         indent=1,
     )
+
+
+def _as_json(found: Found) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    job = found.way.job
+    return {
+        "stages": job.stages,
+        "bounds": list(job.bounds),
+        "replicas": job.replicas,
+        "micro_batches": job.micro_batches,
+        "samples": found.way.samples,
+        "recompute": job.recompute,
+        "heads": found.way.kind,
+        "reason": why(found),
+        "row": asdict(found.row),
+    }

@@ -201,11 +201,19 @@ def test_the_command_writes_what_it_advises(tmp_path: Path) -> None:
     assert len(json.loads(numbers.read_text())["rows"]) > 10 and "Advice:" in shown.stdout
 
 
-def test_the_pages_command_runs_and_one_stage_can_be_planned() -> None:
-    (words,) = commands("planning.md")
-    shown = run(*words[2:])
+def test_the_pages_commands_run_and_one_stage_can_be_planned(tmp_path: Path) -> None:
+    plain, *searches = commands("planning.md")
+    shown = run(*plain[2:])
     assert shown.returncode == 0 and "Advice: " in shown.stdout, shown.stderr
     assert "the slowest stage is" in shown.stdout and "balanced by parameters" in shown.stdout
+    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    for words in searches:
+        target = tmp_path / words[-1]
+        shown = run(*words[2:-1], str(target))
+        assert shown.returncode == 0, shown.stderr
+        advice = next(line for line in shown.stdout.splitlines() if line.startswith("Advice: "))
+        assert advice in page  # what the page decides by
+        assert json.loads(target.read_text())["interlocking"]["exits"] in (4, 8)
     uneven = run("--model", "models/configs/llama-tiny.json", "--stages", "4", "--jitter", "0.1", "--straggler", "1=2")
     assert uneven.returncode == 0 and "Advice: " in uneven.stdout, uneven.stderr
     alone = run("--model", "models/configs/llama-tiny.json", "--stages", "1")

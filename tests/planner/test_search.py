@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.planner.hardware import Cluster, Device, Link
 from ibp_deepspeed.planner.plan import evaluate, outlook
-from ibp_deepspeed.planner.search import Kind, Space, search, ways
+from ibp_deepspeed.planner.search import Kind, Result, Space, search, ways
 from ibp_deepspeed.planner.workload import Work, Workload
 from tests.planner.test_plan import run
 
@@ -69,6 +69,10 @@ def test_the_search_is_brute_force_with_less_work(
     result = search(of, tolerance)
     assert result.complete and result.looked_at == sum(1 for _ in ways(of, Counter()))
     assert [found.row.batch_time for found in result.best] == pytest.approx([time for time, _ in expected], rel=1e-4)
+    exact = [time for time, (_, _, name) in by_brute_force(of, -1.0)]
+    assert (result.exact.row.batch_time if result.exact else None) == pytest.approx(
+        exact[0] if exact else None, rel=1e-4
+    )
     for found in result.best:
         assert memory is None or found.row.most_memory <= memory
         job = found.way.job
@@ -90,6 +94,16 @@ def test_it_does_not_depend_on_the_run_and_prunes() -> None:
     assert first.looked_at == first.simulated + left and first.simulated < first.looked_at / 10
     few = search(of, 0.06, most=5)
     assert few.simulated == 5 and not few.complete and few.excluded["beyond the number of simulations"] > 0
+
+
+def test_what_is_advised_is_exact_unless_it_is_much_slower() -> None:
+    far = search(space(samples=8), 0.0)
+    assert far.exact is far.best[0] is far.advised
+    exact, time = far.best[0], far.best[0].row.batch_time
+    for share, advised in ((0.94, True), (0.96, False)):
+        faster = replace(exact, row=replace(exact.row, batch_time=share * time, exact=False))
+        result = Result(best=[faster, exact], exact=exact)
+        assert result.advised is (faster if advised else exact)
 
 
 def test_recomputation_is_for_what_does_not_fit_otherwise() -> None:
@@ -148,7 +162,7 @@ def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
     shown = run(*words, "--sequence-length", "128", "--fp32", "--write", str(target), "--json", str(numbers))
     assert shown.returncode == 0, shown.stderr
     assert "ways looked at" in shown.stdout and "their learning is not measured" in shown.stdout
-    best, written = json.loads(numbers.read_text())["best"][0], json.loads(target.read_text())
+    best, written = json.loads(numbers.read_text())["advised"], json.loads(target.read_text())
     assert written["gradient_accumulation_steps"] == best["micro_batches"]
     assert written["train_micro_batch_size_per_gpu"] == best["samples"]
     assert written["pipeline"]["activation_checkpoint_interval"] == int(best["recompute"])
