@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import cli
 from ibp_deepspeed.errors import OutputError
-from scripts.subject import add_subject_arguments, check_positions, check_sizes, subject
+from scripts.planning.subject import add_subject_arguments, check_positions, check_sizes, subject
 
 if TYPE_CHECKING:
     from ibp_deepspeed.planner.profile import Piece, Profile, Spread

@@ -23,6 +23,7 @@ CASES = {
     "compute": "a real Llama on real cores: tokens a second",
     "links": "stages on hosts of their own, joined by slow links (needs root)",
     "memory": "saved activations of a real model on each stage",
+    "footprint": "what each stage of a running engine holds, beside what the planner says",
     "heads": "one head: time and peak memory against full logits",
     "split": "decoder layers: the backward pass at once, and input gradient first",
     "trace": "what recording a trace costs",
@@ -48,6 +49,8 @@ def main() -> None:
     if not rows:
         return  # the case has said why
     print(f"\n{table(rows, module.COLUMNS)}")
+    if hasattr(module, "summary"):
+        print(f"\n{module.summary(rows)}")
     if args.out:
         about = {key: value for key, value in vars(args).items() if key not in ("case", "out")}
         save(args.out / f"{args.case}.json", rows, **about)

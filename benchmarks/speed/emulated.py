@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.speed.contenders import PEERS, Batch, Model, applies, interlocking, make
+from benchmarks.speed import predicted
+from benchmarks.speed.contenders import PEERS, Batch, Model, applies, make
 from benchmarks.speed.harness import Row, Spread, interleaved, spawn
 from benchmarks.speed.latency import delay_deepspeed, delay_engine
 from benchmarks.speed.sleeping import HEAD_UNITS, WIDTH, Clock, SleepingHead, SleepingLayer, loss_fn
-from ibp_deepspeed import InterlockingConfig, Strategy
-from ibp_deepspeed.strategy.timeline import Timeline
 
 _FILL = 4  # micro-batches after which a pipeline that streams is in its stride
 
@@ -38,26 +38,38 @@ def data() -> Iterator[Batch]:
     return repeat((torch.zeros(1, WIDTH), torch.zeros(1, WIDTH)))
 
 
-def time_batches(
-    engine: Any, batches: int, warm_up: int = 1, rows: Iterator[Batch] | None = None
-) -> tuple[float, float]:
-    """Seconds a batch on the slowest rank after ``warm_up`` batches, and this rank's idle share."""
+class Timed(NamedTuple):
+    """What a batch took.
+
+    Attributes:
+        seconds: on the slowest rank.
+        idle: share of them that this rank did not sleep.
+        processor: seconds of a processor that this rank's engine took.
+    """
+
+    seconds: float
+    idle: float
+    processor: float
+
+
+def time_batches(engine: Any, batches: int, warm_up: int = 1, rows: Iterator[Batch] | None = None) -> Timed:
+    """The mean batch after ``warm_up`` batches."""
     import torch.distributed as dist
 
     rows = rows or data()
     dist.barrier()
     for _ in range(warm_up):
         engine.train_batch(rows)
-    start, slept = time.perf_counter(), Clock.slept
+    start, slept, processor = time.perf_counter(), Clock.slept, time.thread_time()
     for _ in range(batches):
         engine.train_batch(rows)
     elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    idle = 1 - (Clock.slept - slept) / elapsed.item()
+    idle, own = 1 - (Clock.slept - slept) / elapsed.item(), time.thread_time() - processor
     dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-    return elapsed.item() / batches, idle
+    return Timed(elapsed.item() / batches, idle, own / batches)
 
 
-def worker(arguments: dict[str, Any]) -> list[list[tuple[float, float]]]:
+def worker(arguments: dict[str, Any]) -> list[list[Timed]]:
     """One rank: all contenders of one K and M, interleaved."""
     import deepspeed
 
@@ -116,41 +128,22 @@ def measure(
     )
     rows: list[Row] = []
     for index, name in enumerate(running):
-        seconds = [second for second, _ in by_rank[0][index]]
-        idle = [min(share for _, share in rank[index]) for rank in by_rank]
+        units = Spread.of([of.seconds for of in by_rank[0][index]]).scaled(1 / micro_batches / unit)
+        idle = [min(of.idle for of in rank[index]) for rank in by_rank]
+        own = [median(of.processor for of in rank[index]) / micro_batches / unit for rank in by_rank]
         rows.append(
             {
                 "stages": stages,
                 "micro_batches": micro_batches,
                 "latency": latency,
                 "contender": name,
-                "units": Spread.of(seconds).scaled(1 / micro_batches / unit),
+                "units": units,
                 "idle": [round(share, 3) for share in idle],
-                **prediction(name, stages, micro_batches, latency),
+                **predicted.predictions(name, stages, micro_batches, latency, units[1], own),
             }
         )
     peer = next(row["units"][0] for row in rows if row["contender"] == "1F1B")
     return [{**row, "speedup": round(peer / row["units"][0], 3)} for row in rows]
-
-
-def prediction(name: str, stages: int, micro_batches: int, latency: float) -> dict[str, float]:
-    """What the schedule's simulation says; nothing for schedules that are not ours."""
-    from ibp_deepspeed.schedule.predict import predict
-    from ibp_deepspeed.schedule.simulator import Costs
-
-    strategy = strategy_of(name, stages)
-    if strategy is None:
-        return {}
-    said = predict(strategy, micro_batches, Costs(latency=latency))
-    return {"limit": round(said.limit, 3), "predicted": round(said.micro_batch_time, 3)}
-
-
-def strategy_of(name: str, stages: int) -> Strategy | None:
-    """What a contender's schedule is made of; None for peers whose schedules are not ours."""
-    if name in PEERS and name != "1F1B":
-        return None
-    block = interlocking("B-W fused" if name == "1F1B" else name, stages)
-    return Timeline(InterlockingConfig.parse(block), stages, 1).at(0)[0]
 
 
 def _units(row: Row) -> str:
@@ -164,8 +157,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "latency": lambda row: f"{row['latency']:g}",
     "": lambda row: row["contender"],
     "units a micro-batch": _units,
-    "limit": lambda row: f"{row['limit']:.2f}" if "limit" in row else "–",
-    "predicted": lambda row: f"{row['predicted']:.2f}" if "predicted" in row else "–",
+    "limit": lambda row: f"{row['limit']:.2f}",
+    **predicted.COLUMNS,
     "against 1F1B": lambda row: f"{row['speedup']:.2f}×",
     "idle, busiest to idlest stage": lambda row: f"{min(row['idle']):.1%} … {max(row['idle']):.1%}",
 }

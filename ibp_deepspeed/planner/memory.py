@@ -10,6 +10,10 @@ from ibp_deepspeed.planner.workload import Work, Workload
 LOGITS = 2 * 2**26
 """A chunk of logits and its gradient, in fp32 (``objectives/cross_entropy.py``)."""
 
+PUT_OFF = 0.77
+"""Of what a micro-batch keeps, what its weight gradients are made of after its input gradient (docs/performance.md,
+"held between": 0.56 to 0.77)."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -44,24 +48,26 @@ def stage_memory(
     replicas: int = 1,
     recompute: bool = False,
     weight_versions: int = 1,
+    put_off: float = 0.0,
 ) -> Memory:
     """What a stage holds at most.
 
     Args:
         workload, bounds, stage: which layers.
-        in_flight: micro-batches whose activations it holds.
+        in_flight: micro-batches whose activations it holds as a whole.
         head: whether an auxiliary head is on it.
         zero: ZeRO stage, 0 or 1 (1: the optimizer's state is divided between replicas).
         replicas: data-parallel ranks.
         recompute: only the stage's input is kept, and one micro-batch's activations.
         weight_versions: sets of weights (asynchronous pipelines keep two).
+        put_off: micro-batches beside these whose weight gradients alone are due, recomputed or not.
     """
     trunk = workload.stage(bounds, stage)
     of_head = workload.head if head else None
     weights, gradients, optimizer = _states(trunk, workload.weight_bytes, zero, replicas)
     head_states = (0.0, 0.0, 0.0) if of_head is None else _states(of_head, workload.weight_bytes, zero, replicas)
     kept = trunk.kept if not recompute else workload.message
-    activations = in_flight * kept + (trunk.kept if recompute else 0.0)
+    activations = in_flight * kept + put_off * PUT_OFF * trunk.kept + (trunk.kept if recompute else 0.0)
     has_logits = head or stage == len(bounds) - 2
     return Memory(
         weights=weights * weight_versions + head_states[0],

@@ -1,21 +1,23 @@
-"""Other systems' pipeline schedules, executed from their own instruction lists, without devices.
+"""Other systems' pipeline schedules, from their own instruction lists.
 
 ``1F1B`` and ``DualPipeV`` are DeepSpeed's ``TrainSchedule`` and ``DualPipeVSchedule``; ``interleaved 1F1B``, ``ZB1``
 (interleaved zero bubble) and ``ZBV`` are torch.distributed.pipelining's. A rank holds one or two chunks of the model.
+``asynchronous 1F1B`` is PipeDream-2BW's, which never drains: stage k is K-1-k forward passes ahead for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from deepspeed.runtime.pipe import schedule as ds
 
-from ibp_deepspeed.errors import PlanError, ScheduleError
+from ibp_deepspeed.errors import PlanError
 from ibp_deepspeed.schedule.instructions import BackwardPass
-from ibp_deepspeed.schedule.simulator import Boundary, Costs
+
+ASYNCHRONOUS = "asynchronous 1F1B"
 
 Message = tuple[str, int, int]
 """("F" or "B", the chunk that sends it, micro-batch)."""
@@ -39,16 +41,26 @@ class Peer:
         chunks: of the model, 1 or 2 a rank.
         places: the rank of each chunk.
         programs: the steps of each rank in a batch.
+        micro_batches: M; messages with larger numbers are those of the next batches.
+        prologues: steps of each rank before its first batch.
     """
 
     chunks: int
     places: list[int]
     programs: list[list[Step]]
+    micro_batches: int
+    prologues: list[list[Step]] = field(default_factory=list)
 
     @property
     def in_flight(self) -> list[int]:
         """The most micro-batches of chunks that each rank holds at once."""
-        return [max(accumulate(step.begins for step in program)) for program in self.programs]
+        before = self.prologues or [[] for _ in self.programs]
+        return [max(accumulate(s.begins for s in [*a, *b])) for a, b in zip(before, self.programs, strict=True)]
+
+    @property
+    def settles_after(self) -> int:
+        """Batches after which its beginning is forgotten; one that drains forgets it at once."""
+        return 2 * -(-len(self.programs) // self.micro_batches) if self.prologues else 0
 
 
 def make_peer(name: str, stages: int, micro_batches: int) -> Peer:
@@ -60,11 +72,15 @@ def make_peer(name: str, stages: int, micro_batches: int) -> Peer:
     reason = why_not(name, stages, micro_batches)
     if reason:
         raise PlanError(reason)
+    own = list(range(stages))
+    if name == ASYNCHRONOUS:
+        found = [_asynchronous(stages, micro_batches, k) for k in own]
+        return Peer(stages, own, [program for program, _ in found], micro_batches, [ahead for _, ahead in found])
     if name == "1F1B":
-        return Peer(stages, list(range(stages)), [list(_one_f_one_b(stages, micro_batches, k)) for k in range(stages)])
+        return Peer(stages, own, [list(_one_f_one_b(stages, micro_batches, k)) for k in own], micro_batches)
     if name == "DualPipeV":
         programs = [list(_dual_pipe_v(stages, micro_batches, rank)) for rank in range(stages)]
-        return Peer(2 * stages, [*range(stages), *range(stages - 1, -1, -1)], programs)
+        return Peer(2 * stages, [*range(stages), *range(stages - 1, -1, -1)], programs, micro_batches)
     return _torchs(name, stages, micro_batches)
 
 
@@ -73,8 +89,26 @@ def why_not(name: str, stages: int, micro_batches: int) -> str | None:
     if name in ("DualPipeV", "ZBV") and micro_batches < 2 * stages:
         return f"{name} needs at least {2 * stages} micro-batches on {stages} stages, {micro_batches} are given."
     if name in ("interleaved 1F1B", "ZB1") and micro_batches % stages:
-        return f"{name} needs a multiple of {stages} micro-batches, {micro_batches} are given."
+        below = micro_batches // stages * stages
+        fit = f"{below} or {below + stages}" if below else f"{stages}"
+        return f"{name} needs a multiple of {stages} micro-batches, {micro_batches} are given: {fit} would fit."
     return None
+
+
+def _asynchronous(stages: int, micro_batches: int, stage: int) -> tuple[list[Step], list[Step]]:
+    """One batch, and the forward passes that are ahead from the start."""
+
+    def forward(number: int) -> Step:
+        waits = (("F", stage - 1, number),) if stage else ()
+        return Step(waits, (("forward", stage),), (("F", stage, number),), begins=1)
+
+    def backward(number: int) -> Step:
+        waits = (("B", stage + 1, number),) if stage < stages - 1 else ()
+        return Step(waits, _both(stage), (("B", stage, number),), begins=-1)
+
+    ahead = stages - 1 - stage
+    program = [step for number in range(micro_batches) for step in (forward(number + ahead), backward(number))]
+    return program, [forward(number) for number in range(ahead)]
 
 
 def _one_f_one_b(stages: int, micro_batches: int, stage: int) -> Iterator[Step]:
@@ -98,12 +132,7 @@ def _one_f_one_b(stages: int, micro_batches: int, stage: int) -> Iterator[Step]:
                 case ds.ForwardPass():
                     yield Step(pieces=(("forward", stage),), begins=1)
                 case ds.BackwardPass():
-                    yield Step(pieces=_whole(stage), begins=-1)
-
-
-def _whole(chunk: int) -> tuple[tuple[str, int], ...]:
-    """A backward pass in one piece."""
-    return tuple((name, chunk) for name in BackwardPass.costs)
+                    yield Step(pieces=_both(stage), begins=-1)
 
 
 def _dual_pipe_v(stages: int, micro_batches: int, rank: int) -> Iterator[Step]:
@@ -138,8 +167,13 @@ def _dual_pipe_v(stages: int, micro_batches: int, rank: int) -> Iterator[Step]:
                 case ds.ForwardPass():
                     yield Step(pieces=(("forward", chunk[phase]),), begins=1)
                 case ds.BackwardPass():
-                    yield Step(pieces=_whole(chunk[phase]), begins=-1)
+                    yield Step(pieces=_both(chunk[phase]), begins=-1)
     yield from commit()
+
+
+def _both(chunk: int) -> tuple[tuple[str, int], ...]:
+    """B and W in one piece."""
+    return tuple((name, chunk) for name in BackwardPass.costs)
 
 
 _TORCHS = {"interleaved 1F1B": "Interleaved1F1B", "ZB1": "InterleavedZeroBubble", "ZBV": "ZBVZeroBubble"}
@@ -154,7 +188,12 @@ def _torchs(name: str, stages: int, micro_batches: int) -> Peer:
     turning = name == "ZBV"
     places = [*range(stages), *(range(stages - 1, -1, -1) if turning else range(stages))]
     lists = get_schedule_ops(_TORCHS[name], stages, micro_batches, 2)
-    return Peer(chunks, places, [[_step(action, chunks) for action in row if action is not None] for row in lists])
+    return Peer(
+        chunks,
+        places,
+        [[_step(action, chunks) for action in row if action is not None] for row in lists],
+        micro_batches,
+    )
 
 
 _PIECES = {
@@ -175,77 +214,3 @@ def _step(action: Any, chunks: int) -> Step:
         return Step(pieces=pieces, begins=-1)
     waits = (("B", chunk + 1, micro_batch),) if chunk < chunks - 1 else ()
     return Step(waits, pieces, (("B", chunk, micro_batch),), begins=-1 if kind == "FULL_BACKWARD" else 0)
-
-
-@dataclass(frozen=True)
-class Execution:
-    """What a peer's batch takes, in the unit of the costs.
-
-    Attributes:
-        batch_time: a batch, when batches follow each other.
-        idle: share of each rank's time.
-    """
-
-    batch_time: float
-    idle: list[float]
-
-
-def execute(
-    peer: Peer, costs: Sequence[Costs], boundaries: Sequence[Boundary] | None = None, batches: int = 4
-) -> Execution:
-    """Execute a peer's schedule over some batches; a rank begins the next one when it has ended its own.
-
-    Args:
-        peer: the schedule.
-        costs: of each chunk.
-        boundaries: between neighbouring ranks, K-1; none costs anything if None.
-        batches: the last one is measured.
-    """
-    ranks = len(peer.programs)
-    clock, position = [0.0] * ranks, [0] * ranks
-    arrived: dict[tuple[int, Message], float] = {}
-    free: dict[tuple[int, int], float] = {}
-    busy = [0.0] * ranks
-    ends: list[list[float]] = [[] for _ in range(ranks)]
-    moving = True
-    while moving:
-        moving = False
-        for rank, program in enumerate(peer.programs):
-            while position[rank] < batches * len(program):
-                batch, index = divmod(position[rank], len(program))
-                step = program[index]
-                times = [arrived.get((batch, message)) for message in step.waits]
-                if None in times:
-                    break
-                start = max([clock[rank], *(t for t in times if t is not None)])
-                work = sum(getattr(costs[chunk], piece) for piece, chunk in step.pieces)
-                clock[rank] = start + work
-                busy[rank] += work if batch == batches - 1 else 0.0
-                for message in step.sends:
-                    arrived[batch, message] = _arrival(peer, message, rank, clock[rank], boundaries, free)
-                position[rank] += 1
-                moving = True
-                if index == len(program) - 1:
-                    ends[rank].append(clock[rank])
-    if any(len(row) < batches for row in ends):
-        raise ScheduleError(f"a peer's schedule waits for ever at steps {position}")
-    spans = [row[-1] - row[-2] for row in ends]
-    return Execution(max(spans), [1 - b / max(spans) for b in busy])
-
-
-def _arrival(
-    peer: Peer,
-    message: Message,
-    rank: int,
-    now: float,
-    boundaries: Sequence[Boundary] | None,
-    free: dict[tuple[int, int], float],
-) -> float:
-    kind, chunk, _ = message
-    target = chunk + (1 if kind == "F" else -1)
-    if not 0 <= target < peer.chunks or peer.places[target] == rank or boundaries is None:
-        return now
-    other = peer.places[target]
-    boundary = boundaries[min(rank, other)] if abs(rank - other) == 1 else max(boundaries, key=lambda b: b.sending)
-    free[rank, other] = max(now, free.get((rank, other), 0.0)) + boundary.sending
-    return free[rank, other] + boundary.latency

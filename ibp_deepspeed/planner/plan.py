@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,15 +12,15 @@ from ibp_deepspeed.errors import ConfigError, PlanError
 from ibp_deepspeed.planner.hardware import Cluster
 from ibp_deepspeed.planner.learned import Learned, learned
 from ibp_deepspeed.planner.memory import Memory, stage_memory
-from ibp_deepspeed.planner.peers import why_not
-from ibp_deepspeed.planner.timing import Timing, asynchronous_timing, peer_timing, stage_work, strategy_timing
+from ibp_deepspeed.planner.peers import ASYNCHRONOUS
+from ibp_deepspeed.planner.pieces import crossings, works
+from ibp_deepspeed.planner.timing import Timing, peer_timing, strategy_timing
 from ibp_deepspeed.planner.workload import Workload
 from ibp_deepspeed.schedule.simulator import Costs
 from ibp_deepspeed.strategy.strategy import Strategy
 from ibp_deepspeed.strategy.timeline import Timeline
 
 PEERS = ("1F1B", "interleaved 1F1B", "ZB1", "ZBV", "DualPipeV")
-ASYNCHRONOUS = "asynchronous 1F1B"
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,19 @@ class Job:
     def stages(self) -> int:
         """K."""
         return len(self.bounds) - 1
+
+    def costs(self, again: Sequence[bool], borrow: int = 0) -> list[Costs]:
+        """Seconds of each piece of each stage's work, a straggler's times its factor.
+
+        Args:
+            again: whether each stage runs forward again before its backward pass.
+            borrow: layers of the next stage before an auxiliary head.
+
+        Raises:
+            PlanError: a straggler that there is not.
+        """
+        found = self.workload.costs(self.bounds, self.cluster.device.flops, borrow=borrow, recompute=again)
+        return self.cluster.slowed(found)
 
 
 @dataclass(frozen=True)
@@ -103,17 +115,17 @@ def candidates(stages: int) -> Iterator[Candidate]:
     yield Candidate(ASYNCHRONOUS)
     yield Candidate("backpropagation, input gradients first", {"strategy": "global", "exits": stages})
     yield Candidate("backpropagation, all exits (sum)", {"strategy": "global", "mode": "sum"})
-    for size in _sizes(stages):
+    for size in sizes(stages):
         if size > 1:
             yield Candidate(f"modules of {size} (G = {size})", {"strategy": "local", "exits": size})
-    for width in _sizes(stages):
+    for width in sizes(stages):
         yield Candidate(f"N = {width}", _nwise(width, "window"))
         if width > 1:
             yield Candidate(f"N = {width}, furthest", _nwise(width, "furthest"))
     yield Candidate("N = 1, heads behind a borrowed layer", {"strategy": "local", "aux_head": {"borrow": 1}})
 
 
-def _sizes(stages: int) -> list[int]:
+def sizes(stages: int) -> list[int]:
     """1, 2, 3, 4, 6, 8, 12, 16, … below K."""
     found = [1, 2, 3]
     while found[-1] < stages:
@@ -125,58 +137,111 @@ def _nwise(width: int, mode: str) -> dict[str, Any]:
     return {"strategy": "nwise", "width": width, "mode": mode}
 
 
-def evaluate(job: Job, candidate: Candidate) -> Row:
-    """What a candidate costs; a row with the reason if it can't run."""
-    block = candidate.block
-    if block is None:
-        return _peer_row(job, candidate)
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a candidate of ours before its schedule is simulated.
+
+    Attributes:
+        strategy: on the job's stages.
+        costs: of each stage.
+        memory: of each stage.
+        least_time: seconds that a batch takes at least: the busiest stage's work, and the reduction.
+        reduction: seconds of it that sum gradients over replicas.
+        exact: whether the gradients are backpropagation's.
+        learned: how much higher its loss was than backpropagation's, where that was measured.
+    """
+
+    strategy: Strategy
+    costs: list[Costs]
+    memory: list[Memory]
+    least_time: float
+    reduction: float
+    exact: bool
+    learned: Learned | None
+
+
+def outlook(job: Job, block: Mapping[str, Any]) -> Outlook:
+    """Of one of our configurations.
+
+    Raises:
+        PlanError: it can't run so.
+    """
     config = InterlockingConfig.parse(block)
     try:
-        timeline = Timeline(config, job.stages, job.micro_batches, job.workload.head is not None)
-        strategy = timeline.at(0)[0]
+        strategy = Timeline(config, job.stages, job.micro_batches, job.workload.head is not None).at(0)[0]
     except ConfigError as error:
-        return Row(candidate, reason=str(error))
+        raise PlanError(str(error)) from None
     borrow = 0 if config.aux_head is None else config.aux_head.borrow
-    if borrow and any(high - low <= borrow for low, high in pairwise(job.bounds[1:])):
-        return Row(candidate, reason=f"{borrow} borrowed layers need stages of more than that.")
-    costs = job.workload.costs(job.bounds, job.cluster.device.flops, borrow=borrow, recompute=job.recompute)
-    boundaries = job.cluster.boundaries(job.stages, job.workload.message)
-    make = partial(_strategy, block, strategy, job)
-    timing = strategy_timing(make, job.stages, job.micro_batches, costs, boundaries)
+    shortest = min((high - low for low, high in pairwise(job.bounds[1:])), default=borrow + 1)
+    if borrow and shortest <= borrow:
+        fit = f"borrow = {shortest - 1} would fit" if shortest > 1 else "fewer stages would make them longer"
+        raise PlanError(
+            f"a head behind {_counted(borrow, 'borrowed layer')} needs stages of more than that, the shortest has "
+            f"{shortest}: {fit}."
+        )
+    # A stage whose update waits for no other one has nothing to recompute: it is updated at once.
+    again = [job.recompute and strategy.distance(k) > 0 for k in range(job.stages)]
+    costs = job.costs(again, borrow)
     exits = set(strategy.placement.losses) - {job.stages - 1}
     homes = {strategy.placement.home(loss) for loss in exits}
-    memory = [_memory(job, k, timing.in_flight[k], head=k in homes) for k in range(job.stages)]
-    gradients = [sum(strategy.crosses(loss, k) for loss in strategy.placement.losses) for k in range(1, job.stages)]
-    crossing = 1 + max(gradients) if gradients else 0
-    return Row(
-        candidate,
-        timing=timing,
-        batch_time=timing.batch_time + _reduction(job, memory),
-        memory=memory,
-        link_bytes=crossing * job.micro_batches * job.workload.message,
-        work=sum(stage_work(strategy, cost, k) for k, cost in enumerate(costs)) / _plain_work(costs),
+    held = [strategy.most_in_flight(k, job.micro_batches) for k in range(job.stages)]
+    whole = [min(job.micro_batches, strategy.distance(k) * strategy.hop_slots + 1) for k in range(job.stages)]
+    memory = [
+        _memory(job, k, whole[k], again[k], head=k in homes, put_off=held[k] - whole[k]) for k in range(job.stages)
+    ]
+    reduction = _reduction(job, memory)
+    return Outlook(
+        strategy,
+        costs,
+        memory,
+        least_time=job.micro_batches * max(works(strategy, costs)) + reduction,
+        reduction=reduction,
         exact=strategy.is_backpropagation,
         learned=learned(strategy.width, len(strategy.placement.losses), strategy.mode, borrow),
     )
 
 
+def evaluate(job: Job, candidate: Candidate) -> Row:
+    """What a candidate costs; a row with the reason if it can't run."""
+    try:
+        return _peer_row(job, candidate) if candidate.block is None else _own_row(job, candidate, candidate.block)
+    except PlanError as error:
+        return Row(candidate, reason=str(error))
+
+
+def _own_row(job: Job, candidate: Candidate, block: Mapping[str, Any]) -> Row:
+    known = outlook(job, block)
+    strategy = known.strategy
+    boundaries = job.cluster.boundaries(job.stages, job.workload.message)
+    timing = strategy_timing(strategy, job.micro_batches, known.costs, boundaries, job.cluster.uneven)
+    crossing = 1 + max(crossings(strategy)) if job.stages > 1 else 0
+    return Row(
+        candidate,
+        timing=timing,
+        batch_time=timing.batch_time + known.reduction,
+        memory=known.memory,
+        link_bytes=crossing * job.micro_batches * job.workload.message,
+        work=sum(works(strategy, known.costs)) / _plain_work(known.costs),
+        exact=known.exact,
+        learned=known.learned,
+    )
+
+
 def _peer_row(job: Job, candidate: Candidate) -> Row:
     name, late = candidate.name, candidate.name == ASYNCHRONOUS
-    reason = why_not(name, job.stages, job.micro_batches)
-    two_chunks = name not in ("1F1B", ASYNCHRONOUS)
-    if reason is None and two_chunks and len(job.workload.layers) - 2 < 2 * job.stages:
-        reason = f"{name} needs {2 * job.stages} decoder layers, two parts a stage; there are fewer."
-    if reason is not None:
-        return Row(candidate, reason=reason)
-    costs = job.workload.costs(job.bounds, job.cluster.device.flops, recompute=job.recompute)
+    layers, two_chunks = len(job.workload.layers) - 2, name not in ("1F1B", ASYNCHRONOUS)
+    if two_chunks and layers < 2 * job.stages:
+        raise PlanError(
+            f"{name} needs {2 * job.stages} decoder layers, two parts a stage, the model has {layers}: "
+            f"{_counted(layers // 2, 'stage')} would fit."
+        )
     boundaries = job.cluster.boundaries(job.stages, job.workload.message)
-    if late:
-        timing = asynchronous_timing(job.stages, job.micro_batches, costs)
-    else:
-        timing = peer_timing(name, job.stages, job.micro_batches, costs, boundaries)
+    again = [job.recompute] * job.stages
+    timing = peer_timing(name, job.stages, job.micro_batches, job.costs(again), boundaries, job.cluster.uneven)
     share = 0.5 if two_chunks else 1.0
     memory = [
-        _memory(job, k, share * timing.in_flight[k], head=False, versions=2 if late else 1) for k in range(job.stages)
+        _memory(job, k, share * timing.in_flight[k], again[k], head=False, versions=2 if late else 1)
+        for k in range(job.stages)
     ]
     crossings = 0 if job.stages == 1 else (2 if two_chunks else 1) * 2 * job.micro_batches
     note = learned(0, 1, "late", 0) if late else None
@@ -185,17 +250,13 @@ def _peer_row(job: Job, candidate: Candidate) -> Row:
     return Row(candidate, None, timing, time, memory, link_bytes, exact=not late, learned=note)
 
 
-def _strategy(block: Mapping[str, Any], full: Strategy, job: Job, stages: int) -> Strategy:
-    """The same strategy on fewer stages, for timing; of those whose reach is the whole pipeline, all of it."""
-    if stages == job.stages:
-        return full
-    values = dict(block)
-    if values.get("strategy") == "global" and values.get("exits") == job.stages:
-        values["exits"] = stages
-    return Timeline(InterlockingConfig.parse(values), stages, job.micro_batches, job.workload.head is not None).at(0)[0]
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _memory(job: Job, stage: int, in_flight: float, *, head: bool, versions: int = 1) -> Memory:
+def _memory(
+    job: Job, stage: int, in_flight: float, again: bool, *, head: bool, versions: int = 1, put_off: float = 0.0
+) -> Memory:
     return stage_memory(
         job.workload,
         job.bounds,
@@ -204,8 +265,9 @@ def _memory(job: Job, stage: int, in_flight: float, *, head: bool, versions: int
         head=head,
         zero=job.zero,
         replicas=job.replicas,
-        recompute=job.recompute,
+        recompute=again,
         weight_versions=versions,
+        put_off=put_off,
     )
 
 
@@ -213,62 +275,10 @@ def _reduction(job: Job, memory: Sequence[Memory]) -> float:
     """Seconds of a ring that sums the gradients of the largest stage over the replicas, after the batch."""
     if job.replicas == 1:
         return 0.0
-    link = job.cluster.inside if job.cluster.stages_a_host is None else job.cluster.between
+    link, rings = job.cluster.reduction(job.stages)
     size = max(m.gradients for m in memory)
-    return 2 * (job.replicas - 1) / job.replicas * size / link.bandwidth + 2 * (job.replicas - 1) * link.latency
+    return 2 * (job.replicas - 1) * (rings * size / job.replicas / link.bandwidth + link.latency)
 
 
 def _plain_work(costs: Sequence[Costs]) -> float:
     return sum(c.plain for c in costs)
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What to do, and why.
-
-    Attributes:
-        row: the candidate that is advised; None: nothing fits.
-        reason: in one or two sentences.
-    """
-
-    row: Row | None
-    reason: str
-
-
-def advise(job: Job, rows: Sequence[Row], tolerance: float = 0.02) -> Advice:
-    """The fastest candidate of ours that fits and whose loss was measured to be within ``tolerance`` of
-    backpropagation's, if it is more than 5% faster than the best exact schedule that fits; else that one."""
-    memory = job.cluster.device.memory
-    running = [row for row in rows if row.timing is not None]
-    fitting = [row for row in running if memory is None or row.most_memory <= memory]
-    if not fitting:
-        least = min(running, key=lambda row: row.most_memory, default=None)
-        if least is None:
-            raise PlanError("no way of training can run so.")
-        assert memory is not None
-        return Advice(
-            None,
-            f"Nothing fits into {memory / 2**30:.0f} GiB: {least.candidate.name} holds least, "
-            f"{least.most_memory / 2**30:.1f} GiB on its largest stage. Take more stages, ZeRO 1 with more replicas, "
-            "smaller micro-batches, or recomputation.",
-        )
-    exact = min((row for row in fitting if row.exact), key=lambda row: row.batch_time, default=None)
-    ours = [row for row in fitting if row.candidate.block is not None and not row.exact and row.learned is not None]
-    good = [row for row in ours if row.learned is not None and row.learned.mean <= tolerance]
-    best = min(good, key=lambda row: row.batch_time, default=None)
-    if exact is None or (best is not None and best.batch_time < 0.95 * exact.batch_time):
-        if best is None:
-            chosen = min(fitting, key=lambda row: row.batch_time)
-            return Advice(chosen, f"{chosen.candidate.name} is the fastest that fits; its learning is not measured.")
-        against = (
-            "" if exact is None else f" in {best.batch_time / exact.batch_time:.2f} of {exact.candidate.name}'s time"
-        )
-        return Advice(best, f"{best.candidate.name}{against}; {best.learned.sentence() if best.learned else ''}")
-    missed = min(ours, key=lambda row: row.batch_time, default=None)
-    why = (
-        "nothing that interlocks is more than 5% faster"
-        if best is not None or missed is None or missed.batch_time >= 0.95 * exact.batch_time
-        else f"what is faster ({missed.candidate.name}, {missed.batch_time / exact.batch_time:.2f} of the time) was "
-        f"measured to learn worse than {tolerance:.0%} allows"
-    )
-    return Advice(exact, f"Do not interlock here: {why}. {exact.candidate.name} is exact and the fastest that fits.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from ibp_deepspeed.schedule.simulator import Costs
@@ -34,6 +34,11 @@ class Work:
         """Both, one after the other."""
         names = ("forward", "input_gradient", "weight_gradient", "parameters", "trained", "kept", "at_once")
         return Work(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    def times(self, samples: int) -> Work:
+        """Of a micro-batch of so many times as many samples."""
+        pieces = (samples * self.forward, samples * self.input_gradient, samples * self.weight_gradient)
+        return Work(*pieces, self.parameters, self.trained, samples * self.kept, samples * self.at_once)
 
     @property
     def total(self) -> float:
@@ -66,25 +71,33 @@ class Workload:
     tokens: int
     weight_bytes: int
 
+    def times(self, samples: int) -> Workload:
+        """With micro-batches of so many times as many samples."""
+        layers = tuple(layer.times(samples) for layer in self.layers)
+        head = None if self.head is None else self.head.times(samples)
+        return replace(self, layers=layers, head=head, message=samples * self.message, tokens=samples * self.tokens)
+
     def stage(self, bounds: Sequence[int], stage: int) -> Work:
         """The layers bounds[stage] … bounds[stage+1]-1."""
         return sum(self.layers[bounds[stage] : bounds[stage + 1]], NOTHING)
 
-    def costs(self, bounds: Sequence[int], flops: float, *, borrow: int = 0, recompute: bool = False) -> list[Costs]:
+    def costs(
+        self, bounds: Sequence[int], flops: float, *, borrow: int = 0, recompute: Sequence[bool] = ()
+    ) -> list[Costs]:
         """Seconds of each piece of each stage's work, on devices of that many operations a second.
 
         Args:
             bounds: of the stages.
             flops: a second.
             borrow: layers of the next stage before an auxiliary head.
-            recompute: stages run forward again before their backward pass.
+            recompute: whether each stage runs forward again before its backward pass (default: none does).
         """
         head = 0.0 if self.head is None else self.head.total / flops
         found = []
         for stage, (low, _) in enumerate(pairwise(bounds)):
             work = self.stage(bounds, stage)
             borrowed = sum(layer.input_gradient for layer in self.layers[low : low + borrow])
-            again = work.forward if recompute else 0.0
+            again = work.forward if recompute and recompute[stage] else 0.0
             found.append(
                 Costs(
                     forward=work.forward / flops,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from ibp_deepspeed.errors import ScheduleError
@@ -54,6 +54,11 @@ class Costs:
     def of(self, instruction: PipeInstruction) -> float:
         """Time that an instruction computes."""
         return sum(getattr(self, name) for name in instruction.costs) if isinstance(instruction, Instruction) else 0.0
+
+    def scaled(self, factor: float) -> Costs:
+        """Of a stage that takes ``factor`` times as long; messages don't."""
+        pieces = ("forward", "input_gradient", "weight_gradient", "head", "borrowed_gradient", "at_once")
+        return replace(self, **{piece: factor * getattr(self, piece) for piece in pieces})
 
 
 @dataclass(frozen=True)

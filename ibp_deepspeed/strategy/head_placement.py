@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 
@@ -49,13 +50,17 @@ class HeadPlacement:
         """The losses that have an auxiliary head: all but the model's own."""
         return self.losses[:-1]
 
+    @cached_property
+    def _at(self) -> frozenset[int]:
+        return frozenset(self.losses)
+
     def home(self, loss: int) -> int:
         """The stage that has the head of a loss and computes it."""
-        return loss + 1 if self.borrow and loss in self.heads else loss
+        return loss + 1 if self.borrow and loss < self.stages - 1 and loss in self._at else loss
 
     def losses_at(self, stage: int) -> list[int]:
         """The losses that a stage computes, in that order (two on the last stage with borrowed layers)."""
-        return [loss for loss in self.losses if self.home(loss) == stage]
+        return [loss for loss in (stage - 1, stage) if loss in self._at and self.home(loss) == stage]
 
     def reported_at(self, stage: int) -> list[int]:
         """The losses that a stage reports: those it computes, and its own if nobody does (NaN)."""

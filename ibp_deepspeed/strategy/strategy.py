@@ -6,6 +6,7 @@ becomes numbers. Schedule, engine, reference and tests ask it; none of them work
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
@@ -79,7 +80,8 @@ class Strategy:
 
     def next_exits(self, stage: int) -> tuple[int, ...]:
         """The next N exits at or behind a stage, or as many as there are."""
-        return tuple(loss for loss in self.placement.losses if loss >= stage)[: self.width]
+        first = bisect_left(self.placement.losses, stage)
+        return self.placement.losses[first : first + self.width]
 
     def reach(self, stage: int) -> int:
         """The furthest exit whose loss trains trunk ``stage``."""

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from scripts.subject import check_positions
+from scripts.planning.subject import check_positions
 from scripts.training.arguments import (
     default_hyperparameters,
     given_hyperparameters,

@@ -67,6 +67,19 @@ def test_overhead_has_a_row_for_each_engine_and_bare_loop(tmp_path: Path) -> Non
     assert {"ForwardPass", "RecvActivation", "BackwardPass"} <= set(rows["N=1"]["instruction_ms"])  # type: ignore[call-overload]
 
 
+def test_what_an_engine_holds_is_what_is_planned(tmp_path: Path) -> None:
+    """A real Llama, K = 3, M = 4: weights, gradients and the optimizer's state to the byte, activations within 10%."""
+    small = ("--layers", "6", "--stages", "3", "--micro-batches", "4", "--contenders", "N=1", "N=2", "B-W", "B-W fused")
+    done = speed_benchmark("footprint", *small, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "footprint.json").read_text())["rows"]
+    assert len(rows) == 12 and "Largest deviation of what is held from what is planned: weights +0.0%" in done.stdout
+    for row in rows:
+        for part in ("weights", "gradients", "optimizer"):
+            assert row["held"][part] == row["planned"][part] > 0, (part, row)
+        assert row["held"]["activations"] == pytest.approx(row["planned"]["activations"], rel=0.1), row
+
+
 def test_saved_activations_reach_their_bound_and_no_more(tmp_path: Path) -> None:
     """A real Llama, K = 3, M = 4: live micro-batches of every stage, over batches that follow each other at once."""
     small = ("--width", "32", "--tokens", "16", "--vocabulary", "64", "--contenders", "N=1", "N=2 fused", "B-W", "1F1B")

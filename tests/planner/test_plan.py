@@ -14,11 +14,13 @@ import torch
 from transformers import AutoConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.errors import PlanError
 from ibp_deepspeed.planner import plan
+from ibp_deepspeed.planner.advice import advise
 from ibp_deepspeed.planner.hardware import Cluster, Device, Link
 from ibp_deepspeed.planner.learned import Learned, learned, table
-from ibp_deepspeed.planner.memory import stage_memory
-from ibp_deepspeed.planner.plan import Candidate, Job, advise, candidates, evaluate
+from ibp_deepspeed.planner.memory import PUT_OFF, stage_memory
+from ibp_deepspeed.planner.plan import Candidate, Job, candidates, evaluate
 from ibp_deepspeed.planner.workload import NOTHING, Work, Workload, balanced
 from models import CausalLM
 from models.workload import kept_bytes_per_token, workload
@@ -56,6 +58,17 @@ def test_times_are_those_of_the_schedules() -> None:
     ]
 
 
+@pytest.mark.parametrize(("stages", "most"), [(64, 4_000_000), (1024, 12_000_000)])
+def test_a_plan_of_many_stages_is_a_bounded_amount_of_work(stages: int, most: int) -> None:
+    """All rows; simulated as they are, 64 stages alone would be 20 million instructions, 1024 stages 10^11."""
+    of = job(stages=stages, micro_batches=2 * stages, head=0.3)
+    found = list(rows(of).values())
+    assert all(row.timing is not None for row in found) and len(found) >= 38
+    assert 0 < sum(row.timing.executed for row in found if row.timing is not None) < most
+    for row in found:
+        assert row.timing is not None and all(-1e-9 <= share < 1 for share in row.timing.idle), row.candidate.name
+
+
 def test_memory_is_what_a_stage_holds() -> None:
     work = job().workload
     of = stage_memory(work, [0, 3, 18], 0, 4, head=True)
@@ -66,6 +79,10 @@ def test_memory_is_what_a_stage_holds() -> None:
     assert (shared.weights, shared.gradients, shared.optimizer) == (2000 * 2, 2000 * 4, 2000 * 12 / 4)
     again = stage_memory(half, [0, 3, 18], 0, 4, head=False, recompute=True)
     assert again.activations == 4 * 1e3 + 128
+    due = stage_memory(half, [0, 3, 18], 0, 4, head=False, put_off=2)
+    assert due.activations == pytest.approx(4 * 128 + 2 * PUT_OFF * 128)
+    due = stage_memory(half, [0, 3, 18], 0, 4, head=False, put_off=2, recompute=True)
+    assert due.activations == pytest.approx(4 * 1e3 + 128 + 2 * PUT_OFF * 128)
 
 
 def test_a_balanced_partition_counts_heads_and_vocabulary() -> None:
@@ -88,7 +105,33 @@ def test_advice() -> None:
     assert "nothing that interlocks is more than 5% faster" in advise(many, list(rows(many).values())).reason
     tiny = job(memory=1e6)
     nothing = advise(tiny, list(rows(tiny).values()))
-    assert nothing.row is None and nothing.reason.startswith("Nothing fits into 0 GiB")
+    assert nothing.row is None and nothing.reason.startswith("Nothing fits into 0.000931 GiB")
+    assert nothing.reason.endswith(
+        "Not even one decoder layer a stage with recomputation would fit: take a smaller model or micro-batch."
+    )
+
+
+def test_what_would_fit_is_said_with_its_size() -> None:
+    """Layers that keep 64 MB a micro-batch: 1F1B's first stage of four holds four times two of them."""
+    heavy = job(stages=4, micro_batches=8)
+    layers = (NOTHING, *[replace(LAYER, kept=64e6)] * 8, NOTHING)
+    heavy = replace(heavy, workload=replace(heavy.workload, layers=layers, head=None))
+
+    def said(memory: float, **more: Any) -> str:
+        device = replace(heavy.cluster.device, memory=memory)
+        of = replace(heavy, cluster=replace(heavy.cluster, device=device), **more)
+        advice = advise(of, list(rows(of).values()))
+        assert advice.row is None
+        return advice.reason
+
+    assert "With recomputation 1F1B would hold 0.2 GiB, which fits." in said(2.7e8)
+    parameters = replace(LAYER, kept=0.0, parameters=10**7, trained=10**7)
+    heavy = replace(heavy, workload=replace(heavy.workload, layers=(NOTHING, *[parameters] * 8, NOTHING)))
+    assert "With ZeRO 1 1F1B would hold 0.3 GiB" in said(3.2e8, replicas=8)
+    assert "On 8 stages 1F1B would hold 0.3 GiB" in said(3.2e8)
+    with pytest.raises(PlanError, match="of 1F1B: with jitter or a straggler"):
+        many = replace(heavy, micro_batches=20_000, cluster=replace(heavy.cluster, jitter=0.1))
+        advise(many, list(rows(many).values()))
 
 
 def test_what_is_known_of_learning_is_named_with_its_size() -> None:
@@ -103,7 +146,12 @@ def test_borrowed_layers_need_longer_stages() -> None:
     short = replace(of, bounds=[0, 2, *range(3, 10), 18])
     assert evaluate(of, Candidate("b", {"strategy": "local", "aux_head": {"borrow": 1}})).timing is not None
     reason = evaluate(short, Candidate("b", {"strategy": "local", "aux_head": {"borrow": 1}})).reason
-    assert reason is not None and "need stages of more" in reason
+    assert reason == (
+        "a head behind 1 borrowed layer needs stages of more than that, the shortest has 1: fewer stages would make "
+        "them longer."
+    )
+    more = evaluate(of, Candidate("b", {"strategy": "local", "aux_head": {"borrow": 3}})).reason
+    assert more is not None and more.endswith("the shortest has 2: borrow = 1 would fit.")
 
 
 def test_a_private_head_of_llama_3_8b_is_two_forward_passes_of_a_stage() -> None:
@@ -153,11 +201,21 @@ def test_the_command_writes_what_it_advises(tmp_path: Path) -> None:
     assert len(json.loads(numbers.read_text())["rows"]) > 10 and "Advice:" in shown.stdout
 
 
-def test_the_pages_command_runs_and_one_stage_can_be_planned() -> None:
-    words = next(words for words in commands("planning.md") if "--device" in words)
-    shown = run(*words[2:])
+def test_the_pages_commands_run_and_one_stage_can_be_planned(tmp_path: Path) -> None:
+    plain, *searches = [words for words in commands("planning.md") if "--device" in words]
+    shown = run(*plain[2:])
     assert shown.returncode == 0 and "Advice: " in shown.stdout, shown.stderr
     assert "the slowest stage is" in shown.stdout and "balanced by parameters" in shown.stdout
+    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    for words in searches:
+        target = tmp_path / words[-1]
+        shown = run(*words[2:-1], str(target))
+        assert shown.returncode == 0, shown.stderr
+        advice = next(line for line in shown.stdout.splitlines() if line.startswith("Advice: "))
+        assert advice in page  # what the page decides by
+        assert json.loads(target.read_text())["interlocking"]["exits"] in (4, 8)
+    uneven = run("--model", "models/configs/llama-tiny.json", "--stages", "4", "--jitter", "0.1", "--straggler", "1=2")
+    assert uneven.returncode == 0 and "Advice: " in uneven.stdout, uneven.stderr
     alone = run("--model", "models/configs/llama-tiny.json", "--stages", "1")
     assert alone.returncode == 0 and "Do not interlock here" in alone.stdout, alone.stderr
     listed = run("--devices")
@@ -173,8 +231,13 @@ def test_the_pages_command_runs_and_one_stage_can_be_planned() -> None:
         (("--stages", "2", "--head", "ranc=3"), 'unknown key "interlocking.aux_head.ranc" (did you mean "rank"?)'),
         (("--stages", "2", "--gbps", "0"), "--gbps is 0: give more than 0"),
         (("--stages", "2", "--head", "negatives"), "--head negatives: write it as key=value"),
-        (("--stages", "2", "--head", "negatives=99999"), "--head negatives=99999: the vocabulary has"),
+        (("--stages", "2", "--head", "negatives=99999"), "tokens, give at most those"),
         (("--stages", "2", "--head", "borrow=1"), "have a row of their own"),
+        ((), "the number of stages is missing: give --stages, or --search with --devices-total"),
+        (("--stages", "2", "--straggler", "2=1.5"), "stage 2 can't be slow, the 2 stages are 0 to 1"),
+        (("--stages", "2", "--straggler", "1"), "--straggler 1: write it as STAGE=FACTOR, like 2=1.5"),
+        (("--stages", "2", "--straggler", "1=0"), "stage 1 takes 0 times as long: give more than 0"),
+        (("--stages", "2", "--jitter", "-1"), "a jitter of -1: give 0 or more"),
         (("--stages", "2", "--json", "nowhere/plan.json"), "there is no folder nowhere to write plan.json to"),
     ],
 )

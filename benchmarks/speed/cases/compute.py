@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def _work(name: str, stages: int) -> str:
-    from benchmarks.speed.emulated import strategy_of
+    from benchmarks.speed.predicted import strategy_of
     from ibp_deepspeed.schedule.predict import predict
 
     strategy = strategy_of(name, stages)

@@ -1,6 +1,9 @@
 """Stages that sleep, on the real engines: how close each comes to its work, and who wastes how much of a stage's time.
 
 A unit is a stage's forward pass, its input gradient (B), or its weight gradient (W); a head costs 0.1 units.
+Beside what is measured stands what the simulator says of the same instructions, once of the schedule alone and once
+with the processor time that each rank was measured to take itself, and the largest deviation below the table.
+
 DualPipeV and zero bubble in a V (ZBV) need M ≥ 2K, interleaved zero bubble (ZB1) a multiple of K.
 """
 
@@ -13,8 +16,9 @@ from tqdm import tqdm
 from benchmarks.speed.contenders import PEERS
 from benchmarks.speed.emulated import COLUMNS, draw, measure
 from benchmarks.speed.harness import Row, add_timing_arguments
+from benchmarks.speed.predicted import summary
 
-__all__ = ["COLUMNS", "add_arguments", "draw", "run"]
+__all__ = ["COLUMNS", "add_arguments", "draw", "run", "summary"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

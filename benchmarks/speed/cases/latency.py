@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from benchmarks.speed.emulated import COLUMNS, draw, measure
 from benchmarks.speed.harness import Row, add_timing_arguments
+from benchmarks.speed.predicted import summary
 
-__all__ = ["COLUMNS", "add_arguments", "draw", "run"]
+__all__ = ["COLUMNS", "add_arguments", "draw", "run", "summary"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

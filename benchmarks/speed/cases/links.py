@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.speed.contenders import Batch, applies, make
-from benchmarks.speed.emulated import model, time_batches
+from benchmarks.speed.emulated import Timed, model, time_batches
 from benchmarks.speed.harness import Row, Spread, add_timing_arguments, interleaved
 from benchmarks.speed.namespaces import hosts, missing
 from benchmarks.speed.sleeping import WIDTH
@@ -36,7 +36,7 @@ def data(kib: int) -> Iterator[Batch]:
     return repeat((states, states))
 
 
-def worker(arguments: dict[str, Any]) -> list[list[tuple[float, float]]]:
+def worker(arguments: dict[str, Any]) -> list[list[Timed]]:
     """One stage: all contenders, interleaved."""
     import deepspeed
     import torch.distributed as dist
@@ -55,7 +55,7 @@ def worker(arguments: dict[str, Any]) -> list[list[tuple[float, float]]]:
     return measured
 
 
-def launch(arguments: dict[str, Any], megabits: float | None) -> list[list[tuple[float, float]]]:
+def launch(arguments: dict[str, Any], megabits: float | None) -> list[list[Timed]]:
     """All stages on their hosts; what the first one measured."""
     together, stages = arguments["stages_a_host"], arguments["stages"]
     with hosts(stages // together, megabits) as made, tempfile.TemporaryDirectory() as folder:
@@ -86,8 +86,7 @@ def launch(arguments: dict[str, Any], megabits: float | None) -> list[list[tuple
         failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
         if failed is not None:
             raise RuntimeError(f"stage {failed} ended with code {processes[failed].returncode}:\n{said[failed]}")
-        measured: list[list[tuple[float, float]]] = json.loads(result.read_text())
-        return measured
+        return [[Timed(*batch) for batch in row] for row in json.loads(result.read_text())]
 
 
 def _mib(row: Row) -> str:
@@ -140,7 +139,7 @@ def _layout(args: argparse.Namespace, stages: int, together: int, bar: Any) -> l
     free: dict[str, float] = {}
     for megabits in (None, *args.megabits):
         for name, measured in zip(contenders, launch(given, megabits), strict=True):
-            seconds = Spread.of([second for second, _ in measured])
+            seconds = Spread.of([batch.seconds for batch in measured])
             free.setdefault(name, seconds.median)
             rows.append(
                 {

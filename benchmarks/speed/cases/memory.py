@@ -125,7 +125,7 @@ _ARGUMENTS = ("stages", "micro_batches", "contenders", "width", "tokens", "vocab
 
 def bound(name: str, stages: int, micro_batches: int, stage: int) -> int:
     """The most micro-batches that may be in flight."""
-    from benchmarks.speed.emulated import strategy_of
+    from benchmarks.speed.predicted import strategy_of
 
     strategy = strategy_of(name, stages)
     assert strategy is not None, f"nobody knows how many micro-batches {name} keeps"

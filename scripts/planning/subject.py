@@ -80,5 +80,7 @@ def subject(args: argparse.Namespace, dtype: torch.dtype | None = None) -> tuple
     config = load_config(args.model, **parse_overrides(args.set))
     model = CausalLM(config) if dtype is None else CausalLM(config, dtype=dtype)
     if options.negatives is not None and options.negatives > model.vocab_size:
-        raise PlanError(f"--head negatives={options.negatives}: the vocabulary has {model.vocab_size} tokens.")
+        raise PlanError(
+            f"--head negatives={options.negatives}: the vocabulary has {model.vocab_size} tokens, give at most those."
+        )
     return model, options
