@@ -21,7 +21,7 @@ from scripts.training.arguments import parse_arguments
 from scripts.training.checkpoints import resume, save
 from scripts.training.loop import Run
 from scripts.training.plan import make_plan
-from scripts.training.start import describe, open_data, start, summarise
+from scripts.training.start import begin_record, describe, end_record, open_data, start, summarise, throughput
 
 
 def main(phase: cli.SameOnAllRanks) -> None:
@@ -34,10 +34,11 @@ def main(phase: cli.SameOnAllRanks) -> None:
     resume(pipeline, plan, args)
     data = open_data(pipeline, plan, args)
     args.output.mkdir(parents=True, exist_ok=True)
+    record = None
     if pipeline.global_rank == 0:
-        describe(pipeline, plan, args, data)
+        record = begin_record(pipeline, plan, args, describe(pipeline, plan, args, data))
     phase.ends()
-    run = Run(pipeline, args, pipeline.train_batch_size() * args.sequence_length)
+    run = Run(pipeline, args, throughput(pipeline, plan, args))
     evaluation = run.train(data, lambda: save(pipeline, plan, args, data.train))
     summary = summarise(run.speed, plan, args)
     if pipeline.global_rank == 0:
@@ -45,6 +46,7 @@ def main(phase: cli.SameOnAllRanks) -> None:
 
         print(text_table(evaluation, plan.train.manifest.unigram_entropy_nats))
         print(summary)
+        print(f"report in {end_record(record, args.output, summary)}")
         print(f"checkpoint in {args.output / 'checkpoint'}")
     pipeline.close()
 

@@ -128,6 +128,9 @@ class InterlockingConfig(BaseModel):
     """What the optimizer's weight decay acts on: ``matrices`` leaves out norms, biases and temperatures."""
     compile: bool = False
     """``torch.compile`` of the decoder layers."""
+    cosine_interval: int = Field(default=100, ge=0)
+    """Every so many batches a stage compares its own loss's gradient at its output with those that it receives, for its
+    reports; 0: never."""
     schedule: tuple[Phase, ...] = ()
     global_interval: int | None = Field(default=None, ge=2)
     mixed: MixedConfig | None = None
