@@ -135,6 +135,7 @@ def memory() -> dict[str, float]:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         now, most = psutil.Process().memory_info().rss, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        most = max(now, most)  # the two are counted at different times
     else:
         now, most = accelerator.memory_allocated(), accelerator.max_memory_allocated()
     return {measures.MEMORY: now / _GIB, measures.PEAK_MEMORY: most / _GIB}

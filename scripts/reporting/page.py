@@ -54,7 +54,7 @@ def render(record: RunRecord, history: History, folder: Path) -> str:
     )  # fmt: skip
     entropy, unit = record.unigram_entropy, "GPU" if _has_gpu(history) else "process"
     values: dict[str, Any] = {
-        "name": str(folder),
+        "name": folder.resolve().name,
         "state": _state(record, history, folder),
         "record": record,
         "command": shlex.join(record.command),
@@ -100,15 +100,15 @@ def _facts(record: RunRecord, history: History) -> list[Fact]:
 
 
 def _table(record: RunRecord, history: History) -> tuple[list[str], list[list[str]]]:
-    """Names, and the newest value of each stage under each."""
+    """Names of the columns, and for each measure its newest value of each stage."""
     names: list[str] = []
     for _, stages in history.stages[-20:]:
         names += [name for stage in stages for name in stage if name not in names]
     rows = []
-    for stage in range(record.stages):
-        newest = [(history.of_stage(stage, name)[1] or [math.nan])[-1] for name in names]
-        rows.append([str(stage), *("–" if math.isnan(value) else f"{value:,.4g}" for value in newest)])
-    return ["stage", *names], rows if names else []
+    for name in names:
+        newest = [(history.of_stage(stage, name)[1] or [math.nan])[-1] for stage in range(record.stages)]
+        rows.append([name, *("–" if math.isnan(value) else f"{value:,.4g}" for value in newest)])
+    return ["", *(f"stage {stage}" for stage in range(record.stages))], rows
 
 
 def _has_gpu(history: History) -> bool:

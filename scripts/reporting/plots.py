@@ -1,4 +1,4 @@
-"""The pictures of a run's page: SVG that takes the page's colours for text and lines, so that it is readable on dark too."""
+"""The pictures of a run's page: SVG that takes the page's colours for text and lines, readable on dark too."""
 
 from __future__ import annotations
 
@@ -95,6 +95,8 @@ def _lines(
     there = [(name, steps, values) for name, (steps, values) in zip(names, series, strict=True) if values]
     if not there:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     shown = there
     if len(there) > _MOST_LINES:
         shown = [there[round(i * (len(there) - 1) / (_MOST_LINES - 1))] for i in range(_MOST_LINES)]
@@ -108,8 +110,9 @@ def _lines(
         if log and all(value > 0 for _, _, values in shown for value in values):
             axes.set_yscale("log")
         if zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(max(values) for _, _, values in shown) or 1)
         axes.set(xlabel="batch", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
     last = ", ".join(f"{name} {values[-1]:.4g}" for name, _, values in there)
     alt = f"{title} ({unit}) over {there[0][1][-1]:,} batches. Last values: {last}."
@@ -125,6 +128,8 @@ def _time_of_stages(history: History, stages: int) -> Plot | None:
     waits = {f"waits for {cause}": [100 * (value or 0.0) for value in values] for cause, values in parts.items()}
     computing = [100 - sum(column) for column in zip(*waits.values(), strict=True)]
 
+    from matplotlib.ticker import MaxNLocator
+
     def draw(axes: Axes) -> None:
         left = [0.0] * stages
         for colour, (name, shares) in zip(_COLOURS[2:3] + _COLOURS[:2] + _COLOURS[8:], rows.items(), strict=False):
@@ -132,7 +137,7 @@ def _time_of_stages(history: History, stages: int) -> Plot | None:
             left = [a + b for a, b in zip(left, shares, strict=True)]
         axes.set(xlabel="% of its time", ylabel="stage", xlim=(0, 100))
         axes.invert_yaxis()
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
     rows = {"computes": computing, **waits}
     words = (f"stage {k} computes {computing[k]:.0f}% and waits {100 - computing[k]:.0f}%" for k in range(stages))
@@ -146,7 +151,7 @@ def _svg(title: str, draw: Callable[[Axes], None]) -> str:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    style: dict[str, Any] = {
+    style: Any = {
         "svg.fonttype": "none",  # text stays text: it can be searched, and takes the reader's font
         "svg.hashsalt": title,  # names of clip paths are the page's
         "font.size": 10,
@@ -167,8 +172,7 @@ def _svg(title: str, draw: Callable[[Axes], None]) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(
-        r'(<svg [^>]*?)width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", text, count=1), count=1
-    )
+    for size in ("width", "height"):  # the page decides; the proportions are in viewBox
+        text = re.sub(rf'(<svg [^>]*?){size}="[^"]*"', r"\1", text, count=1)
     text = text.replace(_TEXT, "currentColor").replace(_GRID, "var(--line)")
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -78,7 +78,8 @@ def _by_hand(reference: InterlockedReference, rows: list[tuple[Tensor, Tensor]])
         for hidden, value in graphs:
             if k in value and any(j > k for j in later) and k < stages - 1:
                 own.append(_gradient(value[k], hidden[k]))
-                received.append(sum(w * _gradient(value[j], hidden[k]) for j, w in later.items() if j > k))
+                terms = [w * _gradient(value[j], hidden[k]) for j, w in later.items() if j > k]
+                received.append(torch.stack(terms).sum(0))
         if own:
             one, other = torch.cat(own).flatten().double(), torch.cat(received).flatten().double()
             values["cosine of own and received gradient"] = (one @ other / (one.norm() * other.norm())).item()
