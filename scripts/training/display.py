@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ibp_deepspeed import measures
 
@@ -100,7 +101,8 @@ class Terminal(Display):
         columns = (TextColumn("batch"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
         self._task = self._bar.add_task("", total=steps, completed=done)
-        self._text, self._table = "", None
+        self._text = ""
+        self._table: Table | None = None
         self._live = Live(get_renderable=self._shown, console=console, refresh_per_second=4, vertical_overflow="crop")
         self._live.start()
 
@@ -122,9 +124,7 @@ class Terminal(Display):
         self._live.stop()
 
     def _shown(self) -> Group:
-        return Group(*(() if self._table is None else (self._table,)), self._bar, self._text)
-
-    _table: Table | None
+        return Group(*(() if self._table is None else (self._table,)), self._bar, Text(self._text))
 
 
 def stage_table(step: int, stages: Stages) -> Table:

@@ -38,8 +38,8 @@ def run_case(case: dict[str, Any]) -> list[Any]:
     """Reports of rank 0, each with what is expected; ``[]`` on other ranks."""
     stages = case["stages"]
     replicas = dist.get_world_size() // stages
-    engine = initialize(model=make_module(stages, case["interlocking"]), config=settings(case, replicas))[0]
-    if case.get("slow"):
+    engine = initialize(model=make_module(stages), config=settings(case, replicas))[0]
+    if "slow" in case:
         _slow(engine, case["slow"])
     reference = make_reference(stages, case["interlocking"])
     expected = {}
@@ -47,7 +47,7 @@ def run_case(case: dict[str, Any]) -> list[Any]:
         rows = [micro_batches(step, COUNT, rank=rank) for rank in range(replicas)]
         engine.train_batch(iter(rows[engine.data_parallel_rank]))
         everything = [pair for column in zip(*rows, strict=True) for pair in column]
-        expected[step + 1] = _by_hand(reference, everything)
+        expected[step + 1] = by_hand(reference, everything)
         for k in range(stages):
             parameters = reference.parameters(k)
             torch.nn.utils.clip_grad_norm_(parameters, LIMIT)
@@ -61,7 +61,7 @@ def run_case(case: dict[str, Any]) -> list[Any]:
     return [{"step": report.step, "got": report.stages, "want": expected[report.step]} for report in reports]
 
 
-def _by_hand(reference: InterlockedReference, rows: list[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
+def by_hand(reference: InterlockedReference, rows: list[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
     """Losses, norms and cosines of a batch; leaves the gradients in ``.grad``."""
     stages = len(reference.stages)
     graphs = [_outputs(reference, *pair) for pair in rows]
