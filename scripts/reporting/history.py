@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.measures import BATCH_TIME
 
 HISTORY = "history.jsonl"
 Series = tuple[list[int], list[float]]
@@ -63,8 +64,15 @@ class History:
         return [step for step, _ in rows], [value for _, value in rows]
 
     def mean(self, stage: int, name: str, last: float = 0.5) -> float | None:
-        """Of the later part of the reports; None if there is no value. The first ones warm up."""
-        values = self.of_stage(stage, name)[1]
+        """Over the time of the later part of the reports; None if there is no value. The first ones warm up."""
+        rows = [row[stage] for _, row in self.stages if _has(row, stage, name) and _has(row, stage, BATCH_TIME)]
+        kept = rows[int(len(rows) * (1 - last)) :]
+        time = sum(row[BATCH_TIME] for row in kept)
+        return sum(row[name] * row[BATCH_TIME] for row in kept) / time if kept else None
+
+    def batch_time(self, stage: int, last: float = 0.5) -> float | None:
+        """Seconds of a batch in the same reports."""
+        values = self.of_stage(stage, BATCH_TIME)[1]
         kept = values[int(len(values) * (1 - last)) :]
         return sum(kept) / len(kept) if kept else None
 

@@ -90,9 +90,9 @@ def _facts(record: RunRecord, history: History) -> list[Fact]:
         losses = losses_of(rows, record.stages, last)[1]
         if losses:
             found.append(Fact(f"{name} of the model", f"{losses[-1]:.3f}"))
-    rates = [rate for k in range(record.stages) if (rate := history.mean(k, measures.TOKENS)) is not None]
-    if rates:
-        found.append(Fact("tokens a second", f"{min(rates):,.0f}"))
+    times = [time for k in range(record.stages) if (time := history.batch_time(k)) is not None]
+    if times:
+        found.append(Fact("tokens a second", f"{record.tokens_per_batch / max(times):,.0f}"))
     waits = [wait for k in range(record.stages) if (wait := history.mean(k, measures.WAITING)) is not None]
     if waits:
         found.append(Fact("waiting, mean stage", f"{sum(waits) / len(waits):.0%}"))

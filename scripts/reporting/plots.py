@@ -111,7 +111,8 @@ def _lines(
             axes.set_yscale("log")
         if zero:
             axes.set_ylim(0, 1.1 * max(max(values) for _, _, values in shown) or 1)
-        axes.set(xlabel="batch", ylabel=unit)
+        axes.set_xlabel("batch")
+        axes.set_ylabel(unit, labelpad=8)  # the reader's font may be wider than the one measured here
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
     last = ", ".join(f"{name} {values[-1]:.4g}" for name, _, values in there)

@@ -54,7 +54,7 @@ def compare(record: RunRecord, history: History) -> Comparison | None:
     Messages are taken to cost nothing: what they add is part of the difference.
     """
     waits = [history.mean(k, measures.WAITING) for k in range(record.stages)]
-    times = [history.mean(k, measures.BATCH_TIME) for k in range(record.stages)]
+    times = [history.batch_time(k) for k in range(record.stages)]
     if record.processes == 1 or record.stages * record.micro_batches > _MOST_WORK:
         return None
     if any(value is None for value in (*waits, *times)):
