@@ -103,9 +103,13 @@ def record_of(
         first_step: batches trained before.
         batch_size: samples of a batch.
     """
+    import torch
+
     from models.workload import units
 
     options = plan.interlocking.aux_head
+    with torch.random.fork_rng(devices=[]):  # a layer is run to be counted: the training's dropout must not notice
+        costs = units(plan.model, options, plan.bounds, args.sequence_length)
     return RunRecord(
         command=[Path(sys.argv[0]).name, *sys.argv[1:]],
         started=time.time(),
@@ -116,7 +120,7 @@ def record_of(
         bounds=plan.bounds,
         micro_batches=plan.ds_config.get("gradient_accumulation_steps") or 1,
         tokens_per_batch=batch_size * args.sequence_length,
-        costs=[asdict(cost) for cost in units(plan.model, options, plan.bounds, args.sequence_length)],
+        costs=[asdict(cost) for cost in costs],
         ds_config=plan.ds_config,
         model=plan.model.hf_config.to_diff_dict(),
         options=vars(args),

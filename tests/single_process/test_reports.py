@@ -42,8 +42,8 @@ def test_losses_and_norms_are_reported_at_the_interval_as_they_were_before_clipp
     pipeline.train_batch(iter(micro_batches(0, 2)))
     assert pipeline.new_reports() == []
     reference, rows = make_reference(3, WINDOW), micro_batches(1, 2)
-    for mine, theirs in zip(range(3), range(3), strict=True):
-        for one, other in zip(reference.parameters(mine), pipeline.reference.parameters(theirs), strict=True):
+    for stage in range(3):
+        for one, other in zip(reference.parameters(stage), pipeline.reference.parameters(stage), strict=True):
             one.data.copy_(other.data)
     pipeline.train_batch(iter(rows))
     (report,) = pipeline.new_reports()
