@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.speed.contenders import make
 from benchmarks.speed.emulated import model, time_batches
-from benchmarks.speed.harness import spawn
+from benchmarks.speed.harness import meet, spawn
 from ibp_deepspeed.trace import chrome
 from ibp_deepspeed.trace.picture import draw
 
@@ -39,10 +39,7 @@ PANELS = {
 
 def record(arguments: dict[str, Any]) -> None:
     """Run three batches on this rank, of which the last two are traced."""
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
+    meet()
     mode = {"mode": "window"} if arguments["name"] == "N=2" else {}
     engine: Any = make(arguments["name"], replace(model(STAGES, UNIT), interlocking=mode), STAGES, MICRO_BATCHES)
     engine.trace_batches(FIRST, LAST, arguments["path"])

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ibp_deepspeed.measures import Report
+
 
 class Pipeline(Protocol):
     """:class:`InterlockedPipelineEngine` and :class:`VirtualPipeline` are one. Losses are in the order of the exits."""
@@ -49,6 +51,9 @@ class Pipeline(Protocol):
 
     def latest_losses(self) -> tuple[Tensor, int] | None:
         """On rank 0: the newest complete set of all K training losses, and its batch (from 1)."""
+
+    def new_reports(self, patience: float = 0.0) -> list[Report]:
+        """On rank 0: what all stages measured, every ``steps_per_print`` batches, since this was called last."""
 
     def save_checkpoint(self, save_dir: str | Path, *, files: Mapping[str, str]) -> None:
         """Write a checkpoint, and texts into it by file name."""

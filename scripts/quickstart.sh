@@ -62,4 +62,4 @@ sends input gradients first ("backward": "split") and would take longer as 1F1B.
 with many micro-batches less: README.md says when it pays. One seed, a small model.
 TEXT
 
-say "done: $out has the checkpoint, history.jsonl, losses.png, exits.json and the Hugging Face folder hf"
+say "done: $out has the checkpoint, history.jsonl, run_report.html, losses.png, exits.json and the Hugging Face folder hf"

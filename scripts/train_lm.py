@@ -22,7 +22,7 @@ from scripts.training.arguments import parse_arguments
 from scripts.training.checkpoints import resume, save
 from scripts.training.loop import Run
 from scripts.training.plan import make_plan
-from scripts.training.start import describe, open_data, start, summarise
+from scripts.training.start import begin_record, describe, end_record, open_data, start, summarise, throughput
 from scripts.training.trace import batches as batches_to_trace
 from scripts.training.trace import path as trace_path
 
@@ -43,10 +43,11 @@ def main(phase: cli.SameOnAllRanks) -> None:
         cast("InterlockedPipelineEngine", pipeline).trace_batches(*traced, trace_path(args))
     data = open_data(pipeline, plan, args)
     args.output.mkdir(parents=True, exist_ok=True)
+    record = None
     if pipeline.global_rank == 0:
-        describe(pipeline, plan, args, data)
+        record = begin_record(pipeline, plan, args, describe(pipeline, plan, args, data))
     phase.ends()
-    run = Run(pipeline, args, pipeline.train_batch_size() * args.sequence_length)
+    run = Run(pipeline, args, throughput(pipeline, plan, args))
     evaluation = run.train(data, lambda: save(pipeline, plan, args, data.train))
     summary = summarise(run.speed, plan, args)
     if pipeline.global_rank == 0:
@@ -54,6 +55,7 @@ def main(phase: cli.SameOnAllRanks) -> None:
 
         print(text_table(evaluation, plan.train.manifest.unigram_entropy_nats))
         print(summary)
+        print(f"report in {end_record(record, args.output, summary)}")
         print(f"checkpoint in {args.output / 'checkpoint'}")
         if traced is not None:
             print(f"trace of batches {traced.first} to {traced.last} in {trace_path(args)}: scripts/trace_report.py")

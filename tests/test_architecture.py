@@ -15,7 +15,7 @@ import ibp_deepspeed
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
-    {"errors"},
+    {"errors", "measures"},
     {"atomic_files", "cli", "compilation", "pipeline", "rng"},
     {"config", "comm", "data"},
     {"strategy", "objectives", "checkpoint", "optimizer"},

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.speed import predicted
 from benchmarks.speed.contenders import PEERS, Batch, Model, applies, make
-from benchmarks.speed.harness import Row, Spread, interleaved, spawn
+from benchmarks.speed.harness import Row, Spread, interleaved, meet, spawn
 from benchmarks.speed.latency import delay_deepspeed, delay_engine
 from benchmarks.speed.sleeping import HEAD_UNITS, WIDTH, Clock, SleepingHead, SleepingLayer, loss_fn
 
@@ -71,11 +71,9 @@ def time_batches(engine: Any, batches: int, warm_up: int = 1, rows: Iterator[Bat
 
 def worker(arguments: dict[str, Any]) -> list[list[Timed]]:
     """One rank: all contenders of one K and M, interleaved."""
-    import deepspeed
 
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
+    meet()
     stages, count, unit, latency = (arguments[key] for key in ("stages", "micro_batches", "unit", "latency"))
     contenders = []
     for name in arguments["contenders"]:

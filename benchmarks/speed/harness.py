@@ -56,6 +56,16 @@ def spawn(processes: int, function: Callable[[dict[str, Any]], Any], arguments: 
     return [results[rank] for rank in range(processes)]
 
 
+def meet() -> None:
+    """In a process of :func:`spawn`: with the others of its job, without DeepSpeed's log."""
+    import deepspeed
+
+    from ibp_deepspeed import init_distributed
+
+    init_distributed()
+    deepspeed.utils.logger.setLevel("ERROR")
+
+
 def interleaved(measurements: Sequence[Callable[[], Any]], repeats: int) -> list[list[Any]]:
     """Call each once, then each again, …: what disturbs the machine disturbs all alike. Results by measurement."""
     results: list[list[Any]] = [[] for _ in measurements]

@@ -13,6 +13,7 @@ from ibp_deepspeed.comm.channel import ReceiveChannel, SendChannel
 from ibp_deepspeed.comm.link_groups import Kind, group_of, make_groups, new_host_group
 from ibp_deepspeed.comm.message import Header, Memory, TensorSpec
 from ibp_deepspeed.comm.sender import Sender
+from ibp_deepspeed.comm.waits import Waits
 
 _AHEAD = 2
 _TAGS = {kind: 2 * number for number, kind in enumerate(Kind)}
@@ -30,11 +31,15 @@ class StageLinks:
         grid: DeepSpeed's grid of stages and data-parallel ranks.
         device: of the hidden states.
         channel_depth: micro-batches that a stage may run ahead of what the next stage has received.
+
+    Attributes:
+        waits: how long this stage has waited for training's messages and credit.
     """
 
     def __init__(self, grid: Any, device: torch.device, channel_depth: int) -> None:
         self.grid, self.depth, self._device, self._memory = grid, channel_depth, device, Memory.of(device)
         self.stage, self._last = grid.get_stage_id(), grid.pipe_parallel_size - 1
+        self.waits = Waits()
         self._groups = make_groups(grid)
         self._control = new_host_group() if dist.get_backend() == "nccl" else None
         self.down: Sender | None = None
@@ -50,7 +55,8 @@ class StageLinks:
     def wait_for_credit(self) -> None:
         """Before a forward pass: wait while ``channel_depth`` micro-batches have not reached the next stage."""
         if self.down is not None:
-            self.down.wait_in_flight(self.depth - 1)
+            down = self.down
+            self.waits.during("credit", lambda: down.wait_in_flight(self.depth - 1))
 
     def send_activation(self, spec: TensorSpec, hidden: Tensor, header: Header) -> None:
         """Start sending h_k; the first one fixes the shape of the gradients that come back."""
@@ -62,7 +68,7 @@ class StageLinks:
     def receive_activation(self) -> tuple[Tensor, Header]:
         """h_{k-1} and its header."""
         assert self._from_above is not None
-        return self._from_above.take()
+        return self.waits.during("activations", self._from_above.take)
 
     def send_gradient(self, gradient: Tensor, header: Header) -> None:
         """Start sending dL/dh_{k-1}."""
@@ -72,7 +78,7 @@ class StageLinks:
     def receive_gradient(self) -> tuple[Tensor, Header]:
         """dL/dh_k and its header."""
         assert self._from_below is not None
-        return self._from_below.take()
+        return self.waits.during("gradients", self._from_below.take)
 
     def has_activation(self) -> bool:
         """Whether :meth:`receive_activation` would return at once."""

@@ -130,6 +130,9 @@ class InterlockingConfig(BaseModel):
     """A step of the schedule that takes longer ends the job, and names who was waited for; 0: no limit."""
     compile: bool = False
     """``torch.compile`` of the decoder layers."""
+    cosine_interval: int = Field(default=100, ge=0)
+    """Every so many batches a stage compares its own loss's gradient at its output with those that it receives, for its
+    reports; 0: never."""
     schedule: tuple[Phase, ...] = ()
     global_interval: int | None = Field(default=None, ge=2)
     mixed: MixedConfig | None = None

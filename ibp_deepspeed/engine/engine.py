@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import atexit
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
 from torch import Tensor
 
 from ibp_deepspeed.comm.loss_board import LossBoard
@@ -21,11 +21,14 @@ from ibp_deepspeed.engine.checkpointing import EngineCheckpoints
 from ibp_deepspeed.engine.evaluation import evaluate
 from ibp_deepspeed.engine.execution import ExecutingEngine
 from ibp_deepspeed.engine.recorder import Recorder
+from ibp_deepspeed.engine.reporting import Reporting
 from ibp_deepspeed.engine.watchdog import Position, Watchdog
 from ibp_deepspeed.errors import InterlockingError, TraceError
+from ibp_deepspeed.measures import Report
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
 from ibp_deepspeed.schedule.validate import ScheduleMaker, validated_timeline
 from ibp_deepspeed.stage.losses import StageLosses
+from ibp_deepspeed.stage.meters import StageMeters
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
 from ibp_deepspeed.stage.sample_ledger import SampleLedger
@@ -72,6 +75,8 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self._checkpoints = EngineCheckpoints(self, self._readouts)
         self._losses = StageLosses(self.grid, self.device)
         self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
+        self._meters = StageMeters(self.links.waits)
+        self._reporting = Reporting(self, self._meters)
         self._ledger = SampleLedger(self.stage_id)
         self._due = deque()
         self._weight_gradients = WeightGradients()
@@ -146,7 +151,9 @@ class InterlockedPipelineEngine(ExecutingEngine):
             self.set_dataiterator(data_iter)
         if not self.module.training:
             self.module.train()
+        began = time.perf_counter()
         self._losses.clear()
+        self._reporting.batch_begins()
         self._schedule = self._train_schedule()
         self._recorder = self._begin_recording()
         self.position.batch = self.global_steps + 1
@@ -165,7 +172,7 @@ class InterlockedPipelineEngine(ExecutingEngine):
             raise
         if self.grid.get_data_parallel_rank() == 0:
             self._board.publish(self.global_steps, losses)
-        self._report()
+        self._reporting.batch_ends(time.perf_counter() - began, losses)
         computed = list(self.module.objectives)
         return losses[computed[-1]] if computed else torch.full((), torch.nan, device=self.device)
 
@@ -206,6 +213,14 @@ class InterlockedPipelineEngine(ExecutingEngine):
         """On rank 0: the newest complete set of all K losses [K] and its batch's number (from 1); else None."""
         return self._board.latest() if self.global_rank == 0 else None
 
+    def new_reports(self, patience: float = 0.0) -> list[Report]:
+        """On rank 0: what all stages measured, every ``steps_per_print`` batches, since this was called last.
+
+        Args:
+            patience: seconds to wait for stages that have trained as far and not reported yet.
+        """
+        return self._reporting.take(patience)
+
     @torch.no_grad()
     def eval_batch(self, data_iter: Any, num_micro_batches: int | None = None) -> Tensor:  # type: ignore[override]
         """Held-out losses of all exits; a synchronisation of the pipeline.
@@ -241,6 +256,10 @@ class InterlockedPipelineEngine(ExecutingEngine):
         if self._readouts is not None:
             self._readouts.save(self._curr_ckpt_path, self.global_steps, self.checkpoint_engine)
 
+    def _before_step(self) -> None:
+        """Overrides SteppingEngine's: gradients are as a report has them."""
+        self._reporting.before_step()
+
     def close(self) -> None:
         """Wait until the neighbours have all messages, then end; happens by itself at the end of the process."""
         atexit.unregister(self._close_at_exit)
@@ -252,12 +271,13 @@ class InterlockedPipelineEngine(ExecutingEngine):
         if self._readouts is not None:
             self._readouts.close(wait=not self._failed)
         self._board.close()
+        self._reporting.close()
 
     def _close_at_exit(self) -> None:
         self._failed = self._failed or getattr(sys, "last_value", None) is not None
         self.close()
 
-    # Traces and reports
+    # Traces
 
     def _begin_recording(self) -> Recorder | None:
         """The recorder, if the batch at hand is to be recorded."""
@@ -270,21 +290,3 @@ class InterlockedPipelineEngine(ExecutingEngine):
         if recorder is not None and self.global_steps == recorder.last:
             self._planned_recorder = None
             recorder.finish(self)
-
-    def _report(self) -> None:
-        """Print and log what is known on rank 0 at the print interval; nobody waits."""
-        interval = self.steps_per_print()
-        if self.global_rank != 0 or interval is None or self.global_steps % interval:
-            return
-        latest = self.latest_losses()
-        if latest is None:
-            return
-        losses, batch = latest
-        text = ", ".join(f"stage {k} {losses[k]:.4f}" for k in self.module.placement.losses)
-        logger.info(f"batch {batch}: losses of the exits: {text}")
-        if self.monitor.enabled:
-            samples = batch * self.train_batch_size()
-            events = [(f"Train/Exits/stage_{k}_loss", losses[k].item(), samples) for k in self.module.placement.losses]
-            if self.refresh_bytes:
-                events.append(("Train/Readout/bytes_per_refresh", self.refresh_bytes, samples))
-            self.monitor.write_events(events)

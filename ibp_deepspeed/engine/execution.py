@@ -14,11 +14,13 @@ from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
 from ibp_deepspeed.engine.checkpointing import CheckpointingEngine
 from ibp_deepspeed.engine.recorder import Recorder
+from ibp_deepspeed.engine.reporting import Reporting
 from ibp_deepspeed.engine.watchdog import Position
 from ibp_deepspeed.errors import BatchError
 from ibp_deepspeed.schedule import instructions
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
 from ibp_deepspeed.stage.losses import StageLosses
+from ibp_deepspeed.stage.meters import StageMeters
 from ibp_deepspeed.stage.micro_batch import MicroBatchInFlight
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.stage.sample_ledger import SampleLedger, to_device, unpack
@@ -43,6 +45,8 @@ class ExecutingEngine(CheckpointingEngine):
     recomputations: int
     _schedule: InterlockedTrainSchedule
     _losses: StageLosses
+    _meters: StageMeters
+    _reporting: Reporting
     _ledger: SampleLedger
     _recompute: bool
     _borrowed: int
@@ -79,6 +83,7 @@ class ExecutingEngine(CheckpointingEngine):
         micro.number = micro_batch
         micro.inputs, micro.labels, micro.sample_checksum = self.load_micro_batch()
         self.pipe_buffers["in_flight"][buffer_id] = micro
+        self._meters.micro_batch_begins()
 
     def _exec_recv_activations(self, buffer_id: int, micro_batch: int) -> None:
         micro = self._in_flight(buffer_id)
@@ -154,6 +159,7 @@ class ExecutingEngine(CheckpointingEngine):
 
     def _exec_backward_pass(self, buffer_id: int, micro_batch: int) -> None:
         self._update(self._in_flight(buffer_id), self._schedule.tables[micro_batch])
+        self._meters.micro_batch_ends()
 
     def _exec_update_input(self, buffer_id: int, micro_batch: int) -> None:
         micro = self._in_flight(buffer_id)
@@ -167,6 +173,7 @@ class ExecutingEngine(CheckpointingEngine):
 
     def _update(self, micro: MicroBatchInFlight, table: StageStrategy) -> None:
         both = table.update_gives_input_gradient
+        self._reporting.before_update(micro, table.terms)
         with self._accumulating():
             micro.update(table.terms, None if both else self._trunk_parameters or None, table.borrowed_share)
         if both:
@@ -184,6 +191,7 @@ class ExecutingEngine(CheckpointingEngine):
         with self._recording(WEIGHTS, self._due[0].number), self._accumulating():
             if self._due[0].update_weights(until):
                 self._due.popleft()
+                self._meters.micro_batch_ends()
 
     def _exec_reduce_grads(self) -> None:
         """Overrides SteppingEngine's: first the proof that all stages saw the same samples."""

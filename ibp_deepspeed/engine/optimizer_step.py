@@ -61,6 +61,7 @@ class SteppingEngine(PipelineEngine):
         the step of the learning rate's schedule, which then stays behind that of the other stages. torch's own
         optimizers step with whatever there is, and the stage's weights are NaN from then on.
         """
+        self._before_step()
         skipped = self.skipped_steps
         if self.optimizer is self.basic_optimizer:
             self._norm_or_no_gradients()
@@ -74,6 +75,9 @@ class SteppingEngine(PipelineEngine):
             self.lr_scheduler.step(**(lr_kwargs or {}))
         if self.grid.get_data_parallel_rank() == 0:
             logger.warning(left_out(f"stage {self.stage_id}", self.global_steps))
+
+    def _before_step(self) -> None:
+        """Called when gradients are complete, averaged over replicas, and neither clipped nor dropped."""
 
     def _norm_or_no_gradients(self) -> None:
         """For torch's optimizers, with fp32: the norm of ``clip_scope``, and no gradients if that is not finite.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibp_deepspeed.single_process.reference import InterlockedReference
+from ibp_deepspeed.single_process.reference import InterlockedReference, trained_parameters
 
 
 class FullPrecisionSums(InterlockedReference):
@@ -29,7 +29,12 @@ class FullPrecisionSums(InterlockedReference):
 
     def masters(self, stage: int) -> list[nn.Parameter]:
         """What the optimizer of a stage trains: the weights, or their fp32 copies."""
-        return [self._masters.get(p, p) for p in self.parameters(stage)]
+        return [parameter for part in self.masters_by_part(stage) for parameter in part]
+
+    def masters_by_part(self, stage: int) -> list[list[nn.Parameter]]:
+        """The same, apart: of the trunk, and of the head if there is one."""
+        parts = [trained_parameters(module) for module in self.modules(stage)]
+        return [[self._masters.get(p, p) for p in part] for part in parts]
 
     @torch.no_grad()
     def masters_to_weights(self) -> None:

@@ -83,7 +83,7 @@ class InterlockedReference:
 
     def parameters(self, stage: int) -> list[nn.Parameter]:
         """Trunk and head parameters of a stage, in that order; with borrowed layers the head of the stage before."""
-        return [p for module in self.modules(stage) for p in _trained(module)]
+        return [p for module in self.modules(stage) for p in trained_parameters(module)]
 
     def modules(self, stage: int) -> list[nn.Module]:
         """Trunk, and head if there is one, that live on a stage together."""
@@ -167,14 +167,17 @@ class InterlockedReference:
             if self.placement.borrowed_from(k) and strategy.mode == "window":
                 # Its first layers also serve the head before: one loss more in their mean.
                 share = 1.0 / (len(weights) + 1)
-                groups += [(_trained(self._borrowed(k)), share), (_trained(self._own(k)), weights[loss])]
+                groups += [
+                    (trained_parameters(self._borrowed(k)), share),
+                    (trained_parameters(self._own(k)), weights[loss]),
+                ]
             else:
-                groups.append((_trained(self.stages[k]), weights[loss]))
+                groups.append((trained_parameters(self.stages[k]), weights[loss]))
         if loss in self.aux_heads:
-            groups.append((_trained(self.aux_heads[loss]), 1.0))
+            groups.append((trained_parameters(self.aux_heads[loss]), 1.0))
             if self.placement.borrow and strategy.mode == "window":
                 share = 1.0 / (len(strategy.weights(loss + 1)) + 1)
-                groups.append((_trained(self._borrowed(loss + 1)), share))
+                groups.append((trained_parameters(self._borrowed(loss + 1)), share))
         return groups
 
     def _borrowed(self, stage: int) -> nn.Module:
@@ -239,5 +242,6 @@ def _head_of(aux_heads: Sequence[nn.Module | Objective | None], stage: int) -> n
     return head
 
 
-def _trained(module: nn.Module) -> list[nn.Parameter]:
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those that require a gradient."""
     return [p for p in module.parameters() if p.requires_grad]

@@ -6,6 +6,8 @@ DeepSpeed configuration means. For studies of how a strategy learns, where speed
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from ibp_deepspeed import measures
 from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_interlocking
 from ibp_deepspeed.errors import ConfigError
@@ -30,6 +33,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.AdamW,  # DeepSpeed's "Adam" decays weights as AdamW does, unless adam_w_mode is off
     "sgd": torch.optim.SGD,
 }
+_KEPT = 1000  # reports that nobody has taken
 _DEEPSPEED_ONLY = ("torch_adam", "adam_w_mode")
 
 
@@ -46,7 +50,7 @@ class VirtualPipeline:
             learning-rate schedules: DeepSpeed's and WarmupStableDecayLR. bf16 keeps fp32 master weights and sums
             gradients in fp32.
         device: where everything is put.
-        monitor: DeepSpeed's MonitorMaster, for the losses of the exits every ``steps_per_print`` batches.
+        monitor: DeepSpeed's MonitorMaster, for what stages report every ``steps_per_print`` batches.
 
     Attributes:
         reference: the stages, heads and gradients.
@@ -88,6 +92,8 @@ class VirtualPipeline:
         sizes = self._micro_batches, self.train_batch_size()
         self._checkpoints = SingleProcessCheckpoints(self.reference, self.optimizers, self.schedulers, *sizes)
         self._losses: Tensor | None = None
+        self._reports: deque[measures.Report] = deque(maxlen=_KEPT)
+        self._seconds: list[float] = []
 
     @property
     def global_steps(self) -> int:
@@ -112,8 +118,11 @@ class VirtualPipeline:
 
     def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Train all stages on the next M micro-batches (inputs, labels[, ids]); returns their K losses, float64."""
+        began = time.perf_counter()
         self._train(True)
         losses = self._accumulate(self._take(data_iter, self._micro_batches))
+        due = self._is_due()
+        report = [self._measured(k) for k in range(self.num_stages)] if due else []
         self._clip()
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()
@@ -122,7 +131,9 @@ class VirtualPipeline:
                 scheduler.step()
         self.reference.masters_to_weights()
         self._losses = losses
-        self._report()
+        self._seconds.append(time.perf_counter() - began)
+        if due:
+            self._report(report, losses.tolist())
         return losses
 
     def eval_batch(
@@ -139,14 +150,33 @@ class VirtualPipeline:
         """Gradients of all stages, into ``grad``; returns the K losses."""
         return self.reference.accumulate(micro_batches)
 
-    def _report(self) -> None:
+    def new_reports(self, patience: float = 0.0) -> list[measures.Report]:
+        """What the stages measured, every ``steps_per_print`` batches, since this was called last: losses, norms of
+        gradients, learning rates, and the time of a batch; there is neither waiting nor memory of a stage."""
+        taken = list(self._reports)
+        self._reports.clear()
+        return taken
+
+    def _is_due(self) -> bool:
         interval = self.ds_config.get("steps_per_print", 10)
-        if self.monitor is None or not self.monitor.enabled or not interval or self.global_steps % interval:
-            return
-        assert self._losses is not None
-        samples = self.global_steps * self.train_batch_size()
-        losses, exits = self._losses.tolist(), self.reference.placement.losses
-        self.monitor.write_events([(f"Train/Exits/stage_{k}_loss", losses[k], samples) for k in exits])
+        return bool(interval) and self.global_steps % interval == 0
+
+    def _measured(self, stage: int) -> dict[str, float]:
+        """Before the step, when gradients are complete and not yet clipped."""
+        names = (measures.TRUNK_NORM, measures.HEAD_NORM)
+        parts = self.reference.masters_by_part(stage)
+        norms = {name: gradient_norm(part).item() for name, part in zip(names, parts, strict=False)}
+        return {**norms, measures.LEARNING_RATE: self.optimizers[stage].param_groups[0]["lr"]}
+
+    def _report(self, measured: list[dict[str, float]], losses: list[float]) -> None:
+        seconds, self._seconds = sum(self._seconds) / len(self._seconds), []
+        rows = [
+            measures.without_nan({measures.LOSS: loss, **values, measures.BATCH_TIME: seconds})
+            for loss, values in zip(losses, measured, strict=True)
+        ]
+        self._reports.append(measures.Report(self.global_steps, rows))
+        if self.monitor is not None and self.monitor.enabled:
+            self.monitor.write_events(measures.events(self.global_steps, rows))
 
     @property
     def data_parallel_rank(self) -> int:

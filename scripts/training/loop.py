@@ -10,13 +10,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ibp_deepspeed import measures
+from scripts.training.display import display_for
 from scripts.training.report import Speed
+from scripts.training.throughput import Throughput
 
 if TYPE_CHECKING:
     from ibp_deepspeed.data import HeldOut
     from ibp_deepspeed.pipeline import Pipeline
     from models.exits.evaluation import Evaluation
     from scripts.training.start import Data
+
+_PATIENCE = 10.0  # seconds for the last reports, of stages that have trained already
 
 
 class Run:
@@ -25,24 +30,21 @@ class Run:
     Args:
         pipeline: the engine, or all stages in one process.
         args: the command line.
-        tokens_per_batch: for tokens/s.
+        throughput: what turns times into tokens/s.
 
     Attributes:
         speed: how long the batches have taken.
     """
 
-    def __init__(self, pipeline: Pipeline, args: argparse.Namespace, tokens_per_batch: int) -> None:
-        from tqdm import tqdm
-
-        self.pipeline, self.args, self.tokens_per_batch = pipeline, args, tokens_per_batch
+    def __init__(self, pipeline: Pipeline, args: argparse.Namespace, throughput: Throughput) -> None:
+        self.pipeline, self.args, self.throughput = pipeline, args, throughput
         self.first = pipeline.global_rank == 0
-        hidden = None if self.first else True
-        options: dict[str, Any] = {"unit": "batch", "disable": hidden, "dynamic_ncols": True}
-        self.bar = tqdm(total=args.steps, initial=pipeline.global_steps, **options)
+        self.display = display_for(self.first, args.steps, pipeline.global_steps)
         self.history = open_history(args.output / "history.jsonl", pipeline.global_steps) if self.first else None
-        self.start = self.logged = self.printed = pipeline.global_steps
+        self.start = self.logged = pipeline.global_steps
         self.began = time.perf_counter()
-        self.speed = Speed(tokens_per_batch)
+        self.speed = Speed(throughput.tokens_per_batch)
+        self.text = ""
 
     def train(self, data: Data, save: Callable[[], None]) -> Evaluation:
         """All batches; evaluates and saves at their intervals and at the end. Returns the last evaluation."""
@@ -57,7 +59,8 @@ class Run:
                 evaluated = self.evaluate(step, data.at_the_end if last else data.on_the_way)
             if last or self.due(step, self.args.save_interval):
                 save()
-        self.bar.close()
+        self.reported(_PATIENCE)
+        self.display.close()
         assert evaluated is not None
         return evaluated
 
@@ -74,34 +77,38 @@ class Run:
         if self.first:
             self.write({"step": step, "held_out": or_null(evaluation.losses), "tokens": evaluation.tokens})
             text = in_words(evaluation.losses)
-            self.bar.write(f"batch {step}: held-out losses of the exits {text} ({evaluation.tokens:,} tokens)")
+            self.display.say(f"batch {step}: held-out losses of the exits {text} ({evaluation.tokens:,} tokens)")
             monitor = self.pipeline.monitor
             if monitor is not None and monitor.enabled:
-                samples = step * self.pipeline.train_batch_size()
                 rows = evaluation.rows()
-                events = [(f"Eval/Exits/stage_{row['exit'] - 1}_loss", row["loss"], samples) for row in rows]
-                monitor.write_events(events)
+                name = "held-out loss (nats per token)"
+                monitor.write_events([(f"Eval/stage {row['exit'] - 1}/{name}", row["loss"], step) for row in rows])
         return evaluation
 
     def show(self, step: int) -> None:
         """Progress of rank 0, with the newest losses that all stages have reported."""
         if not self.first:
             return
-        self.bar.update(1)
         latest = self.pipeline.latest_losses()
-        if latest is None or latest[1] == self.logged:
-            return
-        losses, self.logged = latest
-        self.write({"step": self.logged, "train": or_null(losses.tolist())})
-        seconds = (time.perf_counter() - self.began) / (step - self.start)
-        rate = f"{self.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
-        text = in_words(losses.tolist())
-        self.bar.set_postfix_str(f"losses {text}, {rate}")
-        if self.bar.disable and step >= self.printed + max(1, self.args.steps // 20):
-            self.printed = step
-            print(
-                f"batch {step}/{self.args.steps}: losses of the exits {text} (batch {self.logged}), {rate}", flush=True
-            )
+        if latest is not None and latest[1] != self.logged:
+            losses, self.logged = latest
+            self.write({"step": self.logged, "train": or_null(losses.tolist())})
+            seconds = (time.perf_counter() - self.began) / (step - self.start)
+            rate = f"{self.throughput.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
+            self.text = f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}), {rate}"
+        self.display.advance(self.text)
+        self.reported()
+
+    def reported(self, patience: float = 0.0) -> None:
+        """Keep and show what all stages have measured; with patience, also of stages that are about to say it."""
+        monitor = self.pipeline.monitor
+        for report in self.pipeline.new_reports(patience):
+            speeds = self.throughput.of(report)
+            stages = [{**stage, **speed} for stage, speed in zip(report.stages, speeds, strict=True)]
+            self.write({"step": report.step, "stages": stages})
+            self.display.report(report.step, stages, self.text)
+            if monitor is not None and monitor.enabled:
+                monitor.write_events(measures.events(report.step, speeds))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append to history.jsonl."""

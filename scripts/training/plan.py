@@ -15,6 +15,7 @@ from scripts.training.arguments import (
     given_hyperparameters,
     parse_overrides,
 )
+from scripts.training.monitors import monitors_under
 from scripts.training.partition import stage_bounds
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if resume is None and begin.weights is not None:
         fresh = args.init_heads == "fresh"
         model = CausalLM(begin.hf_config, seed=args.seed, weights=begin.weights, fresh_heads=fresh)
+    ds_config = monitors_under(args.output, ds_config)
     return Plan(
         ds_config, interlocking, model, num_stages, bounds, replicas, train, held_out, description, resume, files
     )

@@ -6,9 +6,12 @@ import argparse
 import contextlib
 import io
 import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from scripts.reporting.record import RunRecord, record_of
 from scripts.training.arguments import EVAL_MICRO_BATCHES
 from scripts.training.checkpoints import set_position
 from scripts.training.report import (
@@ -21,6 +24,7 @@ from scripts.training.report import (
     peak_memory,
     start_lines,
 )
+from scripts.training.throughput import Throughput
 
 if TYPE_CHECKING:
     from ibp_deepspeed.data import HeldOut, MicroBatchLoader
@@ -87,8 +91,8 @@ def open_data(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Data:
     return Data(train, held_out(args.eval_micro_batches or EVAL_MICRO_BATCHES), held_out(args.eval_micro_batches))
 
 
-def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data) -> None:
-    """Say on rank 0 what is going to be trained, and what of the data is left out."""
+def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data) -> list[str]:
+    """Say on rank 0 what is going to be trained, and what of the data is left out; returns these lines."""
     options, micro_batches = plan.interlocking.aux_head, pipeline.gradient_accumulation_steps()
     exits = plan.interlocking.exits_for(plan.num_stages)
     if len(exits) == 1:
@@ -115,7 +119,35 @@ def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Dat
     lines += [*data.train.samples.remarks(), *data.at_the_end.remarks()]
     if args.eval_interval:
         lines.append(f"held-out losses every {args.eval_interval} batches on {data.on_the_way.describe()}")
-    print("\n".join([*start_lines(Machine.here(on_gpu())), *lines]), flush=True)
+    lines = [*start_lines(Machine.here(on_gpu())), *lines]
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+def throughput(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Throughput:
+    """What turns times of batches into tokens/s and MFU."""
+    from models.devices import peak_flops
+
+    machine, tokens = Machine.here(on_gpu()), pipeline.train_batch_size() * args.sequence_length
+    peak = peak_flops(machine.card) if machine.card else None
+    return Throughput(tokens, machine, flops_per_token(plan, args.sequence_length), peak)
+
+
+def begin_record(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, about: list[str]) -> RunRecord:
+    """On rank 0, before the first batch: run.json, so that a run that is not finished can be reported too."""
+    record = record_of(plan, args, about, pipeline.global_steps, pipeline.train_batch_size())
+    record.write(args.output)
+    return record
+
+
+def end_record(record: RunRecord | None, output: Path, summary: str) -> Path:
+    """On rank 0, when all is done: the page of the run; returns its path."""
+    from scripts.reporting.page import write_page
+
+    assert record is not None
+    record.ended, record.summary = time.time(), [summary]
+    record.write(output)
+    return write_page(output)
 
 
 def summarise(speed: Speed, plan: Plan, args: argparse.Namespace) -> str:

@@ -21,14 +21,20 @@ def test_training_leaves_history_scalars_and_a_checkpoint(trained: Path, config:
     rows = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()]
     held_out = [row for row in rows if "held_out" in row]
     assert [row["step"] for row in held_out] == [4, 8]
-    assert all(len(row.get("train", row.get("held_out"))) == 2 for row in rows)
+    assert all(len(row.get("train") or row.get("held_out") or row["stages"]) == 2 for row in rows)
     assert all(a > b for a, b in zip(held_out[0]["held_out"], held_out[1]["held_out"], strict=True)), "it learns"
     events = EventAccumulator(str(next((config.parent / "tensorboard").rglob("events.*")).parent))
     events.Reload()
     scalars = set(events.Tags()["scalars"])
-    wanted = {f"{kind}/Exits/stage_{k}_loss" for kind in ("Train", "Eval") for k in range(2)}
-    wanted.add("Train/Readout/bytes_per_refresh")
-    assert wanted <= scalars, scalars
+    wanted = {f"Eval/stage {k}/held-out loss (nats per token)" for k in range(2)} | {
+        "Train/copy of the LM head (bytes)"
+    }
+    reported = {row["step"]: row["stages"] for row in rows if "stages" in row}
+    wanted |= {f"Train/stage {k}/{name}" for k in range(2) for name in reported[8][k]}
+    assert wanted <= scalars and len(reported[8][0]) >= 14, scalars
+    for name, value in reported[8][1].items():
+        last = events.Scalars(f"Train/stage 1/{name}")[-1]
+        assert last.step == 8 and last.value == pytest.approx(value, rel=1e-5), "the same in both, by the batch"
     assert (trained / "checkpoint" / "latest").read_text() == "global_step8"
 
 
@@ -123,8 +129,11 @@ def test_a_resumed_run_is_the_same_bit_for_bit(data: Path, config: Path, tmp_pat
     for name in names:
         one, other = (torch.load(end / name, weights_only=False) for end in ends)
         assert_same(one, other, name)
-    steps = [json.loads(line)["step"] for line in (stopped / "history.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and steps[-1] == 6
+    rows = [json.loads(line) for line in (stopped / "history.jsonl").read_text().splitlines()]
+    for kind in ("train", "held_out", "stages"):
+        steps = [row["step"] for row in rows if kind in row]
+        assert steps == sorted(set(steps)) and steps[-1] <= 6
+    assert [row["step"] for row in rows if "stages" in row] == [2, 4, 6]
 
 
 def assert_same(one: Any, other: Any, where: str) -> None:
@@ -160,7 +169,15 @@ def test_nothing_is_compiled(data: Path, config: Path, tmp_path: Path) -> None:
 
 
 def test_help_and_no_launcher() -> None:
-    names = ("train_lm.py", "evaluate_lm.py", "plot_losses.py", "generate.py", "prepare_data.py", "convert_hf.py")
+    names = (
+        "report.py",
+        "train_lm.py",
+        "evaluate_lm.py",
+        "plot_losses.py",
+        "generate.py",
+        "prepare_data.py",
+        "convert_hf.py",
+    )
     for name in names:
         done = script(name, "--help")
         assert "usage:" in done.stdout and done.returncode == 0, name

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.speed.contenders import Batch, Contender, make
-from benchmarks.speed.harness import Row, Spread, interleaved, spawn
+from benchmarks.speed.harness import Row, Spread, interleaved, meet, spawn
 from benchmarks.speed.language import llama
 
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}}}
@@ -51,11 +51,9 @@ def tokens_per_second(contender: Contender, data: Iterator[Batch], measured: int
 
 def worker(arguments: dict[str, Any]) -> list[list[float]]:
     """One rank: all contenders of one M, interleaved."""
-    import deepspeed
 
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
+    meet()
     stages, count, size, length = (arguments[key] for key in ("stages", "micro_batches", "batch", "tokens"))
     model = llama(arguments["layers"], arguments["width"], arguments["vocabulary"], settings=ADAM, mode="window")
     data = batches(arguments["data"], arguments["vocabulary"], size, length)

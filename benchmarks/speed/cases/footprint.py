@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.speed.cases.memory import watch
 from benchmarks.speed.contenders import interlocking
-from benchmarks.speed.harness import Row, spawn
+from benchmarks.speed.harness import Row, meet, spawn
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
@@ -42,14 +42,12 @@ def made(arguments: dict[str, Any]) -> Any:
 
 def worker(arguments: dict[str, Any]) -> dict[str, dict[str, float]]:
     """One rank: each contender for some batches."""
-    import deepspeed
 
     from ibp_deepspeed import InterlockingConfig, initialize
     from models.build import pipeline_module
 
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
+    meet()
     ids = torch.arange(arguments["tokens"])[None] % arguments["vocabulary"]
     found = {}
     for name in arguments["contenders"]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.speed.contenders import Batch, applies, make
 from benchmarks.speed.emulated import Timed, model, time_batches
-from benchmarks.speed.harness import Row, Spread, add_timing_arguments, interleaved
+from benchmarks.speed.harness import Row, Spread, add_timing_arguments, interleaved, meet
 from benchmarks.speed.namespaces import hosts, missing
 from benchmarks.speed.sleeping import WIDTH
 
@@ -38,12 +38,10 @@ def data(kib: int) -> Iterator[Batch]:
 
 def worker(arguments: dict[str, Any]) -> list[list[Timed]]:
     """One stage: all contenders, interleaved."""
-    import deepspeed
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
+    meet()
     stages, count, unit = (arguments[key] for key in ("stages", "micro_batches", "unit"))
     batches = max(2, arguments["measured"] // count)
     jobs = []

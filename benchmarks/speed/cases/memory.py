@@ -14,18 +14,16 @@ from typing import Any
 import torch
 
 from benchmarks.speed.contenders import make
-from benchmarks.speed.harness import Row, spawn
+from benchmarks.speed.harness import Row, meet, spawn
 from benchmarks.speed.language import llama
 from benchmarks.speed.saved import SavedActivations
 
 
 def worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank: each contender for some batches."""
-    import deepspeed
 
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
+    meet()
     stages, count, tokens = (arguments[key] for key in ("stages", "micro_batches", "tokens"))
     model = llama(2 * stages, arguments["width"], arguments["vocabulary"])
     ids = torch.arange(tokens)[None] % arguments["vocabulary"]

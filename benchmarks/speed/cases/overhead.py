@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.speed.contenders import Batch, Contender, Model, make
-from benchmarks.speed.harness import Row, Spread, interleaved, spawn
+from benchmarks.speed.harness import Row, Spread, interleaved, meet, spawn
 from benchmarks.speed.sleeping import WIDTH, loss_fn
 
 
@@ -137,11 +137,9 @@ def _data() -> Iterator[Batch]:
 
 def worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank: all contenders, interleaved, then one of ours once more with a clock on every instruction."""
-    import deepspeed
 
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
+    meet()
     stages, count = arguments["stages"], arguments["micro_batches"]
     model = Model([Scale] * (2 * stages), MODEL.head, MODEL.loss_fn)
     contenders: dict[str, Contender] = {}

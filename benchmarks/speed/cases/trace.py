@@ -22,7 +22,7 @@ from benchmarks.speed.cases.compute import ADAM, batches
 from benchmarks.speed.cases.overhead import Scale
 from benchmarks.speed.contenders import Batch, Model, make
 from benchmarks.speed.emulated import data as sleeping_data
-from benchmarks.speed.harness import Row, Spread, interleaved, spawn
+from benchmarks.speed.harness import Row, Spread, interleaved, meet, spawn
 from benchmarks.speed.language import llama
 from benchmarks.speed.sleeping import loss_fn
 
@@ -49,11 +49,9 @@ def seconds(engine: Any, rows: Iterator[Batch], measured: int, path: Path | None
 
 def worker(arguments: dict[str, Any]) -> list[list[float]]:
     """One rank: batches that are not recorded, and batches that are."""
-    import deepspeed
 
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
-    deepspeed.utils.logger.setLevel("ERROR")
+    meet()
     model, rows, size = _work(arguments)
     engine = make(arguments["contender"], model, arguments["stages"], arguments["micro_batches"], size)
     with tempfile.TemporaryDirectory() as folder:
