@@ -32,8 +32,8 @@ class SameOnAllRanks:
         self.holds = False
 
 
-def run(main: Callable[[SameOnAllRanks], None]) -> NoReturn:
-    """Run a script's ``main`` and end the process.
+def run(main: Callable[[SameOnAllRanks], int | None]) -> NoReturn:
+    """Run a script's ``main`` and end the process with the exit code that it returns, 0 if it returns none.
 
     An :class:`InterlockingError` becomes one sentence on stderr. If several ranks see it, the lowest speaks: the
     others give it time to, and the launcher time to end the job. So does a rank whose neighbour is gone. The exit
@@ -41,8 +41,9 @@ def run(main: Callable[[SameOnAllRanks], None]) -> NoReturn:
     """
     phase = SameOnAllRanks()
     rank = int(os.environ.get("RANK", "0"))
+    code = None
     try:
-        main(phase)
+        code = main(phase)
     except PeerLostError as error:
         _end(f"error: rank {rank}: {error}", _PEER_SECONDS)
     except InterlockingError as error:
@@ -55,7 +56,7 @@ def run(main: Callable[[SameOnAllRanks], None]) -> NoReturn:
             _end(f"error: rank {rank} lost another process: {first_line(error)}", _PEER_SECONDS)
         _end(f"error: rank {rank} failed:\n{traceback.format_exc()}")
     sys.stdout.flush()
-    sys.exit(0)
+    sys.exit(code or 0)
 
 
 def quiet() -> None:

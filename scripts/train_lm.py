@@ -20,9 +20,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ibp_deepspeed import cli
 from scripts.training.arguments import parse_arguments
 from scripts.training.checkpoints import resume, save
+from scripts.training.interruption import EXIT_CODE, Interruption
 from scripts.training.loop import Run
 from scripts.training.plan import make_plan
-from scripts.training.start import begin_record, describe, end_record, open_data, start, summarise, throughput
+from scripts.training.start import (
+    agreement,
+    begin_record,
+    describe,
+    end_record,
+    open_data,
+    start,
+    summarise,
+    throughput,
+)
 from scripts.training.trace import batches as batches_to_trace
 from scripts.training.trace import path as trace_path
 
@@ -30,7 +40,7 @@ if TYPE_CHECKING:
     from ibp_deepspeed import InterlockedPipelineEngine
 
 
-def main(phase: cli.SameOnAllRanks) -> None:
+def main(phase: cli.SameOnAllRanks) -> int:
     """Check, start, train, save."""
     args = parse_arguments(__doc__)
     if not args.verbose:
@@ -47,19 +57,24 @@ def main(phase: cli.SameOnAllRanks) -> None:
     if pipeline.global_rank == 0:
         record = begin_record(pipeline, plan, args, describe(pipeline, plan, args, data))
     phase.ends()
-    run = Run(pipeline, args, throughput(pipeline, plan, args))
+    interruption = Interruption(args.grace_seconds, speaks=pipeline.global_rank == 0)
+    run = Run(pipeline, args, throughput(pipeline, plan, args), agreement(pipeline, args), interruption)
     evaluation = run.train(data, lambda: save(pipeline, plan, args, data.train))
     summary = summarise(run.speed, plan, args)
     if pipeline.global_rank == 0:
         from models.exits.table import text_table
 
-        print(text_table(evaluation, plan.train.manifest.unigram_entropy_nats))
+        if evaluation is not None and not run.stopped:
+            print(text_table(evaluation, plan.train.manifest.unigram_entropy_nats))
         print(summary)
         print(f"report in {end_record(record, args.output, summary)}")
         print(f"checkpoint in {args.output / 'checkpoint'}")
-        if traced is not None:
+        if run.stopped:
+            print(f"interrupted after batch {run.stopped} of {args.steps}: the same command with --resume goes on")
+        elif traced is not None:
             print(f"trace of batches {traced.first} to {traced.last} in {trace_path(args)}: scripts/trace_report.py")
     pipeline.close()
+    return EXIT_CODE if run.stopped else 0
 
 
 if __name__ == "__main__":

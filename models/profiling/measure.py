@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from tqdm import tqdm
 
-from ibp_deepspeed.comm.to_and_fro import message_seconds
+from ibp_deepspeed.comm.message_time import message_seconds
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.planner.profile import Message, Piece, Profile, Spread, checksum
 from models.causal_lm import CausalLM

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 EVAL_MICRO_BATCHES = 16
+SAVE_SECONDS = 900.0
+"""Between two checkpoints at most, where --save-interval is not given."""
+_SHORT = 50
 _BY_PROFILE = "profile:"
 
 
@@ -84,13 +87,25 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
         "--eval-micro-batches",
         type=int,
         metavar="N",
-        help="held-out micro-batches of an evaluation, spread over the whole split "
+        help="held-out micro-batches of an evaluation, spread over the whole split, 0: evaluate nothing "
         f"(default: {EVAL_MICRO_BATCHES}, and the whole split at the end)",
     )
     add(
         "--output", type=Path, default=Path("runs/last"), metavar="DIR", help="checkpoint, history (default: runs/last)"
     )
-    add("--save-interval", type=int, default=0, metavar="N", help="batches between checkpoints, 0: only at the end")
+    add(
+        "--save-interval",
+        type=int,
+        metavar="N",
+        help="batches between checkpoints, 0: only at the end (default: a tenth of --steps from 50 on, and 15 minutes)",
+    )
+    add(
+        "--grace-seconds",
+        type=float,
+        default=60.0,
+        metavar="X",
+        help="after Ctrl-C or SIGTERM, to finish the batch and save it, exit code 75 (default: %(default)s)",
+    )
     add("--keep", type=int, default=2, metavar="N", help="newest checkpoints that are kept (default: %(default)s)")
     add(
         "--resume",
@@ -99,6 +114,13 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
         metavar="TAG",
         help="resume from a checkpoint in --output: the newest if there is one (no TAG, or auto), or that of this name",
     )
+
+
+def save_interval(args: argparse.Namespace) -> int:
+    """Batches between two checkpoints; 0: only at the end."""
+    if args.save_interval is not None:
+        return int(args.save_interval)
+    return args.steps // 10 if args.steps >= _SHORT else 0
 
 
 def given_hyperparameters(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ibp_deepspeed import measures
+from scripts.training.agreement import SAVE, STOP, Agreement
+from scripts.training.arguments import SAVE_SECONDS, save_interval
 from scripts.training.display import display_for
+from scripts.training.interruption import Interruption
 from scripts.training.report import Speed
 from scripts.training.throughput import Throughput
 
@@ -31,14 +34,28 @@ class Run:
         pipeline: the engine, or all stages in one process.
         args: the command line.
         throughput: what turns times into tokens/s.
+        agreement: of all ranks about what is done after a batch.
+        interruption: whether the training is to end.
 
     Attributes:
+        stopped: the batch after which an interruption ended it; 0: none did.
         speed: how long the batches have taken.
     """
 
-    def __init__(self, pipeline: Pipeline, args: argparse.Namespace, throughput: Throughput) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        args: argparse.Namespace,
+        throughput: Throughput,
+        agreement: Agreement,
+        interruption: Interruption,
+    ) -> None:
         self.pipeline, self.args, self.throughput = pipeline, args, throughput
+        self.agreement, self.interruption = agreement, interruption
         self.first = pipeline.global_rank == 0
+        self.save_interval = save_interval(args)
+        self.saved = time.monotonic()
+        self.stopped = 0
         self.display = display_for(self.first, args.steps, pipeline.global_steps)
         self.history = open_history(args.output / "history.jsonl", pipeline.global_steps) if self.first else None
         self.start = self.logged = pipeline.global_steps
@@ -46,23 +63,35 @@ class Run:
         self.speed = Speed(throughput.tokens_per_batch)
         self.text = ""
 
-    def train(self, data: Data, save: Callable[[], None]) -> Evaluation:
-        """All batches; evaluates and saves at their intervals and at the end. Returns the last evaluation."""
+    def train(self, data: Data, save: Callable[[], None]) -> Evaluation | None:
+        """All batches; saves and evaluates at their intervals and at the end. Returns the last evaluation.
+
+        What is trained is saved before it is evaluated. An interruption saves, and ends it.
+        """
         evaluated: Evaluation | None = None
         for step in range(self.start + 1, self.args.steps + 1):
+            self.agreement.before(step, self.wanted)
             began = time.perf_counter()
             self.pipeline.train_batch(data.train)
             self.speed.seconds.append(time.perf_counter() - began)
             self.show(step)
-            last = step == self.args.steps
-            if last or self.due(step, self.args.eval_interval):
-                evaluated = self.evaluate(step, data.at_the_end if last else data.on_the_way)
-            if last or self.due(step, self.args.save_interval):
+            last, agreed = step == self.args.steps, self.agreement.after(step)
+            if last or agreed or self.due(step, self.save_interval):
                 save()
+                self.saved = time.monotonic()
+            if STOP in agreed and not last:
+                self.stopped = step
+                break
+            if self.args.eval_micro_batches != 0 and (last or self.due(step, self.args.eval_interval)):
+                evaluated = self.evaluate(step, data.at_the_end if last else data.on_the_way)
         self.reported(_PATIENCE)
         self.display.close()
-        assert evaluated is not None
         return evaluated
+
+    def wanted(self) -> set[str]:
+        """What this rank wants to be done after the next batch."""
+        late = self.args.save_interval is None and time.monotonic() - self.saved > SAVE_SECONDS
+        return {word for word, is_wanted in ((SAVE, late), (STOP, self.interruption.asked)) if is_wanted}
 
     @staticmethod
     def due(step: int, interval: int) -> bool:

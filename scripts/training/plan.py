@@ -182,10 +182,11 @@ def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> Non
     for option, value in given_hyperparameters(args).items():
         if value < (0 if option in ("--warmup-steps", "--learning-rate") else 1):
             raise ModelError(f"{option} is {value}: give a larger one.")
-    if args.keep < 1 or args.save_interval < 0:
-        raise ModelError(
-            f"--keep {args.keep} --save-interval {args.save_interval}: keep at least 1, save at least at 0."
-        )
+    if args.keep < 1:
+        raise ModelError(f"--keep is {args.keep}: keep at least 1 checkpoint.")
+    for name in ("save_interval", "eval_interval", "eval_micro_batches", "grace_seconds"):
+        if (getattr(args, name) or 0) < 0:
+            raise ModelError(f"--{name.replace('_', '-')} is {getattr(args, name):g}: give 0 or more.")
 
 
 def _check_heads(interlocking: InterlockingConfig, vocabulary: int) -> None:

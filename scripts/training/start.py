@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scripts.reporting.record import RunRecord, record_of
+from scripts.training.agreement import Agreement
 from scripts.training.arguments import EVAL_MICRO_BATCHES
 from scripts.training.checkpoints import set_position
 from scripts.training.report import (
@@ -88,7 +89,9 @@ def open_data(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Data:
         samples = None if micro_batches is None else micro_batches * size * plan.replicas
         return HeldOut(plan.held_out, args.sequence_length, size, **where, samples=samples)
 
-    return Data(train, held_out(args.eval_micro_batches or EVAL_MICRO_BATCHES), held_out(args.eval_micro_batches))
+    return Data(
+        train, held_out(args.eval_micro_batches or EVAL_MICRO_BATCHES), held_out(args.eval_micro_batches or None)
+    )
 
 
 def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data) -> list[str]:
@@ -122,6 +125,16 @@ def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Dat
     lines = [*start_lines(Machine.here(on_gpu())), *lines]
     print("\n".join(lines), flush=True)
     return lines
+
+
+def agreement(pipeline: Pipeline, args: argparse.Namespace) -> Agreement:
+    """Of all ranks about what is done after a batch."""
+    import torch.distributed as dist
+
+    store = None
+    if not args.one_process:
+        store = dist.PrefixStore("ibp_agreement", dist.distributed_c10d._get_default_store())
+    return Agreement(store, pipeline.global_rank)
 
 
 def throughput(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Throughput:

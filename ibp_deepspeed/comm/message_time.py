@@ -40,13 +40,13 @@ def _exchange(rank: int, folder: str, sizes: list[int], repeats: int, backend: s
     store = dist.FileStore(str(Path(folder, "store")), 2)
     dist.init_process_group(backend, store=store, rank=rank, world_size=2, **about)
     tensors = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
-    rounds = [[_to_and_fro(rank, tensor) / 2 for tensor in tensors] for _ in range(WARM_UP + repeats)]
+    rounds = [[_message_time(rank, tensor) / 2 for tensor in tensors] for _ in range(WARM_UP + repeats)]
     if rank == 0:
         torch.save([list(column) for column in zip(*rounds[WARM_UP:], strict=True)], Path(folder, "seconds.pt"))
     dist.destroy_process_group()
 
 
-def _to_and_fro(rank: int, tensor: Tensor) -> float:
+def _message_time(rank: int, tensor: Tensor) -> float:
     began = time.perf_counter()
     for turn in (0, 1):
         if turn == rank:

@@ -1,0 +1,53 @@
+"""What all ranks do after the same batch, though none of them waits for another: rank 0 decides a batch ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+SAVE, STOP = "save", "stop"
+
+
+class Agreement:
+    """Of the ranks of a job, through its key-value store.
+
+    Rank 0 is the first stage of the first replica. No rank ends batch n + 1 before rank 0 has begun it: the other
+    stages of its pipeline need its activations, and the other replicas its gradients. So what rank 0 writes before
+    batch n + 1 is there when another rank has trained it, and looks.
+
+    Args:
+        store: of the job; None: this is the only process.
+        rank: of this process.
+    """
+
+    def __init__(self, store: dist.Store | None, rank: int) -> None:
+        self._store, self._rank = store, rank
+        self._decided: dict[int, set[str]] = {}
+
+    def before(self, step: int, wanted: Callable[[], set[str]]) -> None:
+        """On all ranks, before a batch: rank 0 decides what is done after it.
+
+        Args:
+            step: the batch, from 1.
+            wanted: what this rank wants now, of SAVE and STOP; on rank 0 that is done, another one asks for it.
+        """
+        words = wanted()
+        if self._rank == 0:
+            if self._store is not None and self._store.check(["asked"]):
+                words |= {STOP}
+            if words:
+                self._decided = {step: words}
+                if self._store is not None:
+                    self._store.set(f"after {step}", " ".join(sorted(words)))
+        elif STOP in words and self._store is not None:
+            self._store.set("asked", "")
+
+    def after(self, step: int) -> set[str]:
+        """What is done after a batch, the same on all ranks."""
+        if self._rank == 0 or self._store is None:
+            return self._decided.pop(step, set())
+        key = f"after {step}"
+        return set(self._store.get(key).decode().split()) if self._store.check([key]) else set()
