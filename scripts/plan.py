@@ -3,7 +3,7 @@
     python scripts/plan.py --model models/configs/llama-tiny.json --stages 4 --device H100
     python scripts/plan.py --model meta-llama/Meta-Llama-3-8B --stages 8 --stages-a-host 4 --micro-batches 16 \\
         --device H100 --host-gbps 100 --zero 1 --data-parallel 4 --head negatives=16384
-    python scripts/plan.py --search --model models/configs/llama-8b.json --devices-total 8 --devices-a-host 4 \\
+    python scripts/plan.py --search --model models/configs/llama3-8b.json --devices-total 8 --devices-a-host 4 \\
         --batch-samples 64 --device A100 --host-gbps 25 --write best.json
 
 Times are simulated from the schedules that are executed (DeepSpeed's and torch's own lists for the others), with the

@@ -10,8 +10,10 @@ import pytest
 
 from ibp_deepspeed.errors import TraceError
 from ibp_deepspeed.trace import chrome
+from scripts.training.arguments import parse_arguments
 from scripts.training.trace import batches
 from tests.commands import script
+from tests.docs.test_pages import commands
 
 
 def test_a_run_leaves_a_trace_of_the_batches_that_were_named(trained: Path) -> None:
@@ -49,6 +51,18 @@ def test_the_report_says_where_the_time_went(trained: Path, tmp_path: Path) -> N
 def test_the_report_refuses_in_one_sentence(trained: Path, words: list[str], said: str) -> None:
     done = script("trace_report.py", *(word.format(run=trained) for word in words))
     assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_the_pages_commands_run(trained: Path, tmp_path: Path) -> None:
+    """Those of docs/tracing.md and docs/run-report.md, on this run."""
+    training, traced = commands("tracing.md")
+    options = training[training.index("scripts/train_lm.py") + 1 :]
+    assert batches(parse_arguments(None, options), None) == (91, 93)
+    for command in (traced, *commands("run-report.md")):
+        words = [word.replace("runs/first", str(trained)) for word in command[2:]]
+        done = script(command[1].removeprefix("scripts/"), *words)
+        assert done.returncode == 0, done.stderr
+    assert (trained / "trace.png").exists() and (trained / "run_report.html").exists()
 
 
 def _arguments(trace: str | None, steps: int = 20, one_process: bool = False) -> Namespace:
