@@ -11,6 +11,7 @@ are trained in one process on one device, without a launcher, to study how a str
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -22,6 +23,7 @@ from scripts.training.arguments import parse_arguments
 from scripts.training.checkpoints import resume, save
 from scripts.training.interruption import EXIT_CODE, Interruption
 from scripts.training.loop import Run
+from scripts.training.output import claim
 from scripts.training.plan import make_plan
 from scripts.training.start import (
     agreement,
@@ -45,14 +47,21 @@ def main(phase: cli.SameOnAllRanks) -> int:
     args = parse_arguments(__doc__)
     if not args.verbose:
         cli.quiet()
-    plan = make_plan(args)
+    from models.errors import AllTrained
+
+    try:
+        plan = make_plan(args)
+    except AllTrained as nothing_left:  # a job that is started again and again ends well
+        if os.environ["RANK"] == "0":
+            print(f"{nothing_left}.")
+        return 0
     traced = batches_to_trace(args, plan.resume)
+    lock = claim(args) if os.environ["RANK"] == "0" else None
     pipeline = start(plan, args)
     resume(pipeline, plan, args)
     if traced is not None:
         cast("InterlockedPipelineEngine", pipeline).trace_batches(*traced, trace_path(args))
     data = open_data(pipeline, plan, args)
-    args.output.mkdir(parents=True, exist_ok=True)
     record = None
     if pipeline.global_rank == 0:
         record = begin_record(pipeline, plan, args, describe(pipeline, plan, args, data))
@@ -74,6 +83,8 @@ def main(phase: cli.SameOnAllRanks) -> int:
         elif traced is not None:
             print(f"trace of batches {traced.first} to {traced.last} in {trace_path(args)}: scripts/trace_report.py")
     pipeline.close()
+    if lock is not None:
+        lock.close()
     return EXIT_CODE if run.stopped else 0
 
 

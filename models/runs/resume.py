@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.store import checked
-from models.errors import ModelError
+from models.errors import AllTrained, ModelError
 from models.runs.description import Description
 
 
@@ -21,7 +21,8 @@ def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description,
         steps: batches that it is to have in the end.
 
     Raises:
-        ModelError: there is no such checkpoint, it is of another model, or it has as many batches already.
+        ModelError: there is no such checkpoint, or it is of another model.
+        AllTrained: it has as many batches already.
         CheckpointError: it is damaged.
     """
     if wanted is None:
@@ -38,7 +39,7 @@ def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description,
     _check_same(path, Description.read(path), planned)
     batches = layout.batches_of(tag)
     if batches is not None and batches >= steps:
-        raise ModelError(f"{path} has {batches} batches already: give --steps above that, not {steps}.")
+        raise AllTrained(f"{path} has {batches} batches of {steps}: all are trained, more with a larger --steps")
     return tag
 
 

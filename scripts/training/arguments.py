@@ -107,13 +107,16 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
         help="after Ctrl-C or SIGTERM, to finish the batch and save it, exit code 75 (default: %(default)s)",
     )
     add("--keep", type=int, default=2, metavar="N", help="newest checkpoints that are kept (default: %(default)s)")
-    add(
+    used = parser.add_mutually_exclusive_group()
+    used.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="TAG",
         help="resume from a checkpoint in --output: the newest if there is one (no TAG, or auto), or that of this name",
     )
+
+    used.add_argument("--overwrite", action="store_true", help="remove the run that --output has")
 
 
 def save_interval(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from scripts.training.arguments import (
     parse_overrides,
 )
 from scripts.training.monitors import monitors_under
+from scripts.training.output import check_output
 from scripts.training.partition import stage_bounds
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from models.runs.checkpoint import tokenizer_texts
     from models.runs.resume import checkpoint_to_resume
 
+    check_output(args)
     num_stages, replicas = _processes(args)
     first = os.environ["RANK"] == "0"
     ds_config = load_ds_config(args.deepspeed_config)

@@ -136,7 +136,7 @@ def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
     assert checkpoint_to_resume(tmp_path, "global_step4", planned, 9) == "global_step4"
     for wanted, other, steps, said in (
         ("global_step3", planned, 9, "has no checkpoint global_step3, but global_step4"),
-        ("auto", planned, 4, "has 4 batches already: give --steps above that, not 4"),
+        ("auto", planned, 4, "has 4 batches of 4: all are trained, more with a larger --steps"),
         ("auto", description(sequence_length=64), 9, "trained with sequence_length 32, not 64"),
         ("auto", description(model={"model_type": "llama", "hidden_size": 9}), 9, "model's hidden_size 8, not 9"),
     ):

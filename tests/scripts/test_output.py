@@ -1,0 +1,71 @@
+"""The folder of a run: nothing is written over unasked, one training at a time, and a finished run ends well."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from ibp_deepspeed.errors import OutputError
+from scripts.training.output import check_output, claim
+from tests.commands import assert_one_sentence, ranks, script
+from tests.scripts.settings import SMALL
+
+
+def arguments(output: Path, *, overwrite: bool = False, resume: str | None = None) -> Namespace:
+    return Namespace(output=output, overwrite=overwrite, resume=resume)
+
+
+@pytest.fixture
+def used(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained run."""
+    return Path(shutil.copytree(trained, tmp_path / "used"))
+
+
+def test_a_run_is_not_written_over(used: Path, config: Path, data: Path, tmp_path: Path) -> None:
+    words = ("--deepspeed_config", config, "--data", data, "--output", used, "--one-process", "--stages", 2, *SMALL)
+    before = sorted(path.name for path in used.rglob("*"))
+    assert_one_sentence(
+        script("train_lm.py", *words), "has a run already (global_step8): go on with --resume, remove it"
+    )
+    assert sorted(path.name for path in used.rglob("*")) == before
+    done = script("train_lm.py", *words, "--overwrite", "--steps", 1, "--eval-micro-batches", 0)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (used / "checkpoint").glob("global_step*")] == ["global_step1"]
+    assert not (used / "trace.json").exists() and len((used / "history.jsonl").read_text().splitlines()) <= 2
+
+
+def test_a_finished_run_that_is_started_again_ends_well(used: Path, config: Path, data: Path) -> None:
+    """On all ranks, before they meet."""
+    words = ("--deepspeed_config", config, "--data", data, "--output", used, "--steps", 8, "--resume", *SMALL)
+    done = ranks(4, "train_lm.py", "--stages", 2, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("has 8 batches of 8: all are trained, more with a larger --steps") == 1
+
+
+def test_a_folder_belongs_to_one_training(tmp_path: Path) -> None:
+    """As long as it lives: the lock goes with its file."""
+    first = claim(arguments(tmp_path / "run"))
+    with pytest.raises(OutputError, match=f"in use by process {os.getpid()} on"):
+        claim(arguments(tmp_path / "run"))
+    first.close()
+    claim(arguments(tmp_path / "run")).close()
+
+
+def test_a_file_and_a_folder_in_a_file_are_no_output(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file: give a folder"):
+        check_output(arguments(tmp_path / "file"))
+    with pytest.raises(OutputError, match="can't write into --output"):
+        claim(arguments(tmp_path / "file" / "run"))
+
+
+def test_what_is_resumed_or_overwritten_may_be_there(used: Path) -> None:
+    check_output(arguments(used, resume="auto"))
+    check_output(arguments(used, overwrite=True))
+    check_output(arguments(used / "new"))
+    with pytest.raises(OutputError, match="another folder"):
+        check_output(arguments(used))
