@@ -70,7 +70,7 @@ def initialize(
     unknown = unknown_keys(ds_config)
     if unknown:
         log_dist(f"nobody reads {', '.join(unknown)} of the configuration", ranks=[0], level=logging.WARNING)
-    grid = model.mpu()
+    grid = model.grid
     mpu = grid if interlocking.clip_scope == "global" else StageGrid(grid)
     without_block = _for_deepspeed(ds_config)
     deepspeed_config = DeepSpeedConfig(without_block, mpu)

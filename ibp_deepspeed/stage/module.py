@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import init_empty_weights
@@ -83,6 +83,22 @@ class InterlockedPipelineModule(PipelineModule):
         self._place_heads(HeadPlacement.from_config(provisional, self.num_stages, self.has_aux_heads))
         self.configure(provisional)
         self._check_parameters()
+
+    def mpu(self) -> NoReturn:
+        """Overrides PipelineModule's, which ``deepspeed.initialize`` asks for its grid.
+
+        Raises:
+            ModuleError: always; DeepSpeed's engine would train plain backpropagation in silence.
+        """
+        raise ModuleError(
+            "an InterlockedPipelineModule is trained with ibp_deepspeed.initialize: deepspeed.initialize would train "
+            "plain backpropagation."
+        )
+
+    @property
+    def grid(self) -> Any:
+        """DeepSpeed's grid of stages and replicas."""
+        return self._grid
 
     def configure(self, interlocking: InterlockingConfig) -> bool:
         """Take over what the configuration says of heads, and build this stage's where it stands.

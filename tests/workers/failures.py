@@ -140,6 +140,7 @@ def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
         "process stops": lambda: train(module_with(LayerSpec(Misbehaving, 3, after(4, stop))), phase, config=WATCHED),
         "loader hangs": lambda: train(make_module(4), phase, hanging_data(rank), WATCHED),
         "last stage dies": lambda: train(make_module(4, follow=True), phase, dying_data(rank), WAITING),
+        "another engine": lambda: deepspeed.initialize(model=make_module(4), config=CONFIG),
         "scalar parameter": lambda: train(module_with(LayerSpec(Scalar)), phase),
     }
 
