@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -57,6 +58,13 @@ def run(main: Callable[[SameOnAllRanks], int | None]) -> NoReturn:
         _end(f"error: rank {rank} failed:\n{traceback.format_exc()}")
     sys.stdout.flush()
     sys.exit(code or 0)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """For a script's command line: its help as it is written, and options by their whole names alone, so that a new one
+    never changes what an old command means."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
 
 
 def quiet() -> None:

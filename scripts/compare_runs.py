@@ -9,7 +9,6 @@ communication; the forward pass of a stage's decoder layers takes one unit on av
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -101,7 +100,7 @@ def table(results: list[Result]) -> str:
 
 def main(phase: cli.SameOnAllRanks) -> None:
     """Read, simulate, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folder of train_lm.py")
     parser.add_argument(
         "--equal-time",

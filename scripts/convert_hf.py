@@ -23,7 +23,7 @@ from ibp_deepspeed import cli
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="Hugging Face model → folder for train_lm.py --init-from").add_argument
     add("--model", required=True, metavar="DIR", help="folder of save_pretrained, or a name on the hub")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder written by train_lm.py")
     add("--data", type=Path, metavar="DIR", help="prepared data (default: the data it was trained on)")

@@ -5,7 +5,6 @@ python scripts/plot_losses.py --run runs/first --out runs/first/losses.png
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ from ibp_deepspeed.errors import InterlockingError
 
 def main(phase: cli.SameOnAllRanks) -> None:
     """Read history.jsonl, write a PNG."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="output folder of train_lm.py")
     parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write (default: DIR/losses.png)")
     parser.add_argument("--unigram-entropy", type=float, metavar="X", help="draw this loss as a line")

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from ibp_deepspeed import cli
 from ibp_deepspeed.data.corpus import (
     Corpus,
     DocumentSplit,
@@ -26,7 +27,7 @@ from ibp_deepspeed.errors import InterlockingError
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.parser(__doc__)
     add = parser.add_argument
     source, tokenizer = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     source.add_argument(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     add_subject_arguments(parser)
     add = parser.add_argument_group("how it is measured").add_argument
     add("--compile", action="store_true", help='layers are compiled, as with "compile": true (then B is not split off)')

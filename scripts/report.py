@@ -7,7 +7,6 @@ train_lm.py does it at the end of a run.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ibp_deepspeed import cli
 
 def main(phase: cli.SameOnAllRanks) -> None:
     """Read run.json and history.jsonl, write HTML."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train_lm.py")
     args = parser.parse_args()
     cli.quiet()

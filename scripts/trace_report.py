@@ -30,7 +30,7 @@ _TELLING = 1e-3
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("trace", type=Path, metavar="RUN", help="output folder of train_lm.py --trace, or a trace")
     parser.add_argument("--replica", type=int, default=0, metavar="R", help="which pipeline (default: %(default)s)")
     parser.add_argument("--waits", type=int, default=8, metavar="N", help="list the longest N (default: %(default)s)")

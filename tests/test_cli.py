@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from ibp_deepspeed import cli
 from tests.forks import ROOT
 
 
@@ -23,3 +24,12 @@ def test_deepspeeds_search_for_a_gpu_is_not_shown(quiet: bool) -> None:
     assert done.returncode == 0 and "mine" in said, said
     there_is_a_gpu = torch.cuda.is_available()
     assert ("Setting accelerator to CPU" in said) == (not quiet and not there_is_a_gpu), said
+
+
+def test_options_are_given_by_their_whole_names(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.parser("Words.\n\n    as they are")
+    parser.add_argument("--steps")
+    assert parser.parse_args(["--steps", "3"]).steps == "3" and "\n    as they are" in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--step", "3"])
+    assert "unrecognized arguments: --step" in capsys.readouterr().err

@@ -90,5 +90,7 @@ def _loaded(hf_config: PretrainedConfig, weights: dict[str, Tensor]) -> PreTrain
         )
     model.load_state_dict(weights, assign=True)
     model.config.use_cache = True
+    if model.generation_config is not None:  # made of the config; generating without a cache takes three times as long
+        model.generation_config.use_cache = True
     model.config.dtype = model.dtype
     return model.eval()

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ibp_deepspeed import cli
 from scripts.planning.searching import add_search
 from scripts.planning.subject import add_subject_arguments
 
@@ -34,7 +35,7 @@ class _ListDevices(argparse.Action):
 
 def parse_arguments(description: str | None, words: list[str] | None = None) -> argparse.Namespace:
     """The command line (or ``words``); every option's help says its default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description)
     add_subject_arguments(parser)
     add = parser.add_argument_group("the pipeline").add_argument
     add("--stages", type=int, metavar="K", help="pipeline stages; needed without --search")

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ibp_deepspeed import cli
+
 EVAL_MICRO_BATCHES = 16
 SAVE_SECONDS = 900.0
 """Between two checkpoints at most, where --save-interval is not given."""
@@ -16,7 +18,7 @@ _BY_PROFILE = "profile:"
 
 def parse_arguments(description: str | None, words: list[str] | None = None) -> argparse.Namespace:
     """The command line (or ``words``); every option's help says its default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description)
     _add_what(parser)
     _add_hyperparameters(parser)
     _add_evaluation_and_checkpoints(parser)

@@ -119,6 +119,7 @@ def test_tokenizer_generation_config_and_card_are_there(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer("the square").input_ids) == "the square"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.use_cache and model.config.use_cache
     card = (tmp_path / "first" / "README.md").read_text()
     for text in (
         "library_name: transformers",
