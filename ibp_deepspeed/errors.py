@@ -39,6 +39,10 @@ class BatchError(InterlockingError, ValueError):
     """A stage has no data, or other data than its neighbour."""
 
 
+class NonFiniteError(InterlockingError):
+    """A loss or a gradient of a stage is infinite or not a number."""
+
+
 class BoundaryError(InterlockingError):
     """What crosses a boundary is not one floating tensor of a constant shape."""
 

@@ -126,6 +126,8 @@ class InterlockingConfig(BaseModel):
     ``compile`` it is fused."""
     decay: Literal["matrices", "all"] = "matrices"
     """What the optimizer's weight decay acts on: ``matrices`` leaves out norms, biases and temperatures."""
+    non_finite: Literal["stop", "skip_batch"] = "stop"
+    """What a stage does whose loss or gradients are not finite: end the training, or leave this one step out."""
     watchdog_seconds: float = Field(default=600.0, ge=0, allow_inf_nan=False)
     """A step of the schedule that takes longer ends the job, and names who was waited for; 0: no limit."""
     compile: bool = False

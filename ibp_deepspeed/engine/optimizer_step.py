@@ -14,13 +14,15 @@ from deepspeed.utils import logger
 from torch import nn
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, left_out
+from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, not_made
+from ibp_deepspeed.stage.losses import StageLosses
 
 
 class SteppingEngine(PipelineEngine):
     """DeepSpeed's pipeline engine with this package's rules for what happens between the gradients and the step."""
 
     interlocking: InterlockingConfig
+    _losses: StageLosses
     _states_are_linked = False
 
     @cached_property
@@ -55,11 +57,14 @@ class SteppingEngine(PipelineEngine):
             super()._exec_reduce_grads()
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        """Overrides DeepSpeedEngine's: gradients that are not finite cost one stage one step, and that is said.
+        """Overrides DeepSpeedEngine's: gradients that are not finite end the training, or cost one stage one step.
 
         DeepSpeed's bf16 and ZeRO optimizers leave such a step out (``overflow``), in silence, and with it
         the step of the learning rate's schedule, which then stays behind that of the other stages. torch's own
         optimizers step with whatever there is, and the stage's weights are NaN from then on.
+
+        Raises:
+            NonFiniteError: with ``"non_finite": "stop"``.
         """
         self._before_step()
         skipped = self.skipped_steps
@@ -73,8 +78,11 @@ class SteppingEngine(PipelineEngine):
             return
         if self.optimizer is not self.basic_optimizer and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
+        said = not_made(
+            self.interlocking.non_finite, f"stage {self.stage_id}", self.global_steps, self._losses.not_finite()
+        )
         if self.grid.get_data_parallel_rank() == 0:
-            logger.warning(left_out(f"stage {self.stage_id}", self.global_steps))
+            logger.warning(said)
 
     def _before_step(self) -> None:
         """Called when gradients are complete, averaged over replicas, and neither clipped nor dropped."""

@@ -22,7 +22,7 @@ from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_interlocking
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.objectives.head import Objective
-from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, left_out
+from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, not_made
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
@@ -234,7 +234,7 @@ class VirtualPipeline:
         return _OPTIMIZERS[name.lower()](groups, **{**defaults, **kept})
 
     def _clip(self) -> None:
-        """As the engine: clip by the norm of clip_scope, and no step where that is not finite."""
+        """As the engine: clip by the norm of clip_scope, and no step where that is not finite, or the end."""
         limit = self.ds_config.get("gradient_clipping", 1.0)  # DeepSpeed's default
         scopes = {f"stage {k}": self.reference.masters(k) for k in range(self.num_stages)}
         if limit and self.reference.interlocking.clip_scope == "global":
@@ -243,7 +243,7 @@ class VirtualPipeline:
             norm = gradient_norm(scope)
             if not bool(norm.isfinite()):
                 drop_gradients(scope)
-                logger.warning(left_out(name, self.global_steps))
+                logger.warning(not_made(self.reference.interlocking.non_finite, name, self.global_steps))
             elif limit:
                 torch.nn.utils.clip_grads_with_norm_(scope, limit, norm)
 

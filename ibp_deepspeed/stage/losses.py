@@ -33,6 +33,10 @@ class StageLosses:
         self._sums[index] = self._sums[index] + value if index in self._sums else value
         self._weights[index] = self._weights.get(index, 0) + (1 if weight is None else weight)
 
+    def not_finite(self) -> list[int]:
+        """The losses of which a micro-batch of this rank was infinite or not a number."""
+        return [index for index, total in self._sums.items() if not bool(torch.isfinite(total))]
+
     def means(self, indices: Sequence[int]) -> dict[int, Tensor]:
         """Means over micro-batches and data-parallel ranks of the stage, detached; NaN where nobody computes one."""
         missing = torch.full((), torch.nan, device=self._device)

@@ -21,6 +21,7 @@ from tests.launch import launch
         ("stages", "4 processes can't be divided into pipelines of 3 stages"),
         ("layers", "4 stages are more than the model's 3 layers"),
         ("two configs", "differs from the configuration's"),
+        ("infinite loss", r"rank 1: stage 1, batch 2: loss 1 is not finite; go on from the last checkpoint with"),
         ("another engine", "is trained with ibp_deepspeed.initialize: deepspeed.initialize would train plain backprop"),
         ("scalar parameter", r"of stage 1 has no dimension: make its shape \(1,\)"),
     ],

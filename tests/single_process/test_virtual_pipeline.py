@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.errors import ConfigError, NonFiniteError
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
 from tests.launch import launch
 from tests.toys import loss_fn, make_reference, micro_batches
@@ -100,7 +100,8 @@ def test_resumed_bf16_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
 def test_gradients_that_are_not_finite_cost_their_stage_one_step(bf16: bool) -> None:
     """In the engine: tests/engine/test_skipping.py."""
     warmup = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.01, "warmup_max_lr": 0.02}}
-    run = make(bf16={"enabled": bf16}, interlocking={"strategy": "local"}, scheduler=warmup)
+    policy = {"strategy": "local", "non_finite": "skip_batch"}
+    run = make(bf16={"enabled": bf16}, interlocking=policy, scheduler=warmup)
     batch, weights = micro_batches(0, 1), [stage[0].weight for stage in run.reference.stages]  # type: ignore[index]
     run.train_batch(iter(batch))
     run.reference.stages[1][0].register_forward_hook(lambda _, __, outputs: outputs * torch.inf)  # type: ignore[index]
@@ -110,6 +111,17 @@ def test_gradients_that_are_not_finite_cost_their_stage_one_step(bf16: bool) -> 
     assert not torch.equal(weights[0], before[0]) and torch.equal(weights[1], before[1])
     assert len(said.lines) == 1 and "stage 1, batch 2" in said.lines[0], said.lines
     assert run.schedulers[0].get_lr() == run.schedulers[1].get_lr()
+
+
+def test_gradients_that_are_not_finite_end_the_training() -> None:
+    """By default, before the stage's step."""
+    run = make(interlocking={"strategy": "local"})
+    run.train_batch(iter(micro_batches(0, 1)))
+    run.reference.stages[1][0].register_forward_hook(lambda _, __, outputs: outputs * torch.nan)  # type: ignore[index]
+    before = run.reference.stages[1][0].weight.clone()  # type: ignore[index]
+    with pytest.raises(NonFiniteError, match="stage 1, batch 2: .* is not finite; go on from the last checkpoint"):
+        run.train_batch(iter(micro_batches(0, 1)))
+    assert torch.equal(run.reference.stages[1][0].weight, before)  # type: ignore[index]
 
 
 def test_frozen_readouts_need_no_file_of_copies(tmp_path: Path) -> None:

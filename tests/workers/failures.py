@@ -93,6 +93,12 @@ def after(calls: int, act: Callable[[], None]) -> Callable[[Tensor], Tensor]:
     return pass_on
 
 
+def after_batches(batches: int, act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Do something to what a layer gives, from that batch on (three micro-batches each)."""
+    calls = itertools.count()
+    return lambda hidden: act(hidden) if next(calls) >= 3 * batches else hidden
+
+
 def for_ever() -> None:
     while True:
         time.sleep(0.1)
@@ -140,6 +146,11 @@ def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
         "process stops": lambda: train(module_with(LayerSpec(Misbehaving, 3, after(4, stop))), phase, config=WATCHED),
         "loader hangs": lambda: train(make_module(4), phase, hanging_data(rank), WATCHED),
         "last stage dies": lambda: train(make_module(4, follow=True), phase, dying_data(rank), WAITING),
+        "infinite loss": lambda: train(
+            module_with(LayerSpec(Misbehaving, 3, after_batches(1, lambda h: h * torch.inf))),
+            phase,
+            config={**CONFIG, "interlocking": {"strategy": "local"}},
+        ),
         "another engine": lambda: deepspeed.initialize(model=make_module(4), config=CONFIG),
         "scalar parameter": lambda: train(module_with(LayerSpec(Scalar)), phase),
     }

@@ -52,7 +52,7 @@ def make_module(case: dict[str, Any]) -> InterlockedPipelineModule:
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    heads: dict[str, Any] = {"strategy": "local"}
+    heads: dict[str, Any] = {"strategy": "local", "non_finite": "skip_batch"}
     without = {"strategy": "global", "aux_head": None, "clip_scope": "global"}
     config = {
         "train_micro_batch_size_per_gpu": 4,
