@@ -27,6 +27,8 @@ _BEAT = 2.0
 """Seconds between two looks, at most."""
 _PATIENCE = timedelta(seconds=5)
 """With a store whose process is stopped."""
+_SILENT = 3
+"""Beats without a word after which a process counts as stopped or gone."""
 _TELL = 60.0
 """Seconds of standing still after which rank 0 says so."""
 
@@ -196,13 +198,18 @@ class Watchdog:
         except (RuntimeError, dist.DistError):
             return
 
+    def _say_on(self, seconds: float) -> None:
+        """For as long as it takes to see who is silent: this rank is not, whatever its training thread does."""
+        for _ in range(2 * _SILENT):
+            time.sleep(self._pause / 2)
+            self._say(seconds)
+
     def _explanation(self, seconds: float) -> str:
         """Whom this rank waits for; of itself alone, if the store does not answer."""
         own = Status.of(self._position, self._rank, self._stage, self._replica, self._beat, seconds)
         try:
             before = self._read()
-            time.sleep(3 * self._pause)
-            self._say(seconds)
+            self._say_on(seconds)
             statuses = self._read()
         except (RuntimeError, dist.DistError):
             return explain({self._rank: own}, set(), self._rank) + "; the job's store does not answer"
@@ -222,7 +229,7 @@ class Watchdog:
         except (RuntimeError, dist.DistError):
             first = True
         if not first:
-            time.sleep(3 * self._pause)
+            self._say_on(seconds)
         elif not self._closed.is_set():
             limit = f'the limit is "interlocking.watchdog_seconds": {self._seconds:g}'
             print(f"error: rank {self._rank}: nothing goes on: {text}; {limit}.", file=sys.stderr, flush=True)

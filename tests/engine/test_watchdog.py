@@ -28,6 +28,7 @@ def test_who_hangs_is_named_once(case: str, words: str) -> None:
     assert len(said) == 1 and re.search(words, said[0]), run.output
     assert 'the limit is "interlocking.watchdog_seconds": 3' in said[0]
     assert 1 in run.codes and 0 not in run.codes
+    assert "stands still: stage 0 (rank 0 on" in run.output[0], "rank 0 tells before the end"
 
 
 def test_without_a_launcher_all_ranks_end() -> None:
