@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ibp_deepspeed.errors import PlanError
 from scripts.planning.measured import profile_path
+from scripts.planning.subject import check_negatives
 
 if TYPE_CHECKING:
     from ibp_deepspeed.planner.search import Found, Kind, Result, Space
@@ -112,6 +113,7 @@ def _kinds(args: argparse.Namespace) -> list[Kind]:
         assert head is not None
         if head.borrow:
             raise PlanError(f"--head borrow={head.borrow}: --search tries heads behind a borrowed layer by itself.")
+        check_negatives(head, model)
         name = ", ".join(f"{key} = {value}" for key, value in each.items()) or "private"
         work = workload(
             model, head, samples=1, sequence_length=args.sequence_length, weight_bytes=4 if args.fp32 else 2

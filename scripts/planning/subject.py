@@ -79,8 +79,17 @@ def subject(args: argparse.Namespace, dtype: torch.dtype | None = None) -> tuple
         raise PlanError(f"--head borrow={options.borrow}: heads behind a borrowed layer have a row of their own.")
     config = load_config(args.model, **parse_overrides(args.set))
     model = CausalLM(config) if dtype is None else CausalLM(config, dtype=dtype)
+    check_negatives(options, model)
+    return model, options
+
+
+def check_negatives(options: AuxHeadConfig, model: CausalLM) -> None:
+    """That a head draws no more tokens than there are.
+
+    Raises:
+        PlanError: it would.
+    """
     if options.negatives is not None and options.negatives > model.vocab_size:
         raise PlanError(
             f"--head negatives={options.negatives}: the vocabulary has {model.vocab_size} tokens, give at most those."
         )
-    return model, options

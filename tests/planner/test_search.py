@@ -141,6 +141,10 @@ def test_slow_links_between_hosts_keep_replicas_or_pipelines_inside() -> None:
             ("--devices-total", "6", "--devices-a-host", "4", "--batch-samples", "8"),
             "6 devices don't fill hosts of 4: 4 would",
         ),
+        (
+            ("--devices-total", "4", "--batch-samples", "8", "--head", "negatives=99999999"),
+            "tokens, give at most those",
+        ),
         (("--devices-total", "4", "--batch-samples", "8", "--stages", "2"), "--stages is what --search finds"),
         (("--devices-total", "0", "--batch-samples", "8"), "--devices-total is 0: give at least 1"),
         (
