@@ -76,7 +76,7 @@ def main(phase: cli.SameOnAllRanks) -> int:
         if evaluation is not None and not run.stopped:
             print(text_table(evaluation, plan.train.manifest.unigram_entropy_nats))
         print(summary)
-        print(f"report in {end_record(record, args.output, summary)}")
+        print(f"report in {end_record(record, args.output, summary, run.stopped)}")
         print(f"checkpoint in {args.output / 'checkpoint'}")
         if run.stopped:
             print(f"interrupted after batch {run.stopped} of {args.steps}: the same command with --resume goes on")

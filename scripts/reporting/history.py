@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.measures import BATCH_TIME
+from scripts.reporting.files import HISTORY
 
-HISTORY = "history.jsonl"
 Series = tuple[list[int], list[float]]
 
 

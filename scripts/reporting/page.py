@@ -12,12 +12,12 @@ from typing import Any
 
 from ibp_deepspeed import measures
 from ibp_deepspeed.atomic_files import replace_text
+from scripts.reporting.files import HISTORY, PAGE
 from scripts.reporting.history import History, losses_of
 from scripts.reporting.plots import plots
 from scripts.reporting.prediction import compare
 from scripts.reporting.record import RunRecord
 
-PAGE = "run_report.html"
 _TEMPLATES = Path(__file__).parent
 _RECENT = 600.0  # seconds without a line of history after which a run is no longer called running
 
@@ -75,9 +75,11 @@ def render(record: RunRecord, history: History, folder: Path) -> str:
 
 def _state(record: RunRecord, history: History, folder: Path) -> str:
     last = max((rows[-1][0] for rows in (history.train, history.held_out, history.stages) if rows), default=0)
+    if record.interrupted:
+        return f"interrupted after {record.interrupted:,} of {record.last_step:,} batches; --resume goes on"
     if record.ended is not None:
         return f"finished after {record.last_step:,} batches and {_duration(record.ended - record.started)}"
-    file = folder / "history.jsonl"
+    file = folder / HISTORY
     quiet = time.time() - (file.stat().st_mtime if file.exists() else record.started)
     how = "runs" if quiet < _RECENT else f"has not finished, and has said nothing for {_duration(quiet)}"
     return f"{how}: {last:,} of {record.last_step:,} batches reported"

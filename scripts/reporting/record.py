@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from ibp_deepspeed.atomic_files import replace_text
 from ibp_deepspeed.errors import InterlockingError
+from scripts.reporting.files import RECORD
 
 if TYPE_CHECKING:
     import argparse
 
     from scripts.training.plan import Plan
 
-RECORD = "run.json"
 _PACKAGES = ("ibp_deepspeed", "torch", "deepspeed", "transformers", "numpy")
 
 
@@ -43,6 +43,7 @@ class RunRecord:
         options: of the command line.
         processes: 1 with --one-process.
         unigram_entropy: of the data, nats per token.
+        interrupted: the batch after which a signal ended it; 0: none did.
         summary: what was printed at the end.
     """
 
@@ -62,6 +63,7 @@ class RunRecord:
     processes: int
     unigram_entropy: float
     ended: float | None = None
+    interrupted: int = 0
     summary: list[str] = field(default_factory=list)
 
     @property

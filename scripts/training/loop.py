@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ibp_deepspeed import measures
+from scripts.reporting.files import HISTORY
 from scripts.training.agreement import SAVE, STOP, Agreement
 from scripts.training.arguments import SAVE_SECONDS, save_interval
 from scripts.training.display import display_for
@@ -57,7 +58,7 @@ class Run:
         self.saved = time.monotonic()
         self.stopped = 0
         self.display = display_for(self.first, args.steps, pipeline.global_steps)
-        self.history = open_history(args.output / "history.jsonl", pipeline.global_steps) if self.first else None
+        self.history = open_history(args.output / HISTORY, pipeline.global_steps) if self.first else None
         self.start = self.logged = pipeline.global_steps
         self.began = time.perf_counter()
         self.speed = Speed(throughput.tokens_per_batch)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_FOLDERS = {"tensorboard": "tensorboard", "csv_monitor": "csv"}
+FOLDERS = {"tensorboard": "tensorboard", "csv_monitor": "csv"}
 """Block of the DeepSpeed JSON → folder of a run."""
 
 
@@ -16,7 +16,7 @@ def monitors_under(output: Path, ds_config: Mapping[str, Any]) -> dict[str, Any]
     Without a path DeepSpeed writes all runs into one folder of the directory that they were started in.
     """
     changed = dict(ds_config)
-    for block, folder in _FOLDERS.items():
+    for block, folder in FOLDERS.items():
         options = changed.get(block)
         if isinstance(options, Mapping) and options.get("enabled") and not options.get("output_path"):
             where = {"output_path": str(output / folder), "job_name": options.get("job_name", "")}

@@ -12,9 +12,12 @@ from typing import IO
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.errors import OutputError
+from scripts.reporting.files import HISTORY, PAGE, RECORD
+from scripts.training.monitors import FOLDERS
+from scripts.training.trace import FILE as TRACE
 
 _LOCK = ".lock"
-_OF_A_RUN = ("checkpoint", "history.jsonl", "run.json", "run_report.html", "trace.json", "tensorboard", "csv")
+_OF_A_RUN = ("checkpoint", HISTORY, RECORD, PAGE, TRACE, *FOLDERS.values())
 
 
 def check_output(args: argparse.Namespace) -> None:

@@ -153,12 +153,12 @@ def begin_record(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, about
     return record
 
 
-def end_record(record: RunRecord | None, output: Path, summary: str) -> Path:
-    """On rank 0, when all is done: the page of the run; returns its path."""
+def end_record(record: RunRecord | None, output: Path, summary: str, interrupted: int) -> Path:
+    """On rank 0, when all is done, or was interrupted after a batch: the page of the run; returns its path."""
     from scripts.reporting.page import write_page
 
     assert record is not None
-    record.ended, record.summary = time.time(), [summary]
+    record.ended, record.interrupted, record.summary = time.time(), interrupted, [summary]
     record.write(output)
     return write_page(output)
 

@@ -99,6 +99,7 @@ def test_what_was_interrupted_goes_on(
     process.send_signal(number)  # as a terminal and a launcher do: one Ctrl-C
     assert process.wait(timeout=100) == EXIT_CODE, (tmp_path / "log").read_text()
     batches = int((tmp_path / "out" / "checkpoint" / "latest").read_text().removeprefix("global_step"))
+    assert f"interrupted after {batches:,} of {MANY:,} batches" in (tmp_path / "out" / "run_report.html").read_text()
     more = ("--one-process", "--stages", 2, "--steps", batches + 2, "--resume", "--eval-micro-batches", 0)
     done = script("train_lm.py", *words(config, data, tmp_path / "out", *more))
     assert done.returncode == 0 and f"resumes from global_step{batches}" in done.stdout, done.stdout + done.stderr
@@ -111,6 +112,22 @@ def test_the_end_of_patience_ends_at_once(alone: Callable[..., subprocess.Popen[
     process.send_signal(signal.SIGTERM)
     code = process.wait(timeout=100)
     assert code == 1 and "not saved within --grace-seconds 0" in (tmp_path / "log").read_text()
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    """Three seconds after the first, or later; a process that would sleep on."""
+    code = (
+        "import time; from scripts.training.interruption import Interruption; Interruption(600, speaks=True); "
+        "print('listens', flush=True)\nwhile True: time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"listens\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(3.5)
+    assert process.poll() is None, "one signal finishes the batch"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and b"SIGTERM again: ends at once" in said
 
 
 class Store(dict[str, bytes]):
