@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +88,8 @@ def write(recording: Recording, path: Path) -> None:
     Raises:
         OutputError: it can't be written.
     """
-    about = {name: value for name, value in asdict(recording).items() if name != "spans"}
+    names = [field.name for field in fields(recording) if field.name not in ("spans", "processes")]
+    about = {name: getattr(recording, name) for name in names} | {"processes": list(map(asdict, recording.processes))}
     trace = {
         "displayTimeUnit": "ms",
         "otherData": {"format": _FORMAT, **about},

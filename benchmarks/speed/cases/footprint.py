@@ -10,39 +10,28 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.speed.cases.memory import watch
 from benchmarks.speed.contenders import interlocking
 from benchmarks.speed.harness import Row, meet, spawn
+from benchmarks.speed.language import cut_llama
+
+if TYPE_CHECKING:
+    from models import CausalLM
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
 
-def made(arguments: dict[str, Any]) -> Any:
+def made(arguments: dict[str, Any]) -> CausalLM:
     """The model of a rank, cut."""
-    from transformers import AutoConfig
-
-    from models import CausalLM
-
-    width = arguments["width"]
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=width,
-        intermediate_size=width * 8 // 3 // 8 * 8,
-        num_hidden_layers=arguments["layers"],
-        num_attention_heads=max(1, width // 32),
-        num_key_value_heads=max(1, width // 32),
-        vocab_size=arguments["vocabulary"],
-    )
-    return CausalLM(config)
+    return cut_llama(arguments["layers"], arguments["width"], arguments["vocabulary"])
 
 
 def worker(arguments: dict[str, Any]) -> dict[str, dict[str, float]]:
     """One rank: each contender for some batches."""
-
     from ibp_deepspeed import InterlockingConfig, initialize
     from models.build import pipeline_module
 
