@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import cosines
 from benchmarks.quality.momentum import MomentumHeads
 from benchmarks.quality.optimizers import Optimized
+from benchmarks.quality.probes import probes
 from benchmarks.quality.tasks import HopTask, Task, TextTask
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
@@ -44,6 +45,7 @@ class Run:
         delay: batches that gradients are late (``asynchronous.py``); None: no pipeline of that kind.
         optimizer: AdamW, or one of ``optimizers.py``.
         slow_heads: the heads' blocks are slow copies of the layers that follow (``momentum.py``).
+        probes: record what each layer knows at the end (``probes.py``).
         cosines: record how each trunk's gradient agrees with the last loss's, at each evaluation.
         steps: batches, fewer if ``until_solved`` and the last exit's accuracy is 0.99 at two evaluations.
         batch: sequences a batch; ``micro_batches`` of them is M.
@@ -69,6 +71,7 @@ class Run:
     delay: int | None = None
     optimizer: str = "AdamW"
     slow_heads: bool = False
+    probes: bool = False
     evaluations: int = 20
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -112,7 +115,7 @@ def train(run: Run, device: str = "cpu") -> dict[str, Any]:
 
     Returns:
         ``run``, ``curve``: [step, value of each exit] (held-out loss in nats, or accuracy for hops; null: no head),
-        ``steps`` trained, ``seconds``.
+        ``steps`` trained, ``seconds``; ``probes`` and ``cosines`` if asked for.
     """
     task = run.make_task()
     measure = accuracy if isinstance(task, HopTask) else None
@@ -150,6 +153,9 @@ def train(run: Run, device: str = "cpu") -> dict[str, Any]:
                 break
     seconds = round(time.perf_counter() - began, 1)
     record = {"id": run.id, "run": asdict(run), "curve": curve, "steps": curve[-1][0], "seconds": seconds}
+    if run.probes:
+        layers = [layer for stage in pipeline.reference.stages for layer in cast(nn.Sequential, stage)]
+        record["probes"] = probes(layers, batches, held_out, task.vocabulary, run.width)
     return record | ({"cosines": agreement} if run.cosines else {})
 
 

@@ -23,11 +23,11 @@ from benchmarks.quality.run import Run
 
 LARGE = "data/large"
 SEEDS = (0, 1, 2)
-LAYERS = 8
+LAYERS, WIDTH = 8, 96
 RATES = (4e-3, 2e-3, 8e-3, 1e-3, 5e-4)
 STEPS_OF_RATES, STEPS = 1000, 4000
 FLATTENED = (1000, 2000, 8000)
-"""Batches of further trainings by backpropagation: what another doubling of the tokens would bring."""
+"""Batches of further trainings: what another doubling of the tokens would bring."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,10 @@ HEADLINES: dict[str, Row] = {
     "local, K = 8": Row(8, modules("every"), _LOCAL),
     "3-wise, K = 8": Row(8, modules("every", width=3), _PAIRWISE),
 }
+OVER_TOKENS = (BACKPROPAGATION, _MODULES, _PAIRWISE)
+"""Rows that are trained with fewer and more batches too."""
+_CENTRAL = 12
+"""So many headlines come first at all seeds: what the recipe rests on."""
 FURTHER: dict[str, Row] = {
     "G = 4, backpropagation from 85%, K = 8": Row(8, then_backpropagation(modules(4), 8, 0.85), _MODULES),
     "G = 4, backpropagation from 70%, K = 8": Row(8, then_backpropagation(modules(4), 8, 0.70), _MODULES),
@@ -155,7 +159,17 @@ TUNED = [name for name, row in ROWS.items() if row.like is None]
 """Rows whose learning rates are tried; others take the rate of the one that is most like them."""
 
 
-def large_run(row: str, *, rate: float, seed: int = 0, shape: str = "decay", steps: int = STEPS, study: str) -> Run:
+def large_run(
+    row: str,
+    *,
+    rate: float,
+    seed: int = 0,
+    shape: str = "decay",
+    steps: int = STEPS,
+    study: str,
+    layers: int = LAYERS,
+    width: int = WIDTH,
+) -> Run:
     """A training: 1024 tokens a batch."""
     of = ROWS[row]
     return Run(
@@ -164,11 +178,11 @@ def large_run(row: str, *, rate: float, seed: int = 0, shape: str = "decay", ste
         interlocking=of.block,
         task={"folder": LARGE},
         stages=of.stages,
-        layers=LAYERS,
+        layers=layers,
         rate=rate,
         steps=steps,
         seed=seed,
-        width=96,
+        width=width,
         head_size=32,
         batch=8,
         micro_batches=2 if "mixed" in of.block else 1,
@@ -178,6 +192,7 @@ def large_run(row: str, *, rate: float, seed: int = 0, shape: str = "decay", ste
         delay=of.delay,
         optimizer=of.optimizer,
         slow_heads=of.slow_heads,
+        probes=steps == FLATTENED[-1],
     )
 
 
@@ -199,11 +214,15 @@ def late_rates(results: Path) -> Iterator[Run]:
 
 def best_rate(records: list[Record], row: str) -> float | None:
     """The rate with which a row, or the tuned one that it takes it from, ended lowest; None if none was tried."""
-    like = ROWS[row].like or row
+    return lowest_rate(records, ROWS[row].like or row)
+
+
+def lowest_rate(records: list[Record], row: str) -> float | None:
+    """The rate with which a row's trainings with a decay ended lowest; None if there are none."""
     ends = {
         record["run"]["rate"]: record["curve"][-1][1][-1]
         for record in records
-        if record["run"]["row"] == like and record["run"]["decay"]
+        if record["run"]["row"] == row and record["run"]["decay"]
     }
     return min(ends, key=lambda rate: ends[rate], default=None)
 
@@ -216,9 +235,12 @@ def large(results: Path) -> Iterator[Run]:
     order: list[tuple[str, dict[str, Any]]] = [(row, {}) for row in HEADLINES]
     order += [(BACKPROPAGATION, {"shape": "cosine"})]
     order += [(BACKPROPAGATION, {"steps": steps}) for steps in FLATTENED[:2]]
-    order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], HEADLINES)]
+    rows = list(HEADLINES)
+    order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], rows[:_CENTRAL])]
+    order += [(row, {"steps": FLATTENED[2]}) for row in OVER_TOKENS]
+    order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], rows[_CENTRAL:])]
     order += [(BACKPROPAGATION, {"seed": seed, "shape": "cosine"}) for seed in SEEDS[1:]]
-    order += [(BACKPROPAGATION, {"steps": FLATTENED[2]})]
+    order += [(row, {"steps": steps}) for row in OVER_TOKENS[1:] for steps in FLATTENED[:2]]
     order += [(row, {}) for row in FURTHER]
     order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], FURTHER)]
     yield from _runs(order, results, "large")

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.quality.price import Price, asynchronous_price, price
 from benchmarks.quality.records import Record
-from benchmarks.quality.second import BACKPROPAGATION, LAYERS, ROWS, STEPS
+from benchmarks.quality.second import BACKPROPAGATION, LAYERS, OVER_TOKENS, ROWS, STEPS
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 
 Table = list[list[str]]
@@ -73,43 +73,79 @@ def heads_table(records: Sequence[Record], full: Sequence[Record]) -> Table:
 def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
     """For the planner: rows of three seeds, against backpropagation with the same learning-rate schedule.
 
-    The better schedule is taken where a row has both.
+    The better schedule is taken where a row has both, and the larger model.
     """
     groups: dict[tuple[str, int, bool], list[Record]] = defaultdict(list)
     for record in of.get("seeds", ()):
         run = record["run"]
         groups[run["row"].split(", constant")[0], run["stages"], run["cosine"]].append(record)
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for cosine in (True, False):
         baseline = by_seed(groups["global", 4, cosine])
         for (row, stages, kind), group in groups.items():
-            seeds = by_seed(group)
-            if kind != cosine or row == "global" or len(seeds.keys() & baseline.keys()) < 3:
-                continue
-            config, run = InterlockingConfig.parse(group[0]["run"]["interlocking"]), group[0]["run"]
-            ratios = [seeds[seed] / baseline[seed] - 1 for seed in sorted(seeds.keys() & baseline.keys())]
-            size = f"{run['layers']} layers of width {run['width']}, {1.024e-3 * run['steps']:.0f} M tokens"
-            found[row, stages] = {
-                "width": config.width_for(stages),
-                "exits": len(config.exits_for(stages)),
-                "mode": config.mode,
-                "borrow": 0 if config.aux_head is None else config.aux_head.borrow,
-                "mean": round(mean(ratios), 4),
-                "low": round(min(ratios), 4),
-                "high": round(max(ratios), 4),
-                "seeds": len(ratios),
-                "size": size,
-            }
+            if kind == cosine and row != "global":
+                _learn(found, _kind(group[0], stages), by_seed(group), baseline, group[0])
+    second: dict[str, list[Record]] = defaultdict(list)
+    for record in of.get("large", ()):
+        run = record["run"]
+        if run["steps"] == STEPS and not run["cosine"] and run["optimizer"] == "AdamW":
+            second[run["row"]].append(record)
+    for row, group in second.items():
+        if row != BACKPROPAGATION and _is_plain(group[0]):
+            baseline = by_seed(second[BACKPROPAGATION])
+            _learn(found, _kind(group[0], ROWS[row].pipeline), by_seed(group), baseline, group[0])
     return list(found.values())
 
 
+def _kind(record: Record, stages: int) -> tuple[int, int, str, int]:
+    """Width, exits, mode and borrowed layers, by which the planner asks."""
+    config = InterlockingConfig.parse(record["run"]["interlocking"])
+    if record["run"]["delay"]:
+        return 0, 1, "late", 0
+    borrow = 0 if config.aux_head is None else config.aux_head.borrow
+    return config.width_for(stages), len(config.exits_for(stages)), config.mode, borrow
+
+
+def _is_plain(record: Record) -> bool:
+    """Nothing that the planner doesn't ask for: phases, mixtures, blocks in heads, gradients two batches late."""
+    run = record["run"]
+    block, head = run["interlocking"], run["interlocking"].get("aux_head") or {}
+    return not (block.keys() & {"schedule", "mixed"} or head.get("blocks") or (run["delay"] or 0) > 1)
+
+
+def _learn(
+    found: dict[tuple[Any, ...], dict[str, Any]],
+    kind: tuple[int, int, str, int],
+    seeds: Mapping[int, float],
+    baseline: Mapping[int, float],
+    record: Record,
+) -> None:
+    """Put a row of three seeds in the place of what was known of its kind: larger models come later."""
+    common, run = sorted(seeds.keys() & baseline.keys()), record["run"]
+    if len(common) < 3:
+        return
+    ratios = [seeds[seed] / baseline[seed] - 1 for seed in common]
+    width, exits, mode, borrow = kind
+    found[kind] = {
+        "width": width,
+        "exits": exits,
+        "mode": mode,
+        "borrow": borrow,
+        "mean": round(mean(ratios), 4),
+        "low": round(min(ratios), 4),
+        "high": round(max(ratios), 4),
+        "seeds": len(ratios),
+        "size": f"{run['layers']} layers of width {run['width']}, {1.024e-3 * run['steps']:.0f} M tokens",
+    }
+
+
 def second_table(records: Sequence[Record]) -> Table:
-    """Rows of the second study: quality, work, and predicted time at M = 2, 4, 8."""
+    """Rows of the second study, all of as many layers: quality, work, and predicted time at M = 2, 4, 8."""
     full = [r for r in records if r["run"]["steps"] == STEPS]
     groups: dict[tuple[str, bool], list[Record]] = defaultdict(list)
     for record in full:
         groups[record["run"]["row"], record["run"]["cosine"]].append(record)
-    baseline = by_seed(groups[BACKPROPAGATION, False])
+    baseline, layers = by_seed(groups[BACKPROPAGATION, False]), full[0]["run"]["layers"]
     header = ["", "rate", "seeds", "held-out loss of the exits", "last exit", "to backpropagation"]
     header += ["work", "time at M = 2 · 4 · 8", "time at M = 4 to the best exact schedule"]
     table = [header]
@@ -121,7 +157,7 @@ def second_table(records: Sequence[Record]) -> Table:
             exits = [column for column in zip(*(r["curve"][-1][1] for r in group), strict=True) if None not in column]
             losses = [last_exit(r) for r in group]
             half = (max(losses) - min(losses)) / 2
-            prices = [row_price(name, m) for m in (2, 4, 8)]
+            prices = [row_price(name, m, layers) for m in (2, 4, 8)]
             exact = exact_price(row.pipeline, 4)
             table.append(
                 [
@@ -139,14 +175,14 @@ def second_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def row_price(name: str, micro_batches: int) -> Price:
+def row_price(name: str, micro_batches: int, layers: int = LAYERS) -> Price:
     """Work and time of a batch against 1F1B at the row's number of stages; gradients are sent before B and W end."""
     row = ROWS[name]
     if row.delay:
         return asynchronous_price(row.pipeline, micro_batches)
     if row.stages == 1:
         return Price(work=1.0, time=1.0)
-    size = row.stages, LAYERS / row.stages, STEPS
+    size = row.stages, layers / row.stages, STEPS
     units = 2 if row.slow_heads else 3
     return price(row.block, *size, micro_batches=micro_batches, backward="split", block_units=units)
 
@@ -157,17 +193,19 @@ def exact_price(stages: int, micro_batches: int) -> float:
 
 
 def tokens_table(records: Sequence[Record]) -> Table:
-    """What more tokens bring backpropagation: each a training with a schedule of its own length."""
-    ends: dict[int, list[float]] = defaultdict(list)
-    for record in records:
-        run = record["run"]
-        if run["row"] == BACKPROPAGATION and not run["cosine"]:
-            ends[run["steps"]].append(last_exit(record))
-    table = [["batches", "tokens", "seeds", "held-out loss", "to half as many"]]
-    for steps, losses in sorted(ends.items()):
-        half = ends.get(steps // 2)
-        change = f"{100 * (mean(losses) / mean(half) - 1):+.1f}%" if half else "–"
-        table.append([str(steps), f"{1.024e-3 * steps:.1f} M", str(len(losses)), f"{mean(losses):.3f}", change])
+    """What more tokens bring, each a training with a schedule of its own length: backpropagation, and others to it."""
+    ends: dict[tuple[str, int], dict[int, float]] = {}
+    for row in OVER_TOKENS:
+        for steps in sorted({r["run"]["steps"] for r in records}):
+            group = [r for r in records if (r["run"]["row"], r["run"]["steps"]) == (row, steps)]
+            ends[row, steps] = by_seed([r for r in group if not r["run"]["cosine"]])
+    first, *others = OVER_TOKENS
+    table = [["batches", "tokens", "seeds", first, "to half as many", *(f"{row}, to it" for row in others)]]
+    for steps in sorted({steps for row, steps in ends if row == first and ends[row, steps]}):
+        losses, half = ends[first, steps], ends.get((first, steps // 2))
+        cells = [str(steps), f"{1.024e-3 * steps:.1f} M", str(len(losses)), f"{mean(losses.values()):.3f}"]
+        cells.append(difference(losses, half) if half else "–")
+        table.append([*cells, *(difference(ends[row, steps], losses) for row in others)])
     return table
 
 
@@ -195,5 +233,9 @@ def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Tab
     if any(r["run"]["row"] == BACKPROPAGATION for r in large):
         yield "second study", second_table(large)
         yield "second study, tokens", tokens_table(large)
+    if of.get("thin_rates"):
+        yield "second study, sixteen layers, learning rates", rates_table(of["thin_rates"])
+    if any(r["run"]["row"] == BACKPROPAGATION for r in of.get("thin", ())):
+        yield "second study, sixteen layers", second_table(of["thin"])
     if of.get("heads"):
         yield "second study, heads", heads_table(of["heads"], large)

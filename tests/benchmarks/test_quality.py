@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +23,7 @@ from benchmarks.quality.momentum import BETA, INTERVAL, MomentumHeads
 from benchmarks.quality.optimizers import LARGEST_BASIS, MuonAndAdamW, Optimized
 from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
 from benchmarks.quality.price import price
+from benchmarks.quality.probes import probes
 from benchmarks.quality.records import load
 from benchmarks.quality.report import DOCS, LEARNED, RESULTS, depth_table, hop_table, tables, text_table, tuned
 from benchmarks.quality.run import SOLVED, Run, train
@@ -315,3 +318,17 @@ def test_tables_of_the_page_are_those_of_the_records() -> None:
 def test_differences_are_between_runs_of_the_same_seed() -> None:
     assert difference({0: 2.2, 1: 3.0, 7: 9.0}, {0: 2.0, 1: 3.0}) == "+5.0% (+0.0 … +10.0)"
     assert difference({1: 3.3}, {0: 2.0, 1: 3.0}) == "+10.0% (one seed)" and difference({1: 1.0}, {0: 1.0}) == "–"
+
+
+def test_probes_tell_layers_that_know_the_next_token_from_those_that_don_t() -> None:
+    torch.manual_seed(0)
+    blank, told = nn.Linear(8, 8), nn.Embedding(16, 8)
+    nn.init.zeros_(blank.weight)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            ids = torch.randint(16, (4, 32))
+            yield ids, (ids + 1) % 16
+
+    found = probes([told, blank, nn.Identity()], batches(), [next(batches())], 16, 8)
+    assert found[0] < 0.7 and found[1] == pytest.approx(math.log(16), rel=0.1)

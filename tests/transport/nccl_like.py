@@ -38,6 +38,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.transport.out_of_order import Delays
+
 _DATA, _READY = 101, 102  # tags
 _MEETING_SECONDS = 0.001
 
@@ -65,8 +67,8 @@ class Work:
 class _Stream:
     """Operations of one communicator on one rank, one after the other."""
 
-    def __init__(self, kernels: threading.Semaphore) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: threading.Semaphore, delays: Callable[[], float]) -> None:
+        self._kernels, self._delays = kernels, delays
         self._posted: queue.SimpleQueue[tuple[Callable[[], None], Work] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -82,6 +84,7 @@ class _Stream:
     def _run(self) -> None:
         while (posted := self._posted.get()) is not None:
             operation, work = posted
+            time.sleep(self._delays())
             with self._kernels:
                 operation()
             work.finish()
@@ -95,10 +98,19 @@ class NcclLike:
         kernels: how many can run at once.
         synchronise: how probable it is that an allocation synchronises the device.
         seed: of that draw.
+        late: a seed: each stream starts its kernels late, by its own chance.
     """
 
-    def __init__(self, *, lazy: bool = False, kernels: int = 8, synchronise: float = 0.0, seed: int = 0) -> None:
-        self._lazy, self._synchronise = lazy, synchronise
+    def __init__(
+        self,
+        *,
+        lazy: bool = False,
+        kernels: int = 8,
+        synchronise: float = 0.0,
+        seed: int = 0,
+        late: int | None = None,
+    ) -> None:
+        self._lazy, self._synchronise, self._late = lazy, synchronise, late
         self._kernels = threading.Semaphore(kernels)
         self._streams: dict[Any, _Stream] = {}
         self._met: set[Any] = set()
@@ -195,10 +207,13 @@ class NcclLike:
         key = (group, peer) if self._lazy else group
         with self._lock:
             if key not in self._streams:
-                self._streams[key] = _Stream(self._kernels)
+                self._streams[key] = _Stream(self._kernels, self._delays_of(len(self._streams)))
             work = self._streams[key].post(operation)
             self._posted.append(work)
         return work
+
+    def _delays_of(self, stream: int) -> Callable[[], float]:
+        return (lambda: 0.0) if self._late is None else Delays(f"{self._late} {dist.get_rank()} {stream}")
 
     def _meet(self, peer: int, group: Any, role: str) -> None:
         """Rule 3."""
