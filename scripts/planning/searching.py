@@ -13,7 +13,8 @@ from scripts.planning.measured import profile_path
 from scripts.planning.subject import check_negatives
 
 if TYPE_CHECKING:
-    from ibp_deepspeed.planner.search import Found, Kind, Result, Space
+    from ibp_deepspeed.planner.search import Found, Result
+    from ibp_deepspeed.planner.ways import Kind, Space
 
 _GIB = 2**30
 _NEGATIVES = 16_384
@@ -59,7 +60,7 @@ def space(args: argparse.Namespace) -> Space:
     Raises:
         InterlockingError: one sentence about the first thing that is wrong.
     """
-    from ibp_deepspeed.planner.search import Space
+    from ibp_deepspeed.planner.ways import Space
     from scripts.planning.job import cluster
 
     for name in args.given:
@@ -97,7 +98,7 @@ def _samples(args: argparse.Namespace) -> int:
 def _kinds(args: argparse.Namespace) -> list[Kind]:
     """That of --head, or private heads, a shared LM head, loss on some positions, and sampled tokens."""
     from ibp_deepspeed.config.interlocking import InterlockingConfig
-    from ibp_deepspeed.planner.search import Kind
+    from ibp_deepspeed.planner.ways import Kind
     from models import CausalLM
     from models.config import load_config
     from models.workload import workload

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.planner.hardware import Cluster, Device, Link
 from ibp_deepspeed.planner.plan import evaluate, outlook
-from ibp_deepspeed.planner.search import Kind, Result, Space, search, ways
+from ibp_deepspeed.planner.search import Result, search
+from ibp_deepspeed.planner.ways import Kind, Space, ways
 from ibp_deepspeed.planner.workload import Work, Workload
 from tests.planner.test_plan import run
 
