@@ -126,10 +126,11 @@ def test_a_straggler_holds_up_who_waits_for_it_and_jitter_repeats() -> None:
 
 
 def test_the_emulated_table_is_what_the_schedules_say() -> None:
-    """Ours within 5%; other systems' within 8%: their engines wait in ways that their lists don't show."""
+    """All within 5%, ours and other systems'."""
     for row in json.loads(EMULATED.read_text(encoding="utf-8"))["rows"]:
         name, stages, count = row["contender"], row["stages"], row["micro_batches"]
         if name == "2BW":
+            assert row["units"][0] == pytest.approx(3.0, rel=0.05), row
             continue
         if strategy_of(name, stages) is not None and name != "1F1B":
             assert row["units"][0] == pytest.approx(row["predicted"], rel=0.05), row
@@ -137,7 +138,7 @@ def test_the_emulated_table_is_what_the_schedules_say() -> None:
             peer = make_peer(name, stages, count)
             share = peer.chunks // stages
             said = execute(peer, [Costs(1 / share, 1 / share, 1 / share, 0)] * peer.chunks).batch_time / count
-            assert said <= row["units"][0] <= 1.08 * said, (row, said)
+            assert said <= row["units"][0] <= 1.05 * said, (row, said)
 
 
 def test_what_can_not_run_says_what_would() -> None:
