@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ibp_deepspeed import InterlockingConfig
 from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.strategy.timeline import Timeline
 from tests.engine.test_parity import MODES, interlocking
 from tests.launch import launch
 
@@ -39,10 +40,11 @@ def blocks(draw: st.DrawFn, stages: int) -> dict[str, Any]:
 @st.composite
 def trainings(draw: st.DrawFn, stages: int) -> dict[str, Any]:
     """A case of the worker."""
-    block = draw(blocks(stages).filter(_is_valid))
+    count = draw(st.integers(1, 6))
+    block = draw(blocks(stages).filter(lambda block: _is_valid(block, stages, count)))
     return {
         "stages": stages,
-        "micro_batches": draw(st.integers(1, 6)),
+        "micro_batches": count,
         "steps": 4,
         "eval": True,
         "checkpoint": draw(st.booleans()),
@@ -52,9 +54,9 @@ def trainings(draw: st.DrawFn, stages: int) -> dict[str, Any]:
     }
 
 
-def _is_valid(block: dict[str, Any]) -> bool:
+def _is_valid(block: dict[str, Any], stages: int, micro_batches: int) -> bool:
     try:
-        InterlockingConfig.parse(block)
+        Timeline(InterlockingConfig.parse(block), stages, micro_batches).distinct()
     except ConfigError:
         return False
     return True
