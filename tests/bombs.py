@@ -1,9 +1,12 @@
-"""Files that do harm where they are read carelessly."""
+"""Files that do harm where they are read carelessly, and what is seen of it."""
 
 from __future__ import annotations
 
 import os
+import resource
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +37,15 @@ def rewritten(path: Path, change: Any, **zipped: Any) -> None:
     with zipfile.ZipFile(path, "w", **zipped) as new:
         for name, content in records.items():
             new.writestr(name, change(name, content))
+
+
+@contextmanager
+def little_memory(more: int = 2**30) -> Iterator[None]:
+    """No address space but what there is, and a gibibyte."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pyarrow.parquet
 
 from ibp_deepspeed.errors import DataError, first_line
@@ -97,7 +96,7 @@ def _parquet_records(path: Path, field: str | None) -> Iterator[Record]:
     try:
         for number, record in enumerate(_rows(path, field), start=1):
             yield f"{path} row {number}", record
-    except pyarrow.ArrowException as error:
+    except Exception as error:  # pyarrow raises many kinds: also for a value that Python has no type for
         raise DataError(f"{path} cannot be read as Parquet ({first_line(error)}): give a complete file") from error
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import resource
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from ibp_deepspeed.config.deepspeed import check_ds_config
 from ibp_deepspeed.errors import CheckpointError, ConfigError, InterlockingError
 from models.runs.checkpoint import Checkpoint
 from models.runs.resume import checkpoint_to_resume
-from tests.bombs import Bomb, put_bomb, rewritten
+from tests.bombs import Bomb, little_memory, put_bomb, rewritten
 from tests.checkpoint.test_store import description
 from tests.launch import launch
 from tests.single_process.test_virtual_pipeline import make
@@ -138,18 +136,6 @@ def test_a_bare_pickle_and_an_old_format_run_no_code_either(tmp_path: Path) -> N
     torch.save([torch.ones(3)], path)
     with pytest.raises(CheckpointError, match="holds a list, not a state dict"):
         read(path)
-
-
-@contextmanager
-def little_memory(more: int = 2**30) -> Iterator[None]:
-    """No address space but what there is, and a gibibyte."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_lengths_that_are_not_there_take_no_memory(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from ibp_deepspeed.config.deepspeed import load_ds_config
@@ -18,6 +21,7 @@ from ibp_deepspeed.data.token_file import read_manifest, write_tokens
 from ibp_deepspeed.data.tokenizer import TextTokenizer
 from ibp_deepspeed.errors import ConfigError, DataError
 from ibp_deepspeed.json_text import DEEPEST
+from tests.bombs import little_memory
 
 
 @pytest.fixture
@@ -109,3 +113,44 @@ def test_numbers_of_thousands_of_digits_and_lines_without_end(tmp_path: Path, mo
     rows.write_text(json.dumps({"text": "a" * 2000}))
     with pytest.raises(DataError, match="has a line of more than 1,000 characters"):
         list(open_corpus(rows))
+
+
+def test_a_value_that_is_repeated_is_in_memory_once(tmp_path: Path) -> None:
+    """Ten gigabytes of text in a file of a thousand bytes, in a field and inside a list; rows come one by one."""
+    number = 10_000
+    texts = pyarrow.DictionaryArray.from_arrays(np.zeros(number, dtype=np.int32), pyarrow.array(["a" * 2**20]))
+    messages = pyarrow.StructArray.from_arrays([pyarrow.array(["assistant"] * number), texts], ["role", "content"])
+    nested = pyarrow.ListArray.from_arrays(pyarrow.array(range(number + 1), pyarrow.int32()), messages)
+    path = tmp_path / "bomb.parquet"
+    table = pyarrow.table({"text": texts, "messages": nested})
+    pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=number)
+    assert path.stat().st_size < 4096
+    with little_memory():
+        assert sum(len(row) for row in islice(open_corpus(path), 200)) == 200 * 2**20
+        assert sum(1 for _ in islice(open_dialogues(path), 200)) == 200
+
+
+def test_rows_that_decompress_a_thousandfold_come_a_few_at_a_time(tmp_path: Path) -> None:
+    """Hundreds of megabytes in a few thousand bytes: a page is what is decompressed at once, here a third of them."""
+    path = tmp_path / "bomb.parquet"
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+        for _ in range(3):
+            writer.write_table(pyarrow.table({"text": ["a" * 2**21] * 64}))
+    assert path.stat().st_size < 2**16
+    with little_memory(2**28):
+        assert sum(1 for _ in open_corpus(path)) == 192
+
+
+def test_a_damaged_parquet_file_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"row {i}" for i in range(1000)]}), path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), len(whole) // 40):
+        damaged = bytearray(whole)
+        damaged[place : place + 8] = b"\xff" * 8
+        path.write_bytes(damaged)
+        try:
+            list(open_corpus(path))
+        except DataError as error:
+            assert "\n" not in str(error)
