@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from ibp_deepspeed.errors import first_line
 from models.errors import ModelError
@@ -24,16 +24,35 @@ def load_config(path_or_name: str | Path, **overrides: Any) -> PretrainedConfig:
             names (``num_hidden_layers``, ``hidden_size``, …) work for all model types.
 
     Raises:
-        ModelError: no config there, an unknown override, or values that the config class refuses.
+        ModelError: no config there, one that needs code of its own, an unknown override, or values that the config
+            class refuses.
     """
     if str(path_or_name).endswith(".json") and not Path(path_or_name).exists():
         raise ModelError(f"no model config in '{path_or_name}': there is no such file")  # don't ask the hub for it
     try:
-        base = AutoConfig.from_pretrained(str(path_or_name))
         values, _ = PretrainedConfig.get_config_dict(str(path_or_name))
-    except (OSError, ValueError, KeyError) as error:
+        _refuse_own_code(path_or_name, values)
+        base = AutoConfig.from_pretrained(str(path_or_name), trust_remote_code=False)
+    except ModelError:
+        raise
+    except Exception as error:  # a config class may refuse its values with any kind of error
         raise ModelError(f"no model config in '{path_or_name}': {first_line(error)}") from error
     return _changed(base, values, overrides, f"the config in '{path_or_name}'")
+
+
+def _refuse_own_code(path_or_name: str | Path, values: Mapping[str, Any]) -> None:
+    """Python files in a model's folder are never run: what can be cut are transformers' own architectures."""
+    kind, code = values.get("model_type"), values.get("auto_map")
+    if code and kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"the model in '{path_or_name}' needs Python code of its own ({_first_file(code)}; trust_remote_code in "
+            f"transformers), which is never run here: no option turns it on, because a model type has to be one of "
+            "transformers' own to be cut into stages"
+        )
+
+
+def _first_file(code: Any) -> Any:
+    return next(iter(code.values()), code) if isinstance(code, Mapping) else code
 
 
 def overridden(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:

@@ -46,7 +46,10 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """
     if args.checkpoint is not None or Path(args.model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from models.config import load_config
+    from models.tokenizer import load_tokenizer
 
     if args.checkpoint is not None:
         from models.exits.exits import Exits
@@ -60,10 +63,13 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         if Path(args.model).exists() and not (Path(args.model) / "config.json").exists():
             raise InterlockingError(f"{args.model} is no exported model: run scripts/convert_hf.py export first.")
         try:
-            model = AutoModelForCausalLM.from_pretrained(args.model)
-        except OSError as error:
+            config = load_config(args.model)
+            model = AutoModelForCausalLM.from_pretrained(args.model, config=config, trust_remote_code=False)
+        except InterlockingError:
+            raise
+        except Exception as error:  # damaged files raise many kinds
             raise InterlockingError(f"no model in {args.model}: {first_line(error)}") from error
-    return model.eval().to(args.device), AutoTokenizer.from_pretrained(str(tokenizer))
+    return model.eval().to(args.device), load_tokenizer(tokenizer)
 
 
 def encode(tokenizer: Any, args: argparse.Namespace) -> Any:

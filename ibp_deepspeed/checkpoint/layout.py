@@ -46,7 +46,8 @@ def replaced(tag: str) -> str:
 
 def interrupted_replacements(folder: Path) -> dict[Path, Path]:
     """Folders that an interrupted replacement left → the names that they had."""
-    return {old: old.with_name(old.name.removesuffix(_REPLACED)) for old in folder.glob(f"*{_REPLACED}")}
+    left = [old for old in folder.glob(f"*{_REPLACED}") if not old.is_symlink()]
+    return {old: old.with_name(old.name.removesuffix(_REPLACED)) for old in left}
 
 
 def layer(index: int) -> str:

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.errors import CheckpointError
+from ibp_deepspeed.errors import CheckpointError, first_line
+from ibp_deepspeed.folders import relative_name
+from ibp_deepspeed.json_text import small_text
+
+
+def rising(bounds: list[int]) -> list[int]:
+    """The same bounds of stages, the first one 0, each above the one before.
+
+    Raises:
+        ValueError: they are not; in words.
+    """
+    if len(bounds) < 2 or bounds[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
+        raise ValueError("the bounds of the stages have to rise from 0")
+    return bounds
+
+
+Bounds = Annotated[list[int], AfterValidator(rising)]
 
 
 class PipelineShape(BaseModel):
@@ -18,11 +43,11 @@ class PipelineShape(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bounds: list[int]
+    bounds: Bounds
     """Stage k has layers bounds[k] … bounds[k+1]-1."""
-    replicas: int
+    replicas: PositiveInt
     """Data-parallel ranks."""
-    micro_batches: int
+    micro_batches: PositiveInt
     """M."""
     heads: dict[int, int]
     """The layer before which a head stands → the stage that holds it."""
@@ -31,6 +56,12 @@ class PipelineShape(BaseModel):
     """How the optimizer's state is laid out, and its class."""
     decay: Literal["matrices", "all"] = "all"
     """Its parameter groups; checkpoints of before have one."""
+
+    @model_validator(mode="after")
+    def _has_its_heads(self) -> PipelineShape:
+        if any(not 0 <= stage < self.stages for stage in self.heads.values()):
+            raise ValueError(f"it has a head on a stage that is not one of its {self.stages}")
+        return self
 
     def before_decay(self) -> PipelineShape:
         """The shape of a checkpoint that says nothing of its own, for a pipeline of this one."""
@@ -57,7 +88,7 @@ class CheckpointManifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shape: PipelineShape
-    files: dict[str, int]
+    files: dict[Annotated[str, AfterValidator(relative_name)], NonNegativeInt]
     """Path in the folder → bytes."""
 
     @classmethod
@@ -79,9 +110,11 @@ class CheckpointManifest(BaseModel):
         if not path.exists():
             return None
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(small_text(path))
         except ValidationError as error:
             raise CheckpointError(f"{path} is damaged: {error.errors()[0]['msg']}.") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} can't be read: {first_line(error)}.") from error
 
     def check(self, folder: Path) -> None:
         """Compare the files with the list.

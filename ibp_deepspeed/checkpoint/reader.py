@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.manifest import PipelineShape
-from ibp_deepspeed.errors import CheckpointError, first_line
+from ibp_deepspeed.checkpoint.tensor_file import read
+from ibp_deepspeed.errors import CheckpointError
 
 NAMES_KEY = "parameter_names"
 """In the file of a stage: its trained parameters' names, in the order of the optimizer."""
@@ -148,22 +149,6 @@ class CheckpointReader:
             name: {**{k: torch.cat(v) for k, v in keys.items()}, **numbers.get(name, {})}
             for name, keys in pieces.items()
         }
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A file of torch.save, mapped rather than copied.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        # not weights alone: DeepSpeed's files hold its own classes, and were made by a training of the user's
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{path} can't be read: {first_line(error)}") from error
-    return state
 
 
 def _in_the_model(name: str, boundary: int | None) -> str:

@@ -13,7 +13,10 @@ import torch
 from ibp_deepspeed.atomic_files import replace_folder, replace_text
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.manifest import CheckpointManifest, PipelineShape
+from ibp_deepspeed.checkpoint.tensor_file import read
 from ibp_deepspeed.errors import CheckpointError, first_line
+from ibp_deepspeed.folders import check_entries, inside
+from ibp_deepspeed.json_text import small_text
 from ibp_deepspeed.rng import RandomState
 
 _WRITERS = ("PytorchStreamWriter", "iostream")  # in what torch.save says, which is no OSError
@@ -77,7 +80,7 @@ class CheckpointStore:
         if self._rank == 0:
             undo_interrupted_replacements(folder)
         self._barrier()
-        path = folder / (tag if tag is not None else newest_tag(folder))
+        path = tagged(folder, tag if tag is not None else newest_tag(folder))
         return path, checked(path)
 
     def resume_random_state(self, path: Path) -> None:
@@ -86,15 +89,32 @@ class CheckpointStore:
 
 
 def newest_tag(folder: Path) -> str:
-    """What ``latest`` says.
+    """What ``latest`` says: the name of a folder in this one.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: there is no such file, or what it says is no such name.
     """
+    path = folder / layout.LATEST
     try:
-        return (folder / layout.LATEST).read_text(encoding="utf-8").strip()
+        tag = small_text(path).strip()
+        inside(folder, tag)
+        return tag
     except OSError as error:
         raise CheckpointError(f"{folder} has no checkpoints: {error.strerror} ({layout.LATEST}).") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} can't be read: {error}.") from error
+
+
+def tagged(folder: Path, tag: str) -> Path:
+    """The folder of a checkpoint.
+
+    Raises:
+        CheckpointError: the tag, or a link that has its name, leads out of ``folder``.
+    """
+    try:
+        return inside(folder, tag)
+    except ValueError as error:
+        raise CheckpointError(f"there is no such checkpoint: {error}.") from error
 
 
 def checked(folder: Path) -> CheckpointManifest | None:
@@ -106,9 +126,7 @@ def checked(folder: Path) -> CheckpointManifest | None:
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}.")
     try:
-        manifest = CheckpointManifest.read(folder)
-        if manifest is not None:
-            manifest.check(folder)
+        manifest = _whole(folder)
     except CheckpointError as error:
         complete = [path.name for path in sorted(folder.parent.iterdir()) if path != folder and _is_complete(path)]
         others = f"complete are {', '.join(complete)}" if complete else "there is no complete one beside it"
@@ -116,14 +134,27 @@ def checked(folder: Path) -> CheckpointManifest | None:
     return manifest
 
 
+def check_plain(folder: Path) -> None:
+    """Raises a CheckpointError if something in a checkpoint leads out of it, or is neither file nor folder."""
+    try:
+        check_entries(folder)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} can't be read: {error}.") from error
+
+
+def _whole(folder: Path) -> CheckpointManifest | None:
+    check_plain(folder)
+    manifest = CheckpointManifest.read(folder)
+    if manifest is not None:
+        manifest.check(folder)
+    return manifest
+
+
 def _is_complete(folder: Path) -> bool:
     try:
-        manifest = CheckpointManifest.read(folder) if folder.is_dir() else None
-        if manifest is not None:
-            manifest.check(folder)
+        return folder.is_dir() and _whole(folder) is not None
     except CheckpointError:
         return False
-    return manifest is not None
 
 
 def write_texts(folder: Path, files: Mapping[str, str]) -> None:
@@ -140,8 +171,13 @@ def save_random_state(folder: Path, rank: int) -> None:
 
 def load_random_state(folder: Path, rank: int, ranks: int) -> None:
     """Resume the random states of a checkpoint; with other ones if it was written by another number of ranks."""
-    if len(list(folder.glob(layout.ANY_RANDOM_STATE))) == ranks:
-        RandomState.from_state_dict(torch.load(folder / layout.random_state(rank), weights_only=True)).set()
+    if len(list(folder.glob(layout.ANY_RANDOM_STATE))) != ranks:
+        return
+    path = folder / layout.random_state(rank)
+    try:
+        RandomState.from_state_dict(read(path)).set()
+    except (KeyError, TypeError, RuntimeError) as error:  # a state of another size, or none
+        raise CheckpointError(f"{path} is no state of random generators: {first_line(error)}.") from error
 
 
 def clear(folder: Path, tag: str) -> None:
@@ -174,13 +210,18 @@ def keep_newest(folder: Path, count: int) -> list[str]:
         count: at least 1; the one that ``latest`` names is always kept.
     """
     latest = newest_tag(folder) if (folder / layout.LATEST).exists() else None
-    ours = [(age, p) for p in folder.iterdir() if p.is_dir() and (age := layout.batches_of(p.name)) is not None]
+    ours = [(age, p) for p in folder.iterdir() if _is_folder(p) and (age := layout.batches_of(p.name)) is not None]
     old = [path for _, path in sorted(ours)[:-count] if path.name != latest]
     for path in old:
         # renamed first: a kill leaves no half of a checkpoint under its name
         doomed = path.rename(path.with_name(layout.partial(path.name)))
         shutil.rmtree(doomed)
     return [path.name for path in old]
+
+
+def _is_folder(path: Path) -> bool:
+    """A link is nobody's to remove."""
+    return path.is_dir() and not path.is_symlink()
 
 
 @contextmanager

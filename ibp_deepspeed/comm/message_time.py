@@ -29,7 +29,7 @@ def message_seconds(sizes: Sequence[int], repeats: int, backend: str) -> list[li
     with tempfile.TemporaryDirectory() as folder:
         arguments = (folder, list(sizes), repeats, backend)
         multiprocessing.start_processes(_exchange, arguments, nprocs=2, start_method="spawn")
-        found: list[list[float]] = torch.load(Path(folder, "seconds.pt"))
+        found: list[list[float]] = torch.load(Path(folder, "seconds.pt"), weights_only=True)
     return found
 
 

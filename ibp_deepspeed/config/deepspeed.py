@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ibp_deepspeed.config.auto import refuse_auto
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.json_text import parsed, small_text
 
 
 def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -24,11 +24,11 @@ def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, A
         return dict(source)
     path = Path(source)
     try:
-        ds_config = json.loads(path.read_text(encoding="utf-8"))
+        ds_config = parsed(small_text(path))
     except OSError as error:
         raise ConfigError(f"can't read the configuration {path}: {error.strerror}.") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is no JSON: {error.msg} in line {error.lineno}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}.") from None
     if not isinstance(ds_config, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(ds_config).__name__}.")
     return ds_config
@@ -56,7 +56,8 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> None:
     """Refuse what does not combine with interlocking.
 
     Raises:
-        ConfigError: fp16, torch_autocast, ZeRO 2 or 3, offloading, DeepCompile; or an "auto" that nothing filled in.
+        ConfigError: fp16, torch_autocast, ZeRO 2 or 3, offloading, DeepCompile, universal or DataStates checkpoints; or
+            an "auto" that nothing filled in.
     """
     refuse_auto(ds_config)
     if is_enabled(ds_config, "fp16"):
@@ -72,12 +73,25 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> None:
             "compile.deepcompile is not for pipelines: remove it; "
             '"interlocking": {"compile": true} compiles the layers.'
         )
+    _refuse_unsafe_files(ds_config)
     zero, stage = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
     if stage not in (0, 1):
         raise ConfigError(f"ZeRO stage {stage} does not work with pipelines: use stage 0 or 1.")
     for key in ("offload_optimizer", "offload_param"):
         if isinstance(zero, Mapping) and zero.get(key):
             raise ConfigError(f"zero_optimization.{key} is not supported with pipelines of losses: remove it.")
+
+
+def _refuse_unsafe_files(ds_config: Mapping[str, Any]) -> None:
+    """Refuse kinds of checkpoints that DeepSpeed reads past its checkpoint engine, or with a reader of their own."""
+    files = ds_config.get("checkpoint", {})
+    if isinstance(files, Mapping) and files.get("load_universal"):
+        raise ConfigError(
+            "checkpoint.load_universal reads files that can run code: remove it, checkpoints load into other numbers "
+            "of stages and replicas as they are."
+        )
+    if is_enabled(ds_config, "datastates_ckpt"):
+        raise ConfigError("datastates_ckpt is not supported, its files can run code when they are read: remove it.")
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> Any:

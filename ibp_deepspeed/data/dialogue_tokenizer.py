@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from jinja2 import TemplateError
-
 from ibp_deepspeed.data.dialogues import ASSISTANT, Dialogue
 from ibp_deepspeed.data.token_file import Row
 from ibp_deepspeed.data.tokenizer import TextTokenizer
@@ -72,7 +70,7 @@ class DialogueTokenizer:
         """The ids of the first messages, and if `prompt` of what an assistant's turn begins with."""
         try:
             return self._tokenizer.encode_messages(dialogue.messages[:count], add_generation_prompt=prompt)
-        except (TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # a template may fail in any way at fields that it does not expect
             reason = first_line(error).rstrip(".")
             raise DataError(
                 f"{dialogue.where} cannot be written by the tokenizer's chat template ({reason}): mend the row"

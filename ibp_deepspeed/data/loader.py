@@ -87,8 +87,11 @@ class MicroBatchLoader:
 
         Samples that do not fill a global micro-batch of this loader are counted as one: they are passed over.
 
-        Raises DataError when an entry is negative, or an epoch of these data has fewer samples.
+        Raises DataError when an entry is missing, no number or negative, or an epoch of these data has fewer samples.
         """
+        names = ("epoch", "samples")
+        if not isinstance(state, dict) or any(type(state.get(name)) is not int for name in names):
+            raise DataError(f"the state of a loader is {state!r:.60}, it has the numbers {' and '.join(names)}")
         epoch, used = state["epoch"], state["samples"]
         at_least("epoch", epoch, 0)
         at_least("samples", used, 0)

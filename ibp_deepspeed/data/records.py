@@ -3,18 +3,20 @@
 Each row comes with where it is, for error messages: a file and the number of its line or row, or a data set's.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pyarrow.parquet
 
 from ibp_deepspeed.errors import DataError, first_line
+from ibp_deepspeed.json_text import parsed
 
 RECORD_SUFFIXES = (".jsonl", ".parquet")
+
+LONGEST_LINE = 1 << 26  # characters: a file without an end of line must not fill the memory
+BATCH_BYTES = 1 << 24  # of decompressed rows at once
 
 Record = tuple[str, dict[str, Any]]
 
@@ -42,10 +44,18 @@ def sorted_files(root: Path, suffixes: tuple[str, ...], skip: frozenset[str] = f
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Lines with their ends as they are in the file (newline="" translates nothing)."""
+    """Lines with their ends as they are in the file (newline="" translates nothing).
+
+    Raises DataError when it is not UTF-8 text, or has a line of more than LONGEST_LINE characters.
+    """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            yield from file
+            while line := file.readline(LONGEST_LINE + 1):
+                if len(line) > LONGEST_LINE:
+                    raise DataError(
+                        f"{path} has a line of more than {LONGEST_LINE:,} characters, which is read at once: divide it"
+                    )
+                yield line
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason}): convert it, or leave it out") from error
 
@@ -74,9 +84,9 @@ def _jsonl_records(path: Path) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON ({error.msg}): each line must be one JSON object") from error
+            record = parsed(line)
+        except ValueError as error:
+            raise DataError(f"{where} is not JSON ({error}): each line must be one JSON object") from error
         if not isinstance(record, dict):
             raise DataError(f"{where} is not a JSON object: each line must be an object with named fields")
         yield where, record
@@ -84,12 +94,29 @@ def _jsonl_records(path: Path) -> Iterator[Record]:
 
 def _parquet_records(path: Path, field: str | None) -> Iterator[Record]:
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [field] if field in file.schema_arrow.names else None
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", record
-    except pyarrow.ArrowException as error:
+        for number, record in enumerate(_rows(path, field), start=1):
+            yield f"{path} row {number}", record
+    except Exception as error:  # pyarrow raises many kinds: also for a value that Python has no type for
         raise DataError(f"{path} cannot be read as Parquet ({first_line(error)}): give a complete file") from error
+
+
+def _rows(path: Path, field: str | None) -> Iterator[dict[str, Any]]:
+    """One after the other, so that a value that is repeated a million times is in memory once, and one row whole."""
+    with pyarrow.parquet.ParquetFile(path) as file:
+        texts = [file.schema.column(i).path for i in range(len(file.schema)) if _is_text(file.schema.column(i))]
+        columns = [field] if field in file.schema_arrow.names else None
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=texts, buffer_size=1 << 20) as file:
+        for group in range(file.num_row_groups):
+            rows = _rows_at_once(file.metadata.row_group(group))
+            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+                for values in zip(*batch.columns, strict=True):
+                    yield dict(zip(batch.schema.names, (value.as_py() for value in values), strict=True))
+
+
+def _is_text(column: Any) -> bool:
+    return column.physical_type == "BYTE_ARRAY"
+
+
+def _rows_at_once(group: Any) -> int:
+    """Of a row group, so that they have BATCH_BYTES on the average, decompressed."""
+    return max(1, min(1024, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))

@@ -10,16 +10,27 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from ibp_deepspeed.atomic_files import replace_folder
-from ibp_deepspeed.errors import DataError
+from ibp_deepspeed.errors import DataError, first_line
+from ibp_deepspeed.folders import check_entries, relative_name
+from ibp_deepspeed.json_text import small_text
 
 SplitName = Literal["train", "heldout"]
+Name = Annotated[str, AfterValidator(relative_name)]  # of a file in the prepared folder
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 MarkArray = npt.NDArray[np.uint8]
 
@@ -56,7 +67,7 @@ class MarksRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    file: str
+    file: Name
     counted_tokens: PositiveInt
     longest_row: PositiveInt
     sha256: str
@@ -67,7 +78,7 @@ class SplitRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    file: str
+    file: Name
     documents: PositiveInt
     tokens: PositiveInt
     max_token_id: NonNegativeInt
@@ -91,10 +102,17 @@ class Manifest(BaseModel):
     dtype: Literal["uint16", "uint32"]
     vocabulary_size: PositiveInt
     eos_id: NonNegativeInt
-    tokenizer_file: str
+    tokenizer_file: Name
     unigram_entropy_nats: float
     train: SplitRecord
     heldout: SplitRecord
+
+    @model_validator(mode="after")
+    def _fits_its_dtype(self) -> "Manifest":
+        bound = 1 << 8 * self.numpy_dtype.itemsize
+        if self.vocabulary_size > bound or max(self.train.max_token_id, self.heldout.max_token_id) >= bound:
+            raise ValueError(f"{self.dtype} holds token ids below {bound} only")
+        return self
 
     @property
     def numpy_dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
@@ -116,11 +134,12 @@ class TokenFile:
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
         """Raises DataError when the data can hold a token id that a model of `model_vocab_size` ids lacks."""
-        record: SplitRecord = getattr(self.manifest, self.split)
-        needed = max(self.manifest.vocabulary_size, record.max_token_id + 1)
+        manifest = self.manifest
+        highest = max(manifest.train.max_token_id, manifest.heldout.max_token_id, manifest.eos_id)
+        needed = max(manifest.vocabulary_size, highest + 1)
         if needed > model_vocab_size:
             raise DataError(
-                f"{self.path} has token ids up to {record.max_token_id} from a vocabulary of "
+                f"{self.path} has token ids up to {highest} from a vocabulary of "
                 f"{self.manifest.vocabulary_size}, the model's vocabulary size is {model_vocab_size}: "
                 f"set the model's vocabulary size to {needed} or more"
             )
@@ -138,10 +157,10 @@ def open_tokens(folder: str | Path, split: SplitName, *, verify: bool = True) ->
     """Maps the tokens of the split "train" or "heldout" of a folder that scripts/prepare_data.py wrote.
 
     The file's size is always compared with the manifest; `verify=True` also reads all of it for the
-    checksum, which only one process of a job needs to do.
+    checksum and the highest token id, which only one process of a job needs to do.
 
-    Raises DataError for a missing folder, manifest or file, a broken manifest, an unknown split, a size or
-    a checksum that differs.
+    Raises DataError for a missing folder, manifest or file, a broken manifest, an unknown split, a size, a
+    checksum or a token id that differs, or a link that leads out of the folder.
     """
     folder = Path(folder)
     if split not in get_args(SplitName):
@@ -156,6 +175,8 @@ def open_tokens(folder: str | Path, split: SplitName, *, verify: bool = True) ->
         _check_file(marks_path, record.tokens, record.marks.sha256, verify=verify)
         marks = np.memmap(marks_path, dtype=np.uint8, mode="r")
     tokens = np.memmap(path, dtype=dtype, mode="r")
+    if verify and (highest := int(tokens.max())) > record.max_token_id:
+        raise DataError(f"{path} has the token id {highest}, its manifest says at most {record.max_token_id}: {_AGAIN}")
     return TokenFile(path=path, split=split, tokens=tokens, manifest=manifest, marks=marks)
 
 
@@ -185,11 +206,14 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST}: name a folder that scripts/prepare_data.py made, or make one")
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        check_entries(folder)
+        return Manifest.model_validate_json(small_text(path))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(f"{path} is not a manifest of this version ({place}: {first['msg']}): {_AGAIN}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} can't be read: {first_line(error)}") from error
 
 
 def check_target(folder: str | Path, *, overwrite: bool) -> None:

@@ -118,7 +118,7 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         if path.is_file():
             fast = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
-            fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         return TextTokenizer(fast, str(path))
     except DataError:
         raise

@@ -12,6 +12,7 @@ from ibp_deepspeed.checkpoint import layout, reshape
 from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
 from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, names_of
 from ibp_deepspeed.checkpoint.store import CheckpointStore
+from ibp_deepspeed.checkpoint.tensor_file import load
 from ibp_deepspeed.engine.optimizer_step import SteppingEngine
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
 
@@ -142,6 +143,12 @@ class CheckpointingEngine(SteppingEngine):
 
     _checkpoints: EngineCheckpoints
 
+    def _configure_checkpointing(self) -> None:
+        """Overrides DeepSpeedEngine's: its checkpoint engines read with torch.load, the usual one all that a pickle can
+        be."""
+        super()._configure_checkpointing()
+        self.checkpoint_engine.load = load
+
     def save_checkpoint(
         self,
         save_dir: str | Path,
@@ -179,10 +186,10 @@ class CheckpointingEngine(SteppingEngine):
         Raises:
             CheckpointError: there is none, a file is missing, damaged or doesn't fit.
         """
-        load = super().load_checkpoint
+        load_by_deepspeed = super().load_checkpoint
 
         def read(path: Path) -> Loaded:
-            loaded: Loaded = load(str(path.parent), path.name, *args, **kwargs)
+            loaded: Loaded = load_by_deepspeed(str(path.parent), path.name, *args, **kwargs)
             return loaded
 
         return self._checkpoints.load(read, Path(load_dir), None if tag is None else str(tag))

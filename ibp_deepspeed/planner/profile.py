@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from ibp_deepspeed.atomic_files import replace_text
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import PlanError, first_line
+from ibp_deepspeed.json_text import parsed, small_text
 from ibp_deepspeed.planner.hardware import Device, Link
 from ibp_deepspeed.planner.workload import Work, Workload
 
@@ -202,7 +203,7 @@ def read_profile(path: Path) -> Profile:
         PlanError: there is none, or it is damaged or of another version.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parsed(small_text(path))
     except OSError as error:
         raise PlanError(f"the profile {path} can't be read ({error.strerror}): {AGAIN}.") from None
     except ValueError as error:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
-from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, head_name, read
+from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, head_name
 from ibp_deepspeed.checkpoint.reshape import (
     HeadOrigin,
     decay_report,
@@ -22,6 +22,7 @@ from ibp_deepspeed.checkpoint.reshape import (
     source_of,
 )
 from ibp_deepspeed.checkpoint.store import CheckpointStore
+from ibp_deepspeed.checkpoint.tensor_file import read
 from ibp_deepspeed.objectives.shared_readout import RefreshRule, fill_pending, source_readout
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 

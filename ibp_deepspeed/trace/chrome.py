@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ibp_deepspeed.atomic_files import replace_text
 from ibp_deepspeed.errors import OutputError, TraceError
+from ibp_deepspeed.json_text import parsed
 from ibp_deepspeed.schedule import instructions
 from ibp_deepspeed.schedule.instructions import Instruction, Link
 from ibp_deepspeed.trace.spans import CREDIT, WEIGHTS, Process, Recording, Span
@@ -169,7 +170,7 @@ def read(path: Path) -> Recording:
         TraceError: there is none, or it is none of ours, or broken.
     """
     try:
-        trace = json.loads(path.read_text(encoding="utf-8"))
+        trace = parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TraceError(f"can't read the trace {path}: {error.strerror}; train_lm.py --trace writes one.") from None
     except ValueError:

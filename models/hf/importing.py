@@ -7,17 +7,15 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from ibp_deepspeed.atomic_files import new_folder
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.store import write_errors, write_texts
-from ibp_deepspeed.errors import first_line
 from models.causal_lm import CausalLM
 from models.config import load_config
-from models.errors import ModelError
 from models.hf.weights import PretrainedWeights, local_folder
 from models.runs.description import Description
+from models.tokenizer import load_tokenizer
 
 
 def import_model(path_or_name: str, out: Path) -> Path:
@@ -56,7 +54,4 @@ def _save_companions(folder: Path, out: Path) -> None:
     if (folder / layout.GENERATION).exists():
         shutil.copy(folder / layout.GENERATION, out)
     if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        try:
-            AutoTokenizer.from_pretrained(str(folder)).save_pretrained(str(out / layout.TOKENIZER))
-        except Exception as error:  # each kind of tokenizer has its own
-            raise ModelError(f"the tokenizer in {folder} can't be read: {first_line(error)}") from error
+        load_tokenizer(folder).save_pretrained(str(out / layout.TOKENIZER))

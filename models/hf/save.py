@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ibp_deepspeed.atomic_files import new_folder
 from ibp_deepspeed.checkpoint import layout
 from models.errors import ModelError
 from models.exits.exits import Exits
 from models.hf.model_card import model_card
+from models.tokenizer import load_tokenizer
 
 _TOLERANCE = {torch.float32: 1e-5}  # of the largest logit; a head's temperature is folded into its LM head
 _COARSE_TOLERANCE = 2e-2  # the same in 16 bits
@@ -62,7 +63,7 @@ def _save(exits: Exits, model: PreTrainedModel, folder: Path, shard_size: str) -
     if source.exists():
         model.generation_config = GenerationConfig.from_pretrained(exits.folder)
     if exits.checkpoint.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(str(exits.checkpoint.tokenizer))
+        tokenizer = load_tokenizer(exits.checkpoint.tokenizer)
         if not source.exists() and model.generation_config is not None:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(model.generation_config, name, getattr(tokenizer, name))
@@ -74,7 +75,9 @@ def _save(exits: Exits, model: PreTrainedModel, folder: Path, shard_size: str) -
 
 def _check(exits: Exits, exit_: int, folder: Path, dtype: torch.dtype) -> None:
     """Load what was written, as a user will, and compare keys and logits."""
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
     problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if problems:
         raise ModelError(f"the export does not load as it was saved: {problems}.")

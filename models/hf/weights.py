@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,10 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from ibp_deepspeed.errors import first_line
+from ibp_deepspeed.checkpoint.tensor_file import read
+from ibp_deepspeed.errors import InterlockingError, first_line
+from ibp_deepspeed.folders import relative_name
+from ibp_deepspeed.json_text import parsed, small_text
 from models.errors import ModelError
 from models.hf.assemble import model_key
 from models.shell import Shell, meta_model, untied
@@ -173,8 +175,10 @@ def _files_of_keys(folder: Path) -> dict[str, str]:
                 return dict.fromkeys(files[single], single)
         if (folder / index).exists():
             try:
-                mapping: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
+                mapping: dict[str, str] = dict(parsed(small_text(folder / index))["weight_map"])
+                for name in mapping.values():
+                    relative_name(name)  # a link is the user's own: the hub's downloads are links to its cache
+            except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{folder / index} is damaged: {first_line(error)}") from error
             lost = sorted(name for name in set(mapping.values()) if not (folder / name).exists())
             if lost:
@@ -196,7 +200,9 @@ def _opened(folder: Path, names: set[str]) -> Iterator[dict[str, Mapping[str, An
                     file = stack.enter_context(safe_open(folder / name, framework="pt"))
                     files[name] = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 else:
-                    files[name] = torch.load(folder / name, mmap=True, map_location="cpu", weights_only=True)
+                    files[name] = read(folder / name)
+            except InterlockingError:
+                raise
             except Exception as error:  # damaged files raise many kinds
                 raise ModelError(f"{folder / name} can't be read: {first_line(error)}") from error
         yield files

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ibp_deepspeed.checkpoint import layout
-from ibp_deepspeed.errors import first_line
+from ibp_deepspeed.checkpoint.store import check_plain, newest_tag, tagged
+from ibp_deepspeed.checkpoint.tensor_file import read
 from models.errors import ModelError
 from models.runs.description import Description
 
@@ -34,15 +34,16 @@ class Checkpoint:
 
     Raises:
         ModelError: there is none.
+        CheckpointError: names or links in it lead out of it.
     """
 
     def __init__(self, path: str | Path) -> None:
         folder = Path(path)
-        latest = folder / layout.LATEST
-        if latest.exists():
-            folder = folder / latest.read_text(encoding="utf-8").strip()
+        if (folder / layout.LATEST).exists():
+            folder = tagged(folder, newest_tag(folder))
         if not folder.is_dir():
             raise ModelError(f"there is no checkpoint in {path}: give a folder that train_lm.py wrote.")
+        check_plain(folder)
         self.folder = folder
         self.description = Description.read(folder)
 
@@ -56,7 +57,7 @@ class Checkpoint:
         found = layout.find_layer(self.folder, index)
         if found is None:
             raise ModelError(f"{self.folder} has no weights of layer {index} ({layout.layer(index)}).")
-        return _load(found)
+        return read(found)
 
     def layer(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Those of ``names`` in the state dict of layer ``index``, see :class:`models.causal_lm.Weights`."""
@@ -69,18 +70,11 @@ class Checkpoint:
     def head_state(self, boundary: int) -> dict[str, Tensor] | None:
         """The state dict of the head before layer ``boundary``, None if there is none."""
         path = self.folder / layout.aux_head(boundary)
-        return _load(path) if path.exists() else None
+        return read(path) if path.exists() else None
 
     @property
     def tokenizer(self) -> Path | None:
         """The folder of its tokenizer, None if there is none any more."""
-        inside, beside = self.folder / layout.TOKENIZER, Path(self.description.data or "") / layout.TOKENIZER
-        return next((folder for folder in (inside, beside) if folder.is_dir()), None)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise ModelError(f"{path} can't be read: {first_line(error)}") from error
-    return state
+        data = self.description.data
+        folders = [self.folder / layout.TOKENIZER, *([] if data is None else [Path(data) / layout.TOKENIZER])]
+        return next((folder for folder in folders if folder.is_dir()), None)

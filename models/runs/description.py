@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig, PretrainedConfig
 
 from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.checkpoint.manifest import Bounds
 from ibp_deepspeed.errors import first_line
+from ibp_deepspeed.json_text import small_text
 from models.errors import ModelError
 
 
@@ -21,7 +23,7 @@ class Description(BaseModel):
 
     model: dict[str, Any]
     """The Hugging Face config."""
-    bounds: list[int]
+    bounds: Bounds
     """Stage k has layers bounds[k] … bounds[k+1]-1 of embedding, decoder layers, head."""
     interlocking: dict[str, Any]
     sequence_length: int
@@ -35,9 +37,18 @@ class Description(BaseModel):
     """The DeepSpeed configuration, but for the interlocking block."""
 
     def hf_config(self) -> PretrainedConfig:
-        """The Hugging Face config as an object."""
+        """The Hugging Face config as an object.
+
+        Raises:
+            ModelError: the values make none.
+        """
         values = dict(self.model)
-        return AutoConfig.for_model(values.pop("model_type"), **values)
+        try:
+            return AutoConfig.for_model(values.pop("model_type"), **values)
+        except Exception as error:  # a config class may refuse its values with any kind of error
+            raise ModelError(
+                f"the model's config in {layout.DESCRIPTION} can't be used: {first_line(error)}."
+            ) from error
 
     def files(self) -> dict[str, str]:
         """What goes beside a checkpoint's files, by name."""
@@ -52,7 +63,7 @@ class Description(BaseModel):
         """
         path = folder / layout.DESCRIPTION
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(small_text(path))
         except FileNotFoundError:
             raise ModelError(f"{folder} is no checkpoint of train_lm.py: it has no {layout.DESCRIPTION}.") from None
         except ValueError as error:

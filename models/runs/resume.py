@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ibp_deepspeed.checkpoint import layout
-from ibp_deepspeed.checkpoint.store import checked
+from ibp_deepspeed.checkpoint.store import checked, newest_tag, tagged
 from models.errors import AllTrained, ModelError
 from models.runs.description import Description
 
@@ -30,8 +30,10 @@ def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description,
     latest = folder / layout.LATEST
     if wanted == "auto" and not latest.exists():
         return None
-    tag = latest.read_text(encoding="utf-8").strip() if wanted == "auto" else wanted
-    path = folder / tag if (folder / tag).exists() else folder / layout.replaced(tag)
+    tag = newest_tag(folder) if wanted == "auto" else wanted
+    path = tagged(folder, tag)
+    if not path.exists():
+        path = tagged(folder, layout.replaced(tag))
     if not path.is_dir():
         there = ", ".join(sorted(p.name for p in folder.glob("*") if layout.batches_of(p.name) is not None)) or "none"
         raise ModelError(f"{folder} has no checkpoint {tag}, but {there}.")

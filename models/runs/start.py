@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ibp_deepspeed.checkpoint import layout
 from models.causal_lm import Weights
 from models.config import load_config, overridden
 from models.errors import ModelError
 from models.runs.checkpoint import Checkpoint
+from models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from models.hf.weights import PretrainedWeights
@@ -70,7 +71,7 @@ def check_same_tokenizer(of_model: Path, of_data: Path) -> None:
     files = [folder / "tokenizer.json" for folder in (of_model, of_data)]
     if all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return
-    theirs, ours = (AutoTokenizer.from_pretrained(str(folder)).get_vocab() for folder in (of_model, of_data))
+    theirs, ours = (load_tokenizer(folder).get_vocab() for folder in (of_model, of_data))
     other = [token for token, number in ours.items() if theirs.get(token) != number]
     if other:
         raise ModelError(

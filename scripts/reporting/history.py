@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.json_text import parsed
 from ibp_deepspeed.measures import BATCH_TIME
 from scripts.reporting.files import HISTORY
 
@@ -45,7 +45,7 @@ class History:
             raise InterlockingError(f"can't read {path}: {error.strerror}.") from None
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = parsed(line)
                 for kind in ("train", "held_out"):
                     if kind in row:
                         losses = [math.nan if loss is None else float(loss) for loss in row[kind]]

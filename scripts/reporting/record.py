@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ibp_deepspeed.atomic_files import replace_text
 from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.json_text import parsed, small_text
 from scripts.reporting.files import RECORD
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class RunRecord:
         """
         path = folder / RECORD
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(**parsed(small_text(path)))
         except OSError as error:
             raise InterlockingError(
                 f"can't read {path}: {error.strerror}. Give the --output folder of a train_lm.py run."

@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from ibp_deepspeed.errors import CheckpointError
+
 if TYPE_CHECKING:
     from ibp_deepspeed.data import MicroBatchLoader
     from ibp_deepspeed.pipeline import Pipeline
@@ -38,9 +40,14 @@ def resume(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> None:
 def set_position(train: MicroBatchLoader, plan: Plan, args: argparse.Namespace) -> None:
     """Have the training data resume where the checkpoint was written, also in batches of another size."""
     from ibp_deepspeed.checkpoint import layout
+    from ibp_deepspeed.json_text import parsed, small_text
 
     if plan.resume is None:
         return
     path = args.output / "checkpoint" / plan.resume / layout.DATA_POSITION
     if path.exists():  # checkpoints of an earlier version have none
-        train.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            state = parsed(small_text(path))
+        except ValueError as error:
+            raise CheckpointError(f"{path} can't be read: {error}.") from error
+        train.load_state_dict(state)

@@ -31,7 +31,9 @@ def check_output(args: argparse.Namespace) -> None:
         raise OutputError(f"--output {output} is a file: give a folder.")
     latest = output / "checkpoint" / layout.LATEST
     if latest.exists() and args.resume is None and not args.overwrite:
-        tag = latest.read_text(encoding="utf-8").strip()
+        from ibp_deepspeed.checkpoint.store import newest_tag  # torch, which --help need not wait for
+
+        tag = newest_tag(latest.parent)
         raise OutputError(
             f"--output {output} has a run already ({tag}): go on with --resume, remove it with --overwrite, or give "
             "another folder."
