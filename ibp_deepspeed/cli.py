@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import logging
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ibp_deepspeed.errors import InterlockingError, PeerLostError, first_line
+from ibp_deepspeed.errors import HostsError, InterlockingError, PeerLostError, first_line
 
 _SKEW_SECONDS = 20.0  # processes may start this far apart
 _TURN_SECONDS = 2.0  # a launcher notices the end of a process within a second
@@ -47,6 +49,8 @@ def run(main: Callable[[SameOnAllRanks], int | None]) -> NoReturn:
         code = main(phase)
     except PeerLostError as error:
         _end(f"error: rank {rank}: {error}", _PEER_SECONDS)
+    except HostsError as error:  # all ranks know; one speaks on each host
+        _end(f"error: {error}", _TURN_SECONDS * min(int(os.environ.get("LOCAL_RANK", rank)), 10))
     except InterlockingError as error:
         turn = _SKEW_SECONDS * (rank > 0) if phase.holds else _TURN_SECONDS * min(rank, 10)
         _end(f"error: {error}" if phase.holds and rank == 0 else f"error: rank {rank}: {error}", turn)
@@ -75,6 +79,35 @@ def quiet() -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("DeepSpeed").addFilter(_is_asked_for)
+
+
+def outlive_readers() -> None:
+    """Go on when nobody reads the output any more: a launcher that is told to end, or a connection to its host, may go
+    while a process still saves."""
+    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+
+
+class _Lasting(io.FileIO):
+    """A file whose reader may end first: what is written then goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        """Overrides FileIO's."""
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def _lasting(stream: Any) -> io.TextIOWrapper:
+    stream.flush()
+    file = io.BufferedWriter(_Lasting(stream.fileno(), "w", closefd=False))
+    how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    return io.TextIOWrapper(file, encoding=stream.encoding, errors=stream.errors, **how)
 
 
 def _is_asked_for(record: logging.LogRecord) -> bool:

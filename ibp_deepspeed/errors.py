@@ -35,6 +35,10 @@ class OutputError(InterlockingError):
     """A file or folder that can't be written, or is there already."""
 
 
+class HostsError(InterlockingError):
+    """A host of the job can't train, or has something else than the first one."""
+
+
 class BatchError(InterlockingError, ValueError):
     """A stage has no data, or other data than its neighbour."""
 

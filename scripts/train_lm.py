@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, cast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import cli
+from ibp_deepspeed.errors import HostsError, InterlockingError
+from scripts.training.alike import alike
 from scripts.training.arguments import parse_arguments
 from scripts.training.checkpoints import resume, save
+from scripts.training.hosts import RollCall
 from scripts.training.interruption import EXIT_CODE, Interruption
 from scripts.training.loop import Run
 from scripts.training.output import claim
@@ -45,18 +48,27 @@ if TYPE_CHECKING:
 def main(phase: cli.SameOnAllRanks) -> int:
     """Check, start, train, save."""
     args = parse_arguments(__doc__)
+    cli.outlive_readers()
     if not args.verbose:
         cli.quiet()
     from models.errors import AllTrained
 
+    call = RollCall()
     try:
         plan = make_plan(args)
+        traced = batches_to_trace(args, plan.resume)
+        lock = claim(args) if os.environ["RANK"] == "0" else None
     except AllTrained as nothing_left:  # a job that is started again and again ends well
+        call.cannot_train(nothing_left)
         if os.environ["RANK"] == "0":
             print(f"{nothing_left}.")
         return 0
-    traced = batches_to_trace(args, plan.resume)
-    lock = claim(args) if os.environ["RANK"] == "0" else None
+    except Exception as error:
+        verdict = call.cannot_train(error)
+        if verdict and isinstance(error, InterlockingError):
+            raise HostsError(verdict) from None
+        raise
+    call.can_train(alike(plan, args), args.output)
     pipeline = start(plan, args)
     resume(pipeline, plan, args)
     if traced is not None:

@@ -31,6 +31,15 @@ def ranks(processes: int, name: str, *words: object) -> Done:
         return _forked(places, ROOT, _run_script, str(ROOT / "scripts" / name), [str(word) for word in words])
 
 
+def on_hosts(name: str, *words: Sequence[object]) -> Done:
+    """One process for each of these lists of arguments, as if each were started on a host of its own."""
+    with rendezvous() as meeting:
+        alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        places = [meeting | place(rank, len(words)) | alone for rank in range(len(words))]
+        each = [[str(word) for word in row] for row in words]
+        return _forked(places, ROOT, _run_script_of_rank, str(ROOT / "scripts" / name), each, to_the_end=True)
+
+
 def speed_benchmark(*words: object) -> Done:
     """``python -m benchmarks.speed`` in a fork, its processes forks of that one."""
     return _forked([{}], ROOT, _run_benchmark, "benchmarks.speed", [str(word) for word in words])
@@ -80,16 +89,23 @@ _TIME_IS_UP = 124
 
 
 def _forked(
-    environments: Sequence[Mapping[str, str]], folder: Path, function: Callable[..., None], *arguments: Any
+    environments: Sequence[Mapping[str, str]],
+    folder: Path,
+    function: Callable[..., None],
+    *arguments: Any,
+    to_the_end: bool = False,
 ) -> Done:
-    """Run ``function`` in one process for each of these additions to a user's environment."""
+    """Run ``function`` in one process for each of these additions to a user's environment.
+
+    The first that fails ends all, which is what launchers do, unless all are left ``to_the_end``.
+    """
     with tempfile.TemporaryDirectory() as name:
         streams = [(Path(name, f"{number}.out"), Path(name, f"{number}.err")) for number in range(len(environments))]
         processes = [
             fork(function, *arguments, environment={**_ENVIRONMENT, **more}, stdout=out, stderr=err, folder=folder)
             for more, (out, err) in zip(environments, streams, strict=True)
         ]
-        codes = end(processes, 240, with_first_failure=True)
+        codes = end(processes, 240, with_first_failure=not to_the_end)
         stdout, stderr = ("".join(map(_text, paths)) for paths in zip(*streams, strict=True))
     failed = next((code for code in codes if code), None)
     code = failed or (_TIME_IS_UP if None in codes else 0)
@@ -103,6 +119,10 @@ def _text(path: Path) -> str:
 def _run_script(path: str, words: list[str]) -> None:
     sys.argv = [path, *words]
     runpy.run_path(path, run_name="__main__")
+
+
+def _run_script_of_rank(path: str, words: list[list[str]]) -> None:
+    _run_script(path, words[int(os.environ["RANK"])])
 
 
 def _run_benchmark(module: str, words: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -33,3 +34,23 @@ def test_options_are_given_by_their_whole_names(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         parser.parse_args(["--step", "3"])
     assert "unrecognized arguments: --step" in capsys.readouterr().err
+
+
+def test_a_process_outlives_who_reads_it() -> None:
+    """A launcher goes first, or a connection: what is printed then is lost, what is saved is not."""
+    code = (
+        "import sys; from ibp_deepspeed import cli; cli.outlive_readers()\n"
+        "print('hears', flush=True); sys.stdin.read()\n"
+        "for stream in (sys.stdout, sys.stderr):\n"
+        "    for line in ('lost', 'too'): print(line, file=stream, flush=True)\n"
+        "open(sys.argv[1], 'w').write('saved')"
+    )
+    with tempfile.NamedTemporaryFile() as file:
+        words = [sys.executable, "-c", code, file.name]
+        end = subprocess.PIPE
+        process = subprocess.Popen(words, cwd=ROOT, stdin=end, stdout=end, stderr=end)
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"hears\n"
+        for pipe in (process.stdout, process.stderr, process.stdin):
+            pipe.close()
+        assert process.wait(timeout=60) == 0 and file.read() == b"saved"

@@ -19,11 +19,13 @@ class Host:
     Attributes:
         name: of the namespace.
         address: of its interface.
+        outside: the name of the other end of its cable.
         interface: its name inside.
     """
 
     name: str
     address: str
+    outside: str
     interface: str = "eth0"
 
     def command(self, *words: str) -> list[str]:
@@ -54,20 +56,20 @@ def hosts(count: int, megabits: float | None) -> Iterator[list[Host]]:
         _run("ip", "link", "set", bridge, "up")
         made = []
         for index in range(count):
-            host = Host(_name(f"h{index}"), f"10.213.{os.getpid() % 250}.{index + 1}")
+            outside = _name(f"v{index}")
+            host = Host(_name(f"h{index}"), f"10.213.{os.getpid() % 250}.{index + 1}", outside)
             _run("ip", "netns", "add", host.name)
             stack.callback(_run, "ip", "netns", "delete", host.name)
-            outside = _name(f"v{index}")
-            _connect(host, bridge, outside, megabits)
+            _connect(host, bridge, megabits)
             # a deleted namespace gives its interfaces back some time later: the next hosts would find the name taken
             stack.callback(_run, "ip", "link", "delete", outside)
             made.append(host)
         yield made
 
 
-def _connect(host: Host, bridge: str, outside: str, megabits: float | None) -> None:
-    _run("ip", "link", "add", outside, "type", "veth", "peer", "name", host.interface, "netns", host.name)
-    _run("ip", "link", "set", outside, "master", bridge, "up")
+def _connect(host: Host, bridge: str, megabits: float | None) -> None:
+    _run("ip", "link", "add", host.outside, "type", "veth", "peer", "name", host.interface, "netns", host.name)
+    _run("ip", "link", "set", host.outside, "master", bridge, "up")
     _run(*host.command("ip", "address", "add", f"{host.address}/24", "dev", host.interface))
     for interface in ("lo", host.interface):
         _run(*host.command("ip", "link", "set", interface, "up"))

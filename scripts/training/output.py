@@ -7,6 +7,7 @@ import fcntl
 import os
 import platform
 import shutil
+import time
 from pathlib import Path
 from typing import IO
 
@@ -66,12 +67,21 @@ def claim(args: argparse.Namespace) -> IO[str]:
             f"--output {output} is in use by {holder}: wait for its end, or give another folder."
         ) from None
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
+    os.fsync(file.fileno())  # processes on other hosts look for it
     if args.overwrite:
         for name in _OF_A_RUN:
             _remove(output / name)
     return file
+
+
+def holder(output: Path) -> str:
+    """Who has claimed a folder last, empty if nobody has; on the hosts that share it."""
+    try:
+        return (output / _LOCK).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def _remove(path: Path) -> None:

@@ -80,8 +80,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     first = os.environ["RANK"] == "0"
     ds_config = load_ds_config(args.deepspeed_config)
     interlocking = resolve_interlocking(ds_config)
-    train = open_tokens(args.data, "train", verify=first)
-    held_out = open_tokens(args.data, "heldout", verify=first)
+    reads = os.environ.get("LOCAL_RANK", "0") == "0"  # each host may have a copy of its own
+    train = open_tokens(args.data, "train", verify=reads)
+    held_out = open_tokens(args.data, "heldout", verify=reads)
     begin = _starting_point(args, train.manifest.vocabulary_size)
     _check_lengths(args, begin.hf_config)
     model = CausalLM(begin.hf_config, seed=args.seed)
