@@ -34,10 +34,17 @@ def parse_arguments() -> argparse.Namespace:
         "--input",
         metavar="PATH",
         type=Path,
-        help="text: a folder, or a .txt, .jsonl or .parquet file (default: the sources of the Python standard library)",
+        help="text: a folder, or a .txt, .jsonl or .parquet file (default: the running Python's standard library, the "
+        "first 20,000 characters of each module, without tests and generated tables)",
     )
     source.add_argument(
         "--dataset", metavar="NAME", help="take this data set of the Hugging Face hub instead (default: none)"
+    )
+    source.add_argument(
+        "--whole-library",
+        action="store_true",
+        help="the standard library with its tables and modules at their whole length, which docs/learning.md was "
+        "measured on (default: as --input says)",
     )
     add(
         "--dialogues",
@@ -105,7 +112,7 @@ def open_source(arguments: argparse.Namespace) -> Corpus[Any]:
         return hub_corpus(arguments.dataset, config=config, text_field=field, **limits)
     if arguments.input is not None:
         return open_corpus(arguments.input, text_field=arguments.text_field, **limits)
-    return standard_library(**limits)
+    return standard_library(whole=arguments.whole_library, **limits)
 
 
 def prepare(arguments: argparse.Namespace) -> Manifest:

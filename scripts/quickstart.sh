@@ -26,7 +26,7 @@ rm -rf "$out"
 mkdir -p "$out"
 
 say "text: the Python standard library's sources, a byte-level BPE of 512 tokens"
-"$PYTHON" scripts/prepare_data.py --out "$out/data" --vocab-size 512 --max-bytes 6000000
+"$PYTHON" scripts/prepare_data.py --out "$out/data" --vocab-size 512
 
 say "training: four pipeline processes, one decoder layer each, pairwise interlocking, $steps batches"
 training "$out" pairwise_cpu "$steps"

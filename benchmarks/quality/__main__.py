@@ -4,8 +4,8 @@ Every finished training is a line of ``results/STUDY.jsonl`` with its whole conf
 not trained again.
 
     python -m benchmarks.quality check     # minutes: does a wider reach build a longer circuit? with table and figure
-    python scripts/prepare_data.py --out data/quality --vocab-size 512 --max-bytes 14000000   # before sweep and text
-    python -m benchmarks.quality sweep     # then text, which takes its learning rates from there
+    python scripts/prepare_data.py --whole-library --out data/quality --vocab-size 512 --max-bytes 14000000
+    python -m benchmarks.quality sweep     # on that text; then text, which takes its learning rates from there
     python -m benchmarks.quality.report    # tables and figures of everything that is done
 """
 

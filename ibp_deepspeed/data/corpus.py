@@ -16,6 +16,11 @@ END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 # Not part of what the standard library does: third-party packages, tests, and byte-code caches.
 _SKIPPED_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+# Tables that programs wrote (codecs of encodings, help texts of pydoc_data), which look like no other module.
+_GENERATED_FOLDERS = frozenset({"encodings", "pydoc_data"})
+_GENERATED_FILES = frozenset({"html/entities.py", "re/_casefix.py", "stringprep.py"})
+# Else a few long modules would decide what the held-out part, about thirty modules, looks like.
+_MODULE_CHARACTERS = 20_000
 
 Document = TypeVar("Document")
 
@@ -89,16 +94,29 @@ class DocumentSplit:
         return "heldout" if _hash(str(text), self.seed) < self.threshold else "train"
 
 
-def standard_library(*, max_documents: int | None = None, max_bytes: int | None = None) -> Corpus[str]:
-    """The sources (*.py) of the running Python's standard library without its tests, a document a file."""
-    files = sorted_files(Path(sysconfig.get_paths()["stdlib"]), (".py",), skip=_SKIPPED_STDLIB_FOLDERS)
+def standard_library(
+    *, whole: bool = False, max_documents: int | None = None, max_bytes: int | None = None
+) -> Corpus[str]:
+    """The sources (*.py) of the running Python's standard library without its tests, a document a module.
+
+    Of each module the first 20,000 characters, cut after a whole line; generated tables are left out. With `whole`
+    modules are as long as they are, and the tables are there.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = _SKIPPED_STDLIB_FOLDERS if whole else _SKIPPED_STDLIB_FOLDERS | _GENERATED_FOLDERS
+    files = sorted_files(root, (".py",), skip=skipped)
     # _sysconfigdata*.py is written when Python is built and differs from machine to machine.
     files = [path for path in files if not path.name.startswith("_sysconfigdata")]
+    if not whole:
+        files = [path for path in files if path.relative_to(root).as_posix() not in _GENERATED_FILES]
 
     def read() -> Iterator[str]:
-        return map(_read_text, files)
+        texts = map(_read_text, files)
+        return texts if whole else (_beginning(text, _MODULE_CHARACTERS) for text in texts)
 
     name = f"Python {platform.python_version()} standard library"
+    if not whole:
+        name += f", the first {_MODULE_CHARACTERS:,} characters of each module, without tests and generated tables"
     return Corpus(name, read, max_documents, max_bytes)
 
 
@@ -156,6 +174,11 @@ def hub_corpus(
 
 def _read_text(path: Path) -> str:
     return "".join(lines(path))
+
+
+def _beginning(text: str, characters: int) -> str:
+    """Whole lines of at most so many characters, or all of a text that is not longer."""
+    return text if len(text) <= characters else text[: text.rfind("\n", 0, characters) + 1]
 
 
 def _text_documents(path: Path, *, alone: bool) -> Iterator[str]:

@@ -93,11 +93,18 @@ def test_command_reuses_a_tokenizer_and_overwrites_when_told(
     assert read_manifest(out).seed == 5
 
 
-def test_command_takes_the_standard_library_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = ("--max-bytes", 60_000, "--vocab-size", 300)
+@pytest.mark.parametrize("whole", [False, True])
+def test_command_takes_the_standard_library_by_default(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what part of it, where it prints and in the manifest."""
+    limits = ("--max-bytes", 60_000, "--vocab-size", 300, *["--whole-library"] * whole)
     assert _main(monkeypatch, *limits, "--out", tmp_path / "out") == 0
     texts = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "heldout")
-    assert sorted(texts) == sorted(standard_library(max_bytes=60_000))
+    corpus = standard_library(whole=whole, max_bytes=60_000)
+    assert sorted(texts) == sorted(corpus)
+    assert capsys.readouterr().out.splitlines()[0] == f"{tmp_path / 'out'}: {corpus.description}"
+    assert read_manifest(tmp_path / "out").source == corpus.description
 
 
 def test_command_trains_the_tokenizer_without_held_out_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +131,7 @@ def test_command_says_a_user_error_in_one_line(tmp_path: Path) -> None:
     [
         ("--vocab-size", "many"),
         ("--input", "a", "--dataset", "b"),
+        ("--input", "a", "--whole-library"),
         ("--dataset-config", "c"),
         ("--dialogues", "--input", "a.jsonl"),
         ("--dialogues", "--tokenizer", "t"),
@@ -143,4 +151,4 @@ def test_help_gives_each_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         _main(monkeypatch, "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    assert text.count("(default: ") == 13
+    assert text.count("(default: ") == 14
