@@ -7,17 +7,24 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ibp_deepspeed.errors import HostsError, InterlockingError, PeerLostError, first_line
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 _SKEW_SECONDS = 20.0  # processes may start this far apart
 _TURN_SECONDS = 2.0  # a launcher notices the end of a process within a second
 _PEER_SECONDS = 4.0
+_STORE_SECONDS = 5.0  # a store whose process is stopped never answers
+_SPEAKERS = "ibp_speakers"
 _UNASKED = (
     "Setting accelerator to CPU",
     "Attempting to get learning rate from scheduler before it has started",
@@ -39,8 +46,9 @@ def run(main: Callable[[SameOnAllRanks], int | None]) -> NoReturn:
     """Run a script's ``main`` and end the process with the exit code that it returns, 0 if it returns none.
 
     An :class:`InterlockingError` becomes one sentence on stderr. If several ranks see it, the lowest speaks: the
-    others give it time to, and the launcher time to end the job. So does a rank whose neighbour is gone. The exit
-    code is then 1; nothing waits for lost messages. Any other exception is shown with its traceback.
+    others give it time to, and the launcher time to end the job. A rank whose neighbour is gone speaks at once if
+    that was killed without a word, and gives the launcher time to end the job otherwise. The exit code is then 1;
+    nothing waits for lost messages. Any other exception is shown with its traceback.
     """
     phase = SameOnAllRanks()
     rank = int(os.environ.get("RANK", "0"))
@@ -48,7 +56,7 @@ def run(main: Callable[[SameOnAllRanks], int | None]) -> NoReturn:
     try:
         code = main(phase)
     except PeerLostError as error:
-        _end(f"error: rank {rank}: {error}", _PEER_SECONDS)
+        _end_without_peer(f"rank {rank}: {error}")
     except HostsError as error:  # all ranks know; one speaks on each host
         _end(f"error: {error}", _TURN_SECONDS * min(int(os.environ.get("LOCAL_RANK", rank)), 10))
     except InterlockingError as error:
@@ -58,7 +66,8 @@ def run(main: Callable[[SameOnAllRanks], int | None]) -> NoReturn:
         _end("error: interrupted." if rank == 0 else "")
     except Exception as error:
         if lost_connection(error):
-            _end(f"error: rank {rank} lost another process: {first_line(error)}", _PEER_SECONDS)
+            where = "".join(f", {note}" for note in getattr(error, "__notes__", []))
+            _end_without_peer(f"rank {rank} lost another process: {first_line(error)}{where}")
         _end(f"error: rank {rank} failed:\n{traceback.format_exc()}")
     sys.stdout.flush()
     sys.exit(code or 0)
@@ -122,9 +131,51 @@ def lost_connection(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "gloo" in text and ("connection" in text or "timed out" in text)
 
 
+def speaks_first(store: dist.Store | None = None) -> bool:
+    """Whether no rank of this job has said yet why it ends; from now on, one has. True if the job's store is gone.
+
+    Args:
+        store: a connection of the caller's own to the job's store; None: torch.distributed's.
+    """
+    found: list[bool] = []
+
+    def ask() -> None:
+        try:
+            found.append((store or _default_store()).add(_SPEAKERS, 1) == 1)
+        except Exception:  # whatever a store says that has ended, or that there is none
+            found.append(True)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_STORE_SECONDS)
+    return not found or found[0]
+
+
+def _default_store() -> dist.Store:
+    """Without importing torch, which a script that fails early has not."""
+    store: dist.Store = sys.modules["torch.distributed"].distributed_c10d._get_default_store()
+    return store
+
+
+def _end_without_peer(message: str) -> NoReturn:
+    """The neighbour was killed without a word, or somebody has said why the job ends; a launcher then ends this
+    process, which may be one that finishes its batch after a signal (scripts/training/interruption.py)."""
+    if speaks_first():
+        _leave(f"error: {message}")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(_PEER_SECONDS)
+    _leave(f"ends: {message}")
+
+
 def _end(message: str, after: float = 0.0) -> NoReturn:
     """Leave at once: exit handlers would wait for neighbours that wait for this rank."""
     time.sleep(after)
+    speaks_first()
+    _leave(message)
+
+
+def _leave(message: str) -> NoReturn:
     if message:
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()

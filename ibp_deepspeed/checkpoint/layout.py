@@ -39,6 +39,12 @@ def partial(tag: str) -> str:
     return f"{tag}.partial"
 
 
+def partials(folder: Path) -> list[Path]:
+    """The checkpoints of some number of batches that are being written, or that an interrupted save left."""
+    ending = partial("")
+    return [path for path in folder.glob(f"*{ending}") if batches_of(path.name.removesuffix(ending)) is not None]
+
+
 def replaced(tag: str) -> str:
     """The name of a checkpoint whose place a newer one of the same tag is taking."""
     return f"{tag}{_REPLACED}"

@@ -181,9 +181,10 @@ def load_random_state(folder: Path, rank: int, ranks: int) -> None:
 
 
 def clear(folder: Path, tag: str) -> None:
-    """Remove what an interrupted save of that name left."""
+    """Remove what interrupted saves left, of that name or of a number of batches: a run that goes on may save others."""
     undo_interrupted_replacements(folder)
-    shutil.rmtree(folder / layout.partial(tag), ignore_errors=True)
+    for path in [folder / layout.partial(tag), *layout.partials(folder)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def undo_interrupted_replacements(folder: Path) -> None:

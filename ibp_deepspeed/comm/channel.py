@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ibp_deepspeed.comm.message import META_LENGTH, Frame, Header, Memory, TensorSpec
 from ibp_deepspeed.comm.sender import Sender, lost
+from ibp_deepspeed.errors import BoundaryError
 
 _SPARE_FRAMES = 2  # that a channel keeps for its next messages
 _NOT_YET = -1  # in the header's last place until a message comes: neither a checksum nor a loss is negative
@@ -165,7 +166,10 @@ class ReceiveChannel:
         work = dist.irecv(meta, self.peer, group=self.group)
         assert work is not None
         self._wait(work)
-        return TensorSpec.decode(meta.cpu())
+        try:
+            return TensorSpec.decode(meta.cpu())
+        except BoundaryError as error:
+            raise lost(self.name, error) from error
 
     def _post_ahead(self, spec: TensorSpec) -> None:
         while len(self._posted) < self.ahead:

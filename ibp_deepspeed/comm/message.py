@@ -102,6 +102,15 @@ class TensorSpec:
 
     @classmethod
     def decode(cls, meta: Tensor) -> TensorSpec:
-        """The inverse of :meth:`encode`."""
+        """The inverse of :meth:`encode`.
+
+        Raises:
+            BoundaryError: no stage has said that.
+        """
         dtype, ndim, *shape = meta.tolist()
+        if not (0 <= dtype < len(_DTYPES) and 0 <= ndim <= len(shape) and min(shape[:ndim], default=0) >= 0):
+            raise BoundaryError(
+                f"the shape of a message is announced as {meta.tolist()}, which no stage says: do all processes run "
+                "the same version?"
+            )
         return cls(tuple(shape[:ndim]), _DTYPES[dtype])

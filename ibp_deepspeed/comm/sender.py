@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ibp_deepspeed.comm.message import Header, TensorSpec
-from ibp_deepspeed.errors import BoundaryError, PeerLostError, first_line
+from ibp_deepspeed.errors import BoundaryError, InterlockingError, PeerLostError, first_line
 
 
 class Sender(ABC):
@@ -76,6 +76,9 @@ class Sender(ABC):
             raise lost(self.name, self._error) from self._error
 
 
-def lost(name: str, error: Exception) -> PeerLostError:
-    """What a channel says when its connection broke, or the other end ended."""
-    return PeerLostError(f"lost the connection for {name}: {first_line(error)}")
+def lost(name: str, error: Exception) -> InterlockingError:
+    """What a channel says when its connection broke, the other end ended, or said what no end says."""
+    if isinstance(error, BoundaryError):
+        return BoundaryError(f"{name}: {error}")
+    said = first_line(error).partition(". This is typically")[0]  # gloo guesses why, at length
+    return PeerLostError(f"lost the connection for {name}: {said}")

@@ -20,6 +20,7 @@ from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.engine.checkpointing import EngineCheckpoints
 from ibp_deepspeed.engine.evaluation import evaluate
 from ibp_deepspeed.engine.execution import ExecutingEngine
+from ibp_deepspeed.engine.moment import locate
 from ibp_deepspeed.engine.recorder import Recorder
 from ibp_deepspeed.engine.reporting import Reporting
 from ibp_deepspeed.engine.watchdog import Position, Watchdog
@@ -167,8 +168,9 @@ class InterlockedPipelineEngine(ExecutingEngine):
                 dist.barrier()
             self._end_recording()
             self.position.at(None)
-        except BaseException:
+        except BaseException as error:
             self._failed = True
+            locate(error, self.position, self.stage_id, self.grid.stage_to_global)
             raise
         if self.grid.get_data_parallel_rank() == 0:
             self._board.publish(self.global_steps, losses)
@@ -241,8 +243,9 @@ class InterlockedPipelineEngine(ExecutingEngine):
             losses = evaluate(self, num_micro_batches or self.micro_batches)
             self.position.at(None)
             return losses
-        except BaseException:
+        except BaseException as error:
             self._failed = True
+            locate(error, self.position, self.stage_id, self.grid.stage_to_global)
             raise
         finally:
             self.data_iterator, self.training_dataloader = training_iterator, training_loader
@@ -263,8 +266,7 @@ class InterlockedPipelineEngine(ExecutingEngine):
     def close(self) -> None:
         """Wait until the neighbours have all messages, then end; happens by itself at the end of the process."""
         atexit.unregister(self._close_at_exit)
-        if self._watchdog is not None:
-            self._watchdog.close()
+        self._watchdog.close()
         if not self._failed:
             self.links.flush(_FLUSH_SECONDS)
         self.links.close(wait=not self._failed)

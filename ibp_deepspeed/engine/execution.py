@@ -13,6 +13,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
 from ibp_deepspeed.engine.checkpointing import CheckpointingEngine
+from ibp_deepspeed.engine.moment import Hook, Moment
 from ibp_deepspeed.engine.recorder import Recorder
 from ibp_deepspeed.engine.reporting import Reporting
 from ibp_deepspeed.engine.watchdog import Position
@@ -36,11 +37,13 @@ class ExecutingEngine(CheckpointingEngine):
 
     Attributes:
         position: which instruction is executed.
+        before_instruction: a debug hook, called on this rank before each instruction, to inject a fault or a pause.
         recomputations: how often the trunk was run again for activation checkpointing.
     """
 
     module: InterlockedPipelineModule
     position: Position
+    before_instruction: Hook | None = None
     links: StageLinks
     recomputations: int
     _schedule: InterlockedTrainSchedule
@@ -63,6 +66,11 @@ class ExecutingEngine(CheckpointingEngine):
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         for command in pipe_schedule.program:
             self.position.at(command)
+            if self.before_instruction is not None:
+                replica = self.grid.get_data_parallel_rank()
+                self.before_instruction(
+                    Moment.of(command, self.position.batch, self.global_rank, self.stage_id, replica)
+                )
             if self._recorder is None:
                 self._INSTRUCTION_MAP[type(command)](self, **command.kwargs)
                 continue

@@ -8,6 +8,7 @@ the one that does not wait, and names it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -16,11 +17,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import NoReturn
 
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import PipeInstruction
 
+from ibp_deepspeed import cli
 from ibp_deepspeed.schedule.instructions import Instruction
 
 _BEAT = 2.0
@@ -134,8 +137,9 @@ class Watchdog:
     Args:
         position: of its training thread.
         stage, replica: its place.
-        seconds: that a step may take.
+        seconds: that a step may take; infinity: rank 0 tells, and nothing ends.
         store: of the job, for this engine alone.
+        speaks_first: whether no other rank has said why the job ends; asked once.
         leave: how the process ends.
     """
 
@@ -146,10 +150,11 @@ class Watchdog:
         replica: int,
         seconds: float,
         store: dist.Store,
+        speaks_first: Callable[[], bool],
         leave: Callable[[int], NoReturn] = os._exit,
     ) -> None:
         self._position, self._stage, self._replica, self._seconds = position, stage, replica, seconds
-        self._store, self._leave = store, leave
+        self._store, self._speaks_first, self._leave = store, speaks_first, leave
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._pause = min(_BEAT, seconds / 8)
         self._beat = 0
@@ -158,15 +163,14 @@ class Watchdog:
         self._thread.start()
 
     @classmethod
-    def of_engine(cls, position: Position, stage: int, replica: int, seconds: float) -> Watchdog | None:
-        """For the next engine of this job, on all ranks; None: no limit."""
-        if not seconds:
-            return None
+    def of_engine(cls, position: Position, stage: int, replica: int, seconds: float) -> Watchdog:
+        """For the next engine of this job, on all ranks; 0 seconds: no limit."""
         store = dist.distributed_c10d._get_default_store()
         number = store.add(f"ibp_watchdogs/{dist.get_rank()}", 1)  # the same on all ranks
         own = store.clone()  # type: ignore[attr-defined]
         own.set_timeout(_PATIENCE)
-        return cls(position, stage, replica, seconds, dist.PrefixStore(f"ibp_watchdog/{number}", own))
+        of_this = dist.PrefixStore(f"ibp_watchdog/{number}", own)
+        return cls(position, stage, replica, seconds or math.inf, of_this, partial(cli.speaks_first, own))
 
     def close(self) -> None:
         """End the thread."""
@@ -224,11 +228,7 @@ class Watchdog:
     def _end(self, seconds: float) -> None:
         """Speak, if no other rank has, and leave: the training thread can't be woken."""
         text = self._explanation(seconds)
-        try:
-            first = self._store.add("speakers", 1) == 1
-        except (RuntimeError, dist.DistError):
-            first = True
-        if not first:
+        if not self._speaks_first():
             self._say_on(seconds)
         elif not self._closed.is_set():
             limit = f'the limit is "interlocking.watchdog_seconds": {self._seconds:g}'

@@ -26,6 +26,7 @@ class Agreement:
     def __init__(self, store: dist.Store | None, rank: int) -> None:
         self._store, self._rank = store, rank
         self._decided: dict[int, set[str]] = {}
+        self._written = ""
 
     def before(self, step: int, wanted: Callable[[], set[str]]) -> None:
         """On all ranks, before a batch: rank 0 decides what is done after it.
@@ -41,7 +42,7 @@ class Agreement:
             if words:
                 self._decided = {step: words}
                 if self._store is not None:
-                    self._store.set(f"after {step}", " ".join(sorted(words)))
+                    self._write(f"after {step}", words)
         elif STOP in words and self._store is not None:
             self._store.set("asked", "")
 
@@ -51,3 +52,11 @@ class Agreement:
             return self._decided.pop(step, set())
         key = f"after {step}"
         return set(self._store.get(key).decode().split()) if self._store.check([key]) else set()
+
+    def _write(self, key: str, words: set[str]) -> None:
+        """In the place of the decision before: all ranks have met since, in the checkpoint that it was about."""
+        assert self._store is not None
+        if self._written:
+            self._store.delete_key(self._written)
+        self._written = key
+        self._store.set(key, " ".join(sorted(words)))

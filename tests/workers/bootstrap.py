@@ -20,13 +20,14 @@ import torch.distributed as dist
 from ibp_deepspeed import cli, init_distributed
 
 _SKEW_SECONDS = 5.0  # a rank waits so long for a lower one to speak: forks start at once, a user's processes may not
+_PEER_SECONDS = 1.0  # and one that has lost its neighbour so long for a launcher, which there is none of
 
 
 def run(worker: str, argument: Any, report: Path) -> None:
     """In one process: run ``tests.workers.<worker>`` and write what each case gives to ``report``."""
     module = import_module(f"tests.workers.{worker}")
     if hasattr(module, "main"):
-        cli._SKEW_SECONDS = _SKEW_SECONDS
+        cli._SKEW_SECONDS, cli._PEER_SECONDS = _SKEW_SECONDS, _PEER_SECONDS
         cli.run(partial(_meet_and_fail, module.main, argument))
     meet()
     results = []
