@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ibp_deepspeed.atomic_files import replace_folder, replace_text
+from ibp_deepspeed.atomic_files import remove, replace_folder, replace_text
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.manifest import CheckpointManifest, PipelineShape
 from ibp_deepspeed.errors import CheckpointError, first_line
@@ -89,10 +89,10 @@ def newest_tag(folder: Path) -> str:
     """What ``latest`` says.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: there is no such file, or it is a link.
     """
     try:
-        return (folder / layout.LATEST).read_text(encoding="utf-8").strip()
+        return no_link(folder / layout.LATEST).read_text(encoding="utf-8").strip()
     except OSError as error:
         raise CheckpointError(f"{folder} has no checkpoints: {error.strerror} ({layout.LATEST}).") from error
 
@@ -101,9 +101,9 @@ def checked(folder: Path) -> CheckpointManifest | None:
     """The manifest of a checkpoint whose files are all there; None for one of an earlier version, without a manifest.
 
     Raises:
-        CheckpointError: it is damaged; says which others are complete.
+        CheckpointError: it is a link, or damaged; says which others are complete.
     """
-    if not folder.is_dir():
+    if not no_link(folder).is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}.")
     try:
         manifest = CheckpointManifest.read(folder)
@@ -116,9 +116,20 @@ def checked(folder: Path) -> CheckpointManifest | None:
     return manifest
 
 
+def no_link(path: Path) -> Path:
+    """A file or folder among checkpoints, which are this run's own.
+
+    Raises:
+        CheckpointError: it is a symbolic link, to another run's perhaps, which would be read, replaced or removed.
+    """
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a symbolic link, which is not followed: put what it names in its place.")
+    return path
+
+
 def _is_complete(folder: Path) -> bool:
     try:
-        manifest = CheckpointManifest.read(folder) if folder.is_dir() else None
+        manifest = CheckpointManifest.read(folder) if folder.is_dir() and not folder.is_symlink() else None
         if manifest is not None:
             manifest.check(folder)
     except CheckpointError:
@@ -147,14 +158,14 @@ def load_random_state(folder: Path, rank: int, ranks: int) -> None:
 def clear(folder: Path, tag: str) -> None:
     """Remove what an interrupted save of that name left."""
     undo_interrupted_replacements(folder)
-    shutil.rmtree(folder / layout.partial(tag), ignore_errors=True)
+    remove(folder / layout.partial(tag))
 
 
 def undo_interrupted_replacements(folder: Path) -> None:
     """Undo replacements that were interrupted between their two renames."""
     for old, place in layout.interrupted_replacements(folder).items():
         if place.exists():
-            shutil.rmtree(old)
+            remove(old)
         else:
             old.rename(place)
 
@@ -170,11 +181,12 @@ def keep_newest(folder: Path, count: int) -> list[str]:
     """Remove all but the ``count`` newest checkpoints; returns the names of the removed.
 
     Args:
-        folder: of checkpoints; folders that are named otherwise are left alone.
+        folder: of checkpoints; folders that are named otherwise, and links, are left alone.
         count: at least 1; the one that ``latest`` names is always kept.
     """
     latest = newest_tag(folder) if (folder / layout.LATEST).exists() else None
-    ours = [(age, p) for p in folder.iterdir() if p.is_dir() and (age := layout.batches_of(p.name)) is not None]
+    folders = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    ours = [(age, path) for path in folders if (age := layout.batches_of(path.name)) is not None]
     old = [path for _, path in sorted(ours)[:-count] if path.name != latest]
     for path in old:
         # renamed first: a kill leaves no half of a checkpoint under its name

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.errors import first_line
 from models.errors import ModelError
+from models.runs.conditions import Conditions
 
 
 class Description(BaseModel):
@@ -33,6 +34,8 @@ class Description(BaseModel):
     """Folder or hub name of the weights that the training began with; None: random ones."""
     settings: dict[str, Any] = {}
     """The DeepSpeed configuration, but for the interlocking block."""
+    conditions: Conditions | None = None
+    """Seed, data and batches; None: nothing was trained, or an earlier version wrote it."""
 
     def hf_config(self) -> PretrainedConfig:
         """The Hugging Face config as an object."""
