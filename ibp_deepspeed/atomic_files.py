@@ -32,7 +32,15 @@ def replace_folder(complete: Path, target: Path, old: Path) -> None:
         target.rename(old)
     complete.rename(target)
     sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder as far as that is possible; of a link the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:

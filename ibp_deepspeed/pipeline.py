@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ibp_deepspeed.measures import Report
 
@@ -29,6 +30,14 @@ class Pipeline(Protocol):
     @property
     def refresh_bytes(self) -> int:
         """Bytes of one copy of the last stage's LM head that travels to the heads; 0 if none does."""
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """torch's, of the stages in this process."""
+
+    @property
+    def schedulers(self) -> Sequence[Any]:
+        """Of their learning rates; none, or None for each, without a schedule."""
 
     @property
     def load_report(self) -> list[str]:

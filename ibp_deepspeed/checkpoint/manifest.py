@@ -120,10 +120,12 @@ class CheckpointManifest(BaseModel):
         """Compare the files with the list.
 
         Raises:
-            CheckpointError: one is missing or has another size.
+            CheckpointError: one is missing, a link, or has another size.
         """
         for name, size in self.files.items():
             path = folder / name
+            if path.is_symlink():
+                raise CheckpointError(f"{folder} is damaged: {name} is a symbolic link, which is not followed.")
             if not path.exists():
                 raise CheckpointError(f"{folder} is damaged: {name} is missing.")
             if path.stat().st_size != size:

@@ -48,6 +48,7 @@ class CheckpointReader:
         self.folder, self.shape = folder, shape
         self._weights: dict[str, Mapping[str, Tensor]] = {}
         self._states: dict[int, dict[str, dict[str, Any]]] = {}
+        self._settings: dict[int, dict[str, dict[str, Any]]] = {}
         self._files: dict[int, dict[str, Any]] = {}
 
     def weight(self, name: str) -> Tensor | None:
@@ -61,12 +62,13 @@ class CheckpointReader:
     def state(self, name: str) -> dict[str, Any]:
         """What the optimizer knew of a parameter: tensors of its size, flat or not, and numbers, which may be tensors
         too; with mixed precision its fp32 copy as ``MASTER``. Empty for a parameter that was not trained."""
-        for stage in self._stages(name):
-            if stage not in self._states:
-                self._states[stage] = self._read_states(stage)
-            if name in self._states[stage]:
-                return self._states[stage][name]
-        return {}
+        stage = self._stage_that_trained(name)
+        return {} if stage is None else self._states[stage][name]
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Rate and the like of the parameter group that a parameter was in. Empty for one that was not trained."""
+        stage = self._stage_that_trained(name)
+        return {} if stage is None else self._settings[stage].get(name, {})
 
     def stage_file(self, stage: int = 0) -> dict[str, Any]:
         """What a stage's main file holds: counters, the rate's schedule, perhaps the optimizer."""
@@ -74,10 +76,18 @@ class CheckpointReader:
             self._files[stage] = read(self.folder / layout.stage(stage))
         return self._files[stage]
 
-    def group_settings(self) -> list[dict[str, Any]]:
-        """Rates and the like of the parameter groups, those of the first stage."""
-        groups = self._optimizer(0)[0].get("param_groups", [])
-        return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    def first_settings(self) -> list[dict[str, Any]]:
+        """Rates and the like of the parameter groups of the first stage."""
+        return [_without_parameters(group) for group in self._optimizer(0)[0].get("param_groups", [])]
+
+    def _stage_that_trained(self, name: str) -> int | None:
+        """Whose optimizer had a parameter, with that stage's states and settings read."""
+        for stage in self._stages(name):
+            if stage not in self._states:
+                self._states[stage] = self._read_states(stage)
+            if name in self._states[stage]:
+                return stage
+        return None
 
     def _file_of(self, place: str) -> Path | None:
         """The file of a layer ("3") or of a head ("head 4")."""
@@ -113,25 +123,32 @@ class CheckpointReader:
 
     def _read_states(self, stage: int) -> dict[str, dict[str, Any]]:
         complete, partitions = self._optimizer(stage)
+        groups = [_without_parameters(group) for group in complete.get("param_groups", [])]
         if partitions:
-            return self._joined(stage, partitions)
+            return self._joined(stage, partitions, groups)
         file = self.stage_file(stage)
         if NAMES_KEY not in file:
             raise CheckpointError(
                 f'{self.folder} does not name the parameters of its optimizer: load it with "decay": "all" and the '
                 "stages, replicas and heads that it was written with."
             )
-        states = dict(enumerate(file[NAMES_KEY]))
-        found = {name: dict(complete["state"].get(index, {})) for index, name in states.items()}
+        names = dict(enumerate(file[NAMES_KEY]))
+        found = {name: dict(complete["state"].get(index, {})) for index, name in names.items()}
+        settings = self._settings[stage] = {}
+        for group, kept in zip(complete["param_groups"], groups, strict=True):
+            settings.update({names[index]: kept for index in group["params"]})  # counted on from group to group
         for name, master in zip(file[NAMES_KEY], file.get("masters") or [], strict=False):
             found[name][MASTER] = master
         return found
 
-    def _joined(self, stage: int, partitions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _joined(
+        self, stage: int, partitions: list[dict[str, Any]], groups: list[dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
         """Each parameter's pieces from the replicas' flat tensors, in their order."""
         boundary = next((b for b, holder in self.shape.heads.items() if holder == stage), None)
         pieces: dict[str, dict[str, list[Tensor]]] = {}
         numbers: dict[str, dict[str, Any]] = {}
+        settings = self._settings[stage] = {}
         for partition in partitions:
             base = partition["base_optimizer_state"]["state"]
             for group, fragments in enumerate(partition["param_slice_mappings"]):
@@ -139,6 +156,7 @@ class CheckpointReader:
                 flat = {MASTER: master, **base.get(group, {})}
                 for raw, fragment in fragments.items():
                     name = _in_the_model(raw, boundary)
+                    settings[name] = groups[group]
                     for key, tensor in flat.items():
                         if isinstance(tensor, Tensor) and tensor.dim() > 0:
                             piece = tensor.narrow(0, fragment.start, fragment.numel)
@@ -149,6 +167,10 @@ class CheckpointReader:
             name: {**{k: torch.cat(v) for k, v in keys.items()}, **numbers.get(name, {})}
             for name, keys in pieces.items()
         }
+
+
+def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _in_the_model(name: str, boundary: int | None) -> str:

@@ -7,7 +7,8 @@ the one that stood at its boundary, or as the nearest one, or as the model's own
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,13 +102,16 @@ def source_of(place: str, heads: Mapping[int, HeadOrigin]) -> str | None:
 @torch.no_grad()
 def restore_plain(
     optimizer: torch.optim.Optimizer, sources: Mapping[nn.Parameter, str], saved: CheckpointReader
-) -> None:
-    """Give torch's optimizer the states of its parameters.
+) -> list[str]:
+    """Give torch's optimizer the states of its parameters, and its groups the rates that these had.
 
     Args:
         optimizer: torch's.
         sources: parameter → name in the checkpoint.
         saved: the checkpoint.
+
+    Returns:
+        lines for the user.
     """
     settings = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -118,18 +122,24 @@ def restore_plain(
             states[index] = {key: _shaped(value, parameter) for key, value in values.items() if key != MASTER}
         if MASTER in values:
             parameter.copy_(_shaped(values[MASTER], parameter))
-    groups = _with_settings(settings["param_groups"], saved)
+    members = [group["params"] for group in optimizer.param_groups]
+    groups, lines = _with_settings(settings["param_groups"], members, sources, saved)
     optimizer.load_state_dict({**settings, "state": states, "param_groups": groups})
+    return lines
 
 
 @torch.no_grad()
-def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], saved: CheckpointReader) -> None:
-    """Give DeepSpeed's ZeRO or bf16 optimizer the states of its parameters, through its API for single parameters.
+def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], saved: CheckpointReader) -> list[str]:
+    """Give DeepSpeed's ZeRO or bf16 optimizer the states of its parameters, through its API for single parameters, and
+    its groups the rates that these had.
 
     Args:
         optimizer: DeepSpeed's, around torch's.
         sources: parameter → name in the checkpoint.
         saved: the checkpoint.
+
+    Returns:
+        lines for the user.
     """
     inner = optimizer.optimizer
     optimizer.refresh_fp32_params()
@@ -143,8 +153,11 @@ def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], sav
         for key, value in values.items():
             if key != MASTER:
                 _set_state(parameter, inner, key, value)
-    for group, settings in zip(inner.param_groups, _with_settings(inner.param_groups, saved), strict=True):
+    members = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
+    groups, lines = _with_settings(inner.param_groups, members, sources, saved)
+    for group, settings in zip(inner.param_groups, groups, strict=True):
         group.update({key: value for key, value in settings.items() if key != "params"})
+    return lines
 
 
 def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, value: Any) -> None:
@@ -163,18 +176,41 @@ def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, 
     safe_set_full_optimizer_state(parameter, value.flatten().to(parameter.device), key)
 
 
-def _with_settings(groups: list[dict[str, Any]], saved: CheckpointReader) -> list[dict[str, Any]]:
-    """Parameter groups with the rates that the checkpoint was written with: schedules set new ones after a batch.
+def _with_settings(
+    groups: list[dict[str, Any]],
+    members: Sequence[Sequence[nn.Parameter]],
+    sources: Mapping[nn.Parameter, str],
+    saved: CheckpointReader,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Parameter groups with the rates that their parameters had: schedules set new ones after a batch.
 
-    Which group decays by how much and which kernels run is the optimizer's to say: the checkpoint's may be others.
+    Which group decays by how much and which kernels run is the optimizer's to say: the checkpoint's may be others. A
+    group of new parameters alone takes the rates of the first stage's first group.
+
+    Args:
+        groups: of the optimizer.
+        members: their parameters.
+        sources: parameter → name in the checkpoint.
+        saved: the checkpoint.
+
+    Returns:
+        the groups, and a line for each whose parameters had different rates: most of them decide.
     """
-    settings = saved.group_settings()
-    if len(settings) != len(groups):
-        settings = settings[:1] * len(groups)
-    kept = [{k: v for k, v in s.items() if k not in _OF_THE_OPTIMIZER} for s in settings]
-    if not kept:
-        return groups
-    return [{**group, **{k: v for k, v in s.items() if k in group}} for group, s in zip(groups, kept, strict=True)]
+    made, lines = [], []
+    for number, (group, parameters) in enumerate(zip(groups, members, strict=True)):
+        found = [s for p in parameters if p in sources and (s := saved.settings(sources[p]))]
+        found = found or saved.first_settings()[:1]
+        kept = [{k: v for k, v in s.items() if k in group and k not in _OF_THE_OPTIMIZER} for s in found]
+        votes = Counter(map(repr, kept))
+        winner = next((s for s in kept if repr(s) == votes.most_common(1)[0][0]), {})
+        if len(votes) > 1:
+            names = sorted({k for s in kept for k in s if repr(s[k]) != repr(winner[k])})
+            lines.append(
+                f"parameter group {number}: {', '.join(f'{name} {winner[name]}' for name in names)}, as most of its "
+                f"parameters had; {len(kept) - votes.most_common(1)[0][1]} of {len(kept)} had others"
+            )
+        made.append({**group, **winner})
+    return made, lines
 
 
 def _is_of_size(value: Any, parameter: nn.Parameter) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ibp_deepspeed.atomic_files import replace_folder, replace_text
+from ibp_deepspeed.atomic_files import remove, replace_folder, replace_text
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.manifest import CheckpointManifest, PipelineShape
 from ibp_deepspeed.checkpoint.tensor_file import read
@@ -92,11 +92,11 @@ def newest_tag(folder: Path) -> str:
     """What ``latest`` says: the name of a folder in this one.
 
     Raises:
-        CheckpointError: there is no such file, or what it says is no such name.
+        CheckpointError: there is no such file, it is a link, or what it says is no such name.
     """
     path = folder / layout.LATEST
     try:
-        tag = small_text(path).strip()
+        tag = small_text(no_link(path)).strip()
         inside(folder, tag)
         return tag
     except OSError as error:
@@ -121,9 +121,9 @@ def checked(folder: Path) -> CheckpointManifest | None:
     """The manifest of a checkpoint whose files are all there; None for one of an earlier version, without a manifest.
 
     Raises:
-        CheckpointError: it is damaged; says which others are complete.
+        CheckpointError: it is a link, or damaged; says which others are complete.
     """
-    if not folder.is_dir():
+    if not no_link(folder).is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}.")
     try:
         manifest = _whole(folder)
@@ -150,9 +150,20 @@ def _whole(folder: Path) -> CheckpointManifest | None:
     return manifest
 
 
+def no_link(path: Path) -> Path:
+    """A file or folder among checkpoints, which are this run's own.
+
+    Raises:
+        CheckpointError: it is a symbolic link, to another run's perhaps, which would be read, replaced or removed.
+    """
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a symbolic link, which is not followed: put what it names in its place.")
+    return path
+
+
 def _is_complete(folder: Path) -> bool:
     try:
-        return folder.is_dir() and _whole(folder) is not None
+        return _is_folder(folder) and _whole(folder) is not None
     except CheckpointError:
         return False
 
@@ -181,17 +192,17 @@ def load_random_state(folder: Path, rank: int, ranks: int) -> None:
 
 
 def clear(folder: Path, tag: str) -> None:
-    """Remove what interrupted saves left, of that name or of a number of batches: a run that goes on may save others."""
+    """Remove what interrupted saves left, of that name or of batches: a run that goes on may save at others."""
     undo_interrupted_replacements(folder)
     for path in [folder / layout.partial(tag), *layout.partials(folder)]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
 
 
 def undo_interrupted_replacements(folder: Path) -> None:
     """Undo replacements that were interrupted between their two renames."""
     for old, place in layout.interrupted_replacements(folder).items():
         if place.exists():
-            shutil.rmtree(old)
+            remove(old)
         else:
             old.rename(place)
 
@@ -207,7 +218,7 @@ def keep_newest(folder: Path, count: int) -> list[str]:
     """Remove all but the ``count`` newest checkpoints; returns the names of the removed.
 
     Args:
-        folder: of checkpoints; folders that are named otherwise are left alone.
+        folder: of checkpoints; folders that are named otherwise, and links, are left alone.
         count: at least 1; the one that ``latest`` names is always kept.
     """
     latest = newest_tag(folder) if (folder / layout.LATEST).exists() else None

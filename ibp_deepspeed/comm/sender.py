@@ -60,7 +60,7 @@ class Sender(ABC):
         if self.spec not in (None, spec):
             raise BoundaryError(
                 f"{self.name} changed from {self.spec} to {spec}: every micro-batch needs the same shape, pad or "
-                f"drop the odd one."
+                f"drop the odd one (drop_last=True of a DataLoader)."
             )
         first, self.spec = self.spec is None, spec
         return first

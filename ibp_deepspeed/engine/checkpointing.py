@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from ibp_deepspeed.checkpoint import layout, reshape
 from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
@@ -14,12 +17,31 @@ from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, names_o
 from ibp_deepspeed.checkpoint.store import CheckpointStore
 from ibp_deepspeed.checkpoint.tensor_file import load
 from ibp_deepspeed.engine.optimizer_step import SteppingEngine
+from ibp_deepspeed.errors import CheckpointError
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
 
 if TYPE_CHECKING:
     from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
 
 _NOT_THE_CLIENTS = ("module", "optimizer", "lr_scheduler", NAMES_KEY)  # DeepSpeed returns the rest as client's state
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a checkpoint is to be loaded, by DeepSpeed's names.
+
+    Attributes:
+        strict: refuse layers with other parameters than the checkpoint's.
+        optimizer: the optimizer's states, its groups' settings and fp32 copies of weights.
+        lr_scheduler: how far the rate's schedule is.
+        all_but_weights: counters, random states and copies of an LM head on their way, too.
+    """
+
+    strict: bool = True
+    optimizer: bool = True
+    lr_scheduler: bool = True
+    all_but_weights: bool = True
+
 
 Loaded = tuple[str | None, Any]
 """What DeepSpeed's ``load_checkpoint`` returns: a path and the client's state."""
@@ -56,7 +78,7 @@ class EngineCheckpoints:
         name = tag or layout.tag_of(self._engine.global_steps)
         self._store.save(folder, name, self.shape(), lambda made: write(made, state), files=files, latest=latest)
 
-    def load(self, read: Callable[[Path], Loaded], folder: Path, tag: str | None) -> Loaded:
+    def load(self, read: Callable[[Path], Loaded], folder: Path, tag: str | None, wanted: Wanted) -> Loaded:
         """See :meth:`CheckpointingEngine.load_checkpoint`; ``read`` is DeepSpeed's part of it."""
         if self._readouts is not None:
             self._readouts.settle(self._engine.global_steps)
@@ -68,15 +90,17 @@ class EngineCheckpoints:
             self.load_report = []
             found, client_state = read(path)
         else:
-            lines, client_state = self._load_by_name(path, saved)
+            lines, client_state = self._load_by_name(path, saved, wanted)
             self.load_report, found = [] if same or regrouped else lines, str(path / "reshaped")
             if self._engine.global_rank == 0:
                 self.load_report += reshape.dropped_report(saved, own) + reshape.decay_report(saved, own)
         if found is not None:
-            self._store.resume_random_state(path)
+            if wanted.all_but_weights:
+                self._store.resume_random_state(path)
             if self._readouts is not None:
                 steps, checkpoint_engine = self._engine.global_steps, self._engine.checkpoint_engine
-                self._readouts.load(str(path), steps, checkpoint_engine, strict=same or regrouped)
+                strict = wanted.all_but_weights and (same or regrouped)
+                self._readouts.load(str(path), steps, checkpoint_engine, strict=strict)
         return found, client_state
 
     def shape(self) -> PipelineShape:
@@ -108,11 +132,11 @@ class EngineCheckpoints:
         """bf16 without ZeRO: BF16_Optimizer wants the states of all replicas, DeepSpeed 0.19.8 hands it one."""
         return self._is_partitioned() and not self._engine.zero_optimization()
 
-    def _load_by_name(self, path: Path, shape: PipelineShape) -> tuple[list[str], dict[str, Any]]:
+    def _load_by_name(self, path: Path, shape: PipelineShape, wanted: Wanted) -> tuple[list[str], dict[str, Any]]:
         """A checkpoint of another shape; returns lines for the user, and the client's state."""
         engine, module = self._engine, self._engine.module
         saved = CheckpointReader(path, shape)
-        module.load_trunk(str(path), engine.checkpoint_engine)
+        module.load_trunk(str(path), engine.checkpoint_engine, wanted.strict)
         boundary, origins = module.head_boundary, {}
         if boundary is not None:
             objective = module.objectives[module.losses[0]]
@@ -121,17 +145,31 @@ class EngineCheckpoints:
         places = names_of(module, boundary)
         trained = {p: reshape.source_of(places[n], origins) for n, p in module.named_parameters() if p.requires_grad}
         sources = {parameter: name for parameter, name in trained.items() if name is not None}
-        if engine.optimizer is not None:
-            restore = reshape.restore_partitioned if self._is_partitioned() else reshape.restore_plain
-            restore(engine.optimizer, sources, saved)
+        lines = [origin.words for origin in origins.values()]
+        lines += [f"stage {engine.stage_id}, {line}" for line in self._restore_optimizer(sources, saved, wanted)]
         counters = saved.stage_file()
-        if engine.lr_scheduler is not None and counters.get("lr_scheduler") is not None:
+        if wanted.lr_scheduler and engine.lr_scheduler is not None and counters.get("lr_scheduler") is not None:
             engine.lr_scheduler.load_state_dict(counters["lr_scheduler"])
-        for name in ("global_steps", "global_samples", "skipped_steps"):
-            setattr(engine, name, counters[name])
+        if wanted.all_but_weights:
+            for name in ("global_steps", "global_samples", "skipped_steps"):
+                setattr(engine, name, counters[name])
         first = engine.grid.get_data_parallel_rank() == 0
         client_state = {key: value for key, value in counters.items() if key not in _NOT_THE_CLIENTS}
-        return [origin.words for origin in origins.values()] if first else [], client_state
+        return lines if first else [], client_state
+
+    def _restore_optimizer(
+        self, sources: Mapping[nn.Parameter, str], saved: CheckpointReader, wanted: Wanted
+    ) -> list[str]:
+        """States of parameters (name in the checkpoint by parameter), or none of them; returns lines for the user."""
+        optimizer = self._engine.optimizer
+        if optimizer is None:
+            return []
+        if wanted.optimizer:
+            restore = reshape.restore_partitioned if self._is_partitioned() else reshape.restore_plain
+            return restore(optimizer, sources, saved)
+        if self._is_partitioned():
+            optimizer.refresh_fp32_params()  # fp32 copies are the weights that were loaded
+        return []
 
     def _is_partitioned(self) -> bool:
         """Whether DeepSpeed keeps flat copies of parameters, as ZeRO and its bf16 optimizer do."""
@@ -178,21 +216,54 @@ class CheckpointingEngine(SteppingEngine):
         state = client_state or {}
         self._checkpoints.save(write, Path(save_dir), name, state, files=files or {}, latest=save_latest)
 
-    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None, *args: Any, **kwargs: Any) -> Loaded:
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> Loaded:
         """Overrides DeepSpeedEngine's: checks the files, and loads a checkpoint of another shape too.
 
-        Random states come back if there are as many ranks as when it was saved.
+        Args:
+            load_dir: folder of all checkpoints.
+            tag: name of one (default: the newest).
+            load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only: as in DeepSpeed, also
+                for another shape. Random states come back unless the weights alone are loaded, if there are as many
+                ranks as when they were saved.
+            custom_load_fn: not supported.
 
         Raises:
-            CheckpointError: there is none, a file is missing, damaged or doesn't fit.
+            CheckpointError: there is none, a file is missing, damaged or doesn't fit; or ``custom_load_fn`` was given.
         """
-        load_by_deepspeed = super().load_checkpoint
+        if custom_load_fn is not None:
+            raise CheckpointError("custom_load_fn can't load a pipeline, whose layers have a file each: leave it out.")
+        options = (load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only)
+        load = super().load_checkpoint
 
         def read(path: Path) -> Loaded:
-            loaded: Loaded = load_by_deepspeed(str(path.parent), path.name, *args, **kwargs)
+            loaded: Loaded = load(str(path.parent), path.name, *options)
             return loaded
 
-        return self._checkpoints.load(read, Path(load_dir), None if tag is None else str(tag))
+        more = not load_module_only
+        wanted = Wanted(load_module_strict, load_optimizer_states and more, load_lr_scheduler_states and more, more)
+        return self._checkpoints.load(read, Path(load_dir), None if tag is None else str(tag), wanted)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """torch's own, which DeepSpeed's may be around; none without a parameter to train."""
+        if self.optimizer is None:
+            return []
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        return [inner]
+
+    @property
+    def schedulers(self) -> list[Any]:
+        """Of the learning rate."""
+        return [] if self.lr_scheduler is None else [self.lr_scheduler]
 
     @property
     def load_report(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from ibp_deepspeed.batches import to_device, unpack
 from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
 from ibp_deepspeed.engine.checkpointing import CheckpointingEngine
@@ -24,7 +25,7 @@ from ibp_deepspeed.stage.losses import StageLosses
 from ibp_deepspeed.stage.meters import StageMeters
 from ibp_deepspeed.stage.micro_batch import MicroBatchInFlight
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
-from ibp_deepspeed.stage.sample_ledger import SampleLedger, to_device, unpack
+from ibp_deepspeed.stage.sample_ledger import SampleLedger
 from ibp_deepspeed.stage.weight_gradients import WeightGradients
 from ibp_deepspeed.strategy.strategy import StageStrategy
 from ibp_deepspeed.trace.spans import CREDIT, WEIGHTS
@@ -216,6 +217,11 @@ class ExecutingEngine(CheckpointingEngine):
         """The next micro-batch: inputs (first stage only), labels (stages with a loss only), sample checksum."""
         if self.data_iterator is None:
             raise BatchError(f"stage {self.stage_id} was given no data: every rank needs a data_iter.")
+        if not hasattr(self.data_iterator, "__next__"):
+            raise BatchError(
+                f"stage {self.stage_id} was given a {type(self.data_iterator).__name__}, which would begin again with "
+                "every batch: make iter(…) of it once, and give that every time."
+            )
         try:
             row = self._next_batch()
         except StopIteration:

@@ -15,13 +15,14 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import log_dist
 from torch.utils import cpp_extension
+from torch.utils.data import IterableDataset
 
 from ibp_deepspeed.comm.distributed import check_compiler, check_connections
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, load_ds_config, resolve_interlocking, zero_stage
 from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig, least_refresh_delay
 from ibp_deepspeed.config.known_keys import unknown_keys
 from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
-from ibp_deepspeed.errors import ConfigError, ModuleError
+from ibp_deepspeed.errors import ConfigError, DataError, ModuleError
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule, is_ours
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
@@ -58,9 +59,15 @@ def initialize(
     Raises:
         ConfigError: a configuration that can't be trained with.
         ModuleError: a model that can't be trained with this strategy.
+        DataError: ``training_data`` without a length.
     """
     if not isinstance(model, InterlockedPipelineModule):
         raise ModuleError(f"initialize needs an InterlockedPipelineModule, not a {type(model).__name__}.")
+    if isinstance(training_data, IterableDataset):
+        raise DataError(
+            "training_data is an IterableDataset, which can't be divided among replicas: make a DataLoader of this "
+            "replica's part, and give train_batch its iterator."
+        )
     ds_config = load_ds_config(config if config is not None else getattr(args, "deepspeed_config", None))
     interlocking = resolve_interlocking(ds_config, model.interlocking)
     check_ds_config(ds_config)

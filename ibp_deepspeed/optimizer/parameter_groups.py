@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import nn
+from torch.optim import Optimizer
 
 Decay = Literal["matrices", "all"]
 
@@ -25,3 +26,8 @@ def parameter_groups(parameters: Iterable[nn.Parameter], decay: Decay) -> list[d
     matrices, others = [p for p in given if p.dim() >= 2], [p for p in given if p.dim() < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Rates and the like of its groups, as they are now."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -176,13 +176,15 @@ class SingleProcessCheckpoints:
             objective = self._reference.objectives[loss]
             origins[boundary] = head_origin(objective.module, objective.sources(), boundary, saved)
             fill_head(objective.module, origins[boundary], saved)
+        lines: list[str] = []
         for k, optimizer in enumerate(self._optimizers):
             self._reference.set_masters(self._parameters(k), None)
             places = zip(self._names(k).values(), self._trained(k), strict=True)
             sources = {master: source_of(place, origins) for place, master in places}
-            restore_plain(optimizer, {master: name for master, name in sources.items() if name}, saved)
+            named = {master: name for master, name in sources.items() if name}
+            lines += [f"stage {k}, {line}" for line in restore_plain(optimizer, named, saved)]
         self._reference.masters_to_weights()
-        return [origin.words for origin in origins.values()]
+        return [*(origin.words for origin in origins.values()), *lines]
 
     def _rule(self) -> RefreshRule | None:
         """When copies of the last LM head are made; None if none ever is (private, frozen)."""

@@ -18,9 +18,10 @@ from deepspeed.utils import logger
 from torch import Tensor, nn
 
 from ibp_deepspeed import measures
+from ibp_deepspeed.batches import to_device, unpack
 from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_interlocking
-from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.errors import BatchError, ConfigError
 from ibp_deepspeed.objectives.head import Objective
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, not_made
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule
@@ -248,9 +249,14 @@ class VirtualPipeline:
                 torch.nn.utils.clip_grads_with_norm_(scope, limit, norm)
 
     def _take(self, data_iter: Iterator[Any], count: int) -> list[tuple[Any, Any]]:
-        rows = [(row[0].to(self.device), row[1].to(self.device)) for row in islice(data_iter, count)]
+        if not hasattr(data_iter, "__next__"):
+            raise BatchError(
+                f"a {type(data_iter).__name__} would begin again with every batch: make iter(…) of it once, and give "
+                "that every time."
+            )
+        rows = [to_device(unpack(row)[:2], self.device) for row in islice(data_iter, count)]
         if len(rows) < count:
-            raise ValueError(f"the data ended after {len(rows)} of {count} micro-batches: give a repeating iterator")
+            raise BatchError(f"the data ended after {len(rows)} of {count} micro-batches: give a repeating iterator.")
         return rows
 
     def _train(self, mode: bool) -> None:

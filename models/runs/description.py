@@ -14,6 +14,7 @@ from ibp_deepspeed.checkpoint.manifest import Bounds
 from ibp_deepspeed.errors import first_line
 from ibp_deepspeed.json_text import small_text
 from models.errors import ModelError
+from models.runs.conditions import Conditions
 
 
 class Description(BaseModel):
@@ -35,6 +36,8 @@ class Description(BaseModel):
     """Folder or hub name of the weights that the training began with; None: random ones."""
     settings: dict[str, Any] = {}
     """The DeepSpeed configuration, but for the interlocking block."""
+    conditions: Conditions | None = None
+    """Seed, data and batches; None: nothing was trained, or an earlier version wrote it."""
 
     def hf_config(self) -> PretrainedConfig:
         """The Hugging Face config as an object.

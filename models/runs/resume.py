@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.store import checked, newest_tag, tagged
 from models.errors import AllTrained, ModelError
+from models.runs.conditions import Changes, changes_since
 from models.runs.description import Description
 
 
-def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description, steps: int) -> str | None:
-    """The tag of a checkpoint in ``folder``.
+class Resumption(NamedTuple):
+    """The tag of a checkpoint, and how the training differs from then."""
+
+    tag: str
+    changes: Changes
+
+
+def checkpoint_to_resume(
+    folder: Path, wanted: str | None, planned: Description, steps: int, allowed: Collection[str] = ()
+) -> Resumption | None:
+    """The checkpoint in ``folder`` that a run goes on from; None: it starts from scratch.
 
     Args:
         folder: of a run's checkpoints.
         wanted: a tag; ``auto``: the newest, if there is one; None: start from scratch.
         planned: what the run is about to train.
         steps: batches that it is to have in the end.
+        allowed: what may be otherwise than in the checkpoint's training, see ``conditions.EFFECTS``.
 
     Raises:
-        ModelError: there is no such checkpoint, or it is of another model.
+        ModelError: there is no such checkpoint, it is a link, or of another model or another training.
         AllTrained: it has as many batches already.
         CheckpointError: it is damaged.
     """
@@ -38,22 +51,20 @@ def checkpoint_to_resume(folder: Path, wanted: str | None, planned: Description,
         there = ", ".join(sorted(p.name for p in folder.glob("*") if layout.batches_of(p.name) is not None)) or "none"
         raise ModelError(f"{folder} has no checkpoint {tag}, but {there}.")
     checked(path)
-    _check_same(path, Description.read(path), planned)
+    saved = Description.read(path)
+    _check_same(path, saved, planned)
+    changes = changes_since(path, saved, planned, allowed)
     batches = layout.batches_of(tag)
     if batches is not None and batches >= steps:
         raise AllTrained(f"{path} has {batches} batches of {steps}: all are trained, more with a larger --steps")
-    return tag
+    return Resumption(tag, changes)
 
 
 def _check_same(path: Path, saved: Description, planned: Description) -> None:
-    was, is_ = (json.loads(d.model_dump_json()) for d in (saved, planned))  # JSON has no numbers as keys
-    for name in ("model", "sequence_length"):
-        theirs, ours = was[name], is_[name]
-        if theirs == ours:
-            continue
-        if name == "model":
-            key = next(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
-            name, theirs, ours = f"model's {key}", theirs.get(key), ours.get(key)
-        raise ModelError(
-            f"{path} was trained with {name} {theirs}, not {ours}: resume with the same, or another --output."
-        )
+    theirs, ours = (json.loads(d.model_dump_json())["model"] for d in (saved, planned))  # JSON has no numbers as keys
+    for key in {**theirs, **ours}:
+        if theirs.get(key) != ours.get(key):
+            raise ModelError(
+                f"{path} was trained with model's {key} {theirs.get(key)}, not {ours.get(key)}: resume with the same, "
+                "or another --output."
+            )

@@ -117,8 +117,17 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
         metavar="TAG",
         help="resume from a checkpoint in --output: the newest if there is one (no TAG, or auto), or that of this name",
     )
-
     used.add_argument("--overwrite", action="store_true", help="remove the run that --output has")
+    add(
+        "--allow-changed",
+        nargs="+",
+        choices=["seed", "data", "tokenizer", "sequence-length", "batch-size"],
+        metavar="WHAT",
+        help="with --resume, go on although this differs from the checkpoint's training, which is refused otherwise. "
+        "seed: the rest of the epoch comes in another order, some samples twice, others not at all; data, "
+        "sequence-length: the epoch begins again, with other samples; tokenizer: token ids may mean other words; "
+        "batch-size: the order stays, samples that fill no whole micro-batch are passed over",
+    )
 
 
 def save_interval(args: argparse.Namespace) -> int:

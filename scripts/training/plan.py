@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ibp_deepspeed.config.interlocking import InterlockingConfig
     from ibp_deepspeed.data import TokenFile
     from models import CausalLM
+    from models.runs.conditions import Changes, Conditions
     from models.runs.description import Description
     from models.runs.start import StartingPoint
 
@@ -44,6 +45,7 @@ class Plan:
         description: what goes beside a checkpoint's files.
         resume: the tag of the checkpoint to resume from.
         files: texts that go into every checkpoint, by file name.
+        changes: how the run differs from the one that wrote the checkpoint; None without one.
     """
 
     ds_config: dict[str, Any]
@@ -57,6 +59,7 @@ class Plan:
     description: Description
     resume: str | None
     files: dict[str, str]
+    changes: Changes | None = None
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -73,6 +76,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from ibp_deepspeed.strategy.timeline import Timeline
     from models import CausalLM
     from models.runs.checkpoint import tokenizer_texts
+    from models.runs.conditions import Conditions
     from models.runs.resume import checkpoint_to_resume
 
     check_output(args)
@@ -98,15 +102,29 @@ def make_plan(args: argparse.Namespace) -> Plan:
         _warn_of_schedule(ds_config, args.steps)
         _warn_of_mode(interlocking, num_stages)
     bounds = stage_bounds(args, model, interlocking, num_stages, ds_config)
-    description = _description(args, ds_config, model, bounds, interlocking, train)
+    conditions = Conditions.of(train, args.seed, ds_config, replicas)
+    description = _description(args, ds_config, model, bounds, interlocking, train, conditions)
     files = {**description.files(), **begin.files, **tokenizer_texts(args.data / layout.TOKENIZER)}
-    resume = checkpoint_to_resume(args.output / "checkpoint", args.resume, description, args.steps)
+    folder, allowed = args.output / "checkpoint", args.allow_changed or ()
+    resumption = checkpoint_to_resume(folder, args.resume, description, args.steps, allowed)
+    resume, changes = resumption or (None, None)
     if resume is None and begin.weights is not None:
         fresh = args.init_heads == "fresh"
         model = CausalLM(begin.hf_config, seed=args.seed, weights=begin.weights, fresh_heads=fresh)
     ds_config = monitors_under(args.output, ds_config)
     return Plan(
-        ds_config, interlocking, model, num_stages, bounds, replicas, train, held_out, description, resume, files
+        ds_config,
+        interlocking,
+        model,
+        num_stages,
+        bounds,
+        replicas,
+        train,
+        held_out,
+        description,
+        resume,
+        files,
+        changes,
     )
 
 
@@ -117,6 +135,7 @@ def _description(
     bounds: list[int],
     interlocking: InterlockingConfig,
     train: TokenFile,
+    conditions: Conditions,
 ) -> Description:
     from models.runs.description import Description
 
@@ -129,6 +148,7 @@ def _description(
         source=train.manifest.source,
         init_from=args.init_from,
         settings={key: value for key, value in ds_config.items() if key != "interlocking"},
+        conditions=conditions,
     )
 
 
@@ -185,6 +205,8 @@ def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> Non
     for option, value in given_hyperparameters(args).items():
         if value < (0 if option in ("--warmup-steps", "--learning-rate") else 1):
             raise ModelError(f"{option} is {value}: give a larger one.")
+    if args.allow_changed and args.resume is None:
+        raise ModelError("--allow-changed says what may differ from a checkpoint: it goes together with --resume.")
     if args.keep < 1:
         raise ModelError(f"--keep is {args.keep}: keep at least 1 checkpoint.")
     for name in ("save_interval", "eval_interval", "eval_micro_batches", "grace_seconds"):

@@ -45,8 +45,8 @@ def test_processes_in_other_shapes(tmp_path: Path) -> None:
     folders = {name: str(tmp_path / name) for name in ("plain", "zero", "low", "exact", "halves", "again", "zero-less")}
     whole, halves = case(FOUR), case(TWO, 2)
     cases = [
-        whole | {"save": folders["plain"]},
-        whole | {"save": folders["zero"], "zero": 1},
+        whole | {"save": folders["plain"], "own_settings": True},
+        whole | {"save": folders["zero"], "zero": 1, "own_settings": True},
         halves | {"save": folders["halves"], "zero": 1},
         whole | {"save": folders["low"], "zero": 1, "bf16": True},
         case(FOUR, strategy=GLOBAL) | {"save": folders["exact"]},
@@ -68,6 +68,8 @@ def test_processes_in_other_shapes(tmp_path: Path) -> None:
         check_kept(row, [4])
         assert row["lines"] == sorted([*GONE, HEADS[4]]) and not row["moved"], row
     back, bounds, *exact = rows[4:]
+    for row in rows[:3]:
+        assert row["eps"] == [[1e-8] * 2] * 2 + [[2e-8] * 2] * 2, "each stage has the settings of its parameters"
     check_kept(back, [4])
     assert back["lines"] == sorted([*BORN, HEADS[4]])
     assert set(back["moved"].values()) == {"head 4.weight", "head 4.bias"}
@@ -86,6 +88,27 @@ def test_processes_in_other_shapes(tmp_path: Path) -> None:
     virtual = make(FOUR, GLOBAL)
     virtual.load_checkpoint(tmp_path / "exact")
     assert_trunk_is(virtual, tmp_path / "exact")
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+def test_a_part_of_a_checkpoint_of_another_shape(low: bool, tmp_path: Path) -> None:
+    """DeepSpeed's options of load_checkpoint, for the same and for another shape, plain and partitioned."""
+    two, four = [0, 4, 8], [0, 3, 8]
+    shapes: list[dict[str, Any]] = [{"bf16": True, "zero": 1}] if low else [{}, {"zero": 1}]
+    parts = ({"load_module_only": True}, {"load_optimizer_states": False}, {"load_lr_scheduler_states": False})
+    came = (
+        {"moments": False, "schedule": -1, "steps": 0, "random": False},
+        {"moments": False, "schedule": 2, "steps": 3, "random": True},
+        {"moments": True, "schedule": -1, "steps": 3, "random": True},
+    )
+    for shape in shapes:
+        folder = str(tmp_path / str(len(shape)))
+        cases = [case(two, save=folder) | shape]
+        cases += [case(bounds, load=folder, options=part) | shape for bounds in (two, four) for part in parts]
+        for rank, rows in enumerate(launch("reshape", 2, cases).check().reports):
+            for each, row, wanted in zip(cases[1:], rows[1:], came * 2, strict=True):
+                assert row == {**row, "weights": True, **wanted}, (rank, each, row)
+                assert 0 < row["step"] < 0.5, (rank, each, row)
 
 
 @pytest.mark.parametrize("precision", [{}, {"zero": 1}], ids=["plain", "zero"])
@@ -169,6 +192,29 @@ def test_one_process_loads_other_parameter_groups(low: bool, tmp_path: Path) -> 
     for pipeline in (one, two):
         train(pipeline, range(3, 6))
     assert all(map(torch.equal, trunk(one), trunk(two)))
+
+
+def test_each_stage_keeps_the_settings_of_its_parameters(tmp_path: Path) -> None:
+    """Rates that a user gave the stages, also where stages become one; most parameters decide, and it is said."""
+    one = make(FOUR, LOCAL, scheduler={})
+    train(one, range(1))
+    for optimizer, rate in zip(one.optimizers, (0.1, 0.1, 0.2, 0.3), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    one.save_checkpoint(tmp_path)
+    three, five = make(THREE, LOCAL, scheduler={}), make([0, 1, 2, 4, 6, 8], LOCAL, scheduler={})
+    three.load_checkpoint(tmp_path)
+    five.load_checkpoint(tmp_path)
+    assert rates(three) == [[0.1] * 2, [0.1] * 2, [0.3] * 2] and rates(five) == [
+        [r] * 2 for r in (0.1, 0.1, 0.1, 0.2, 0.3)
+    ]
+    said = [line for line in three.load_report if "parameter group" in line]
+    assert said[:1] == ["stage 1, parameter group 0: lr 0.1, as most of its parameters had; 1 of 4 had others"], said
+    assert not any("parameter group" in line for line in five.load_report)
+
+
+def rates(pipeline: VirtualPipeline) -> list[list[float]]:
+    return [[group["lr"] for group in optimizer.param_groups] for optimizer in pipeline.optimizers]
 
 
 def make(bounds: list[int], interlocking: dict[str, Any], sources: bool = False, **more: Any) -> VirtualPipeline:

@@ -132,12 +132,13 @@ def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
     write(tmp_path, "global_step4", "")
     for name, text in planned.files().items():
         (tmp_path / "global_step4" / name).write_text(text)
-    assert checkpoint_to_resume(tmp_path, "auto", planned, 9) == "global_step4"
-    assert checkpoint_to_resume(tmp_path, "global_step4", planned, 9) == "global_step4"
+    for wanted in ("auto", "global_step4"):
+        found = checkpoint_to_resume(tmp_path, wanted, planned, 9)
+        assert found is not None and found.tag == "global_step4"
     for wanted, other, steps, said in (
         ("global_step3", planned, 9, "has no checkpoint global_step3, but global_step4"),
         ("auto", planned, 4, "has 4 batches of 4: all are trained, more with a larger --steps"),
-        ("auto", description(sequence_length=64), 9, "trained with sequence_length 32, not 64"),
+        ("auto", description(sequence_length=64), 9, "trained with sequence-length 32, not 64"),
         ("auto", description(model={"model_type": "llama", "hidden_size": 9}), 9, "model's hidden_size 8, not 9"),
     ):
         with pytest.raises(ModelError, match=said):
@@ -184,6 +185,42 @@ def test_damage_is_named_before_anything_is_read(tmp_path: Path) -> None:
         pipeline.load_checkpoint(folder, "global_step7")
     pipeline.load_checkpoint(folder)  # all the failures have left it as it was
     assert torch.equal(pipeline.train_batch(iter(micro_batches(1, 1))), before)
+
+
+def test_links_among_checkpoints_are_neither_followed_nor_removed_with_what_they_name(tmp_path: Path) -> None:
+    """They may name another run's."""
+    pipeline, other, folder = make(), tmp_path / "other", tmp_path / "mine"
+    files = description().files()
+    pipeline.save_checkpoint(other, "global_step1", files=files)
+    folder.mkdir()
+    (folder / "global_step1").symlink_to(other / "global_step1")
+    (folder / "global_step2.partial").symlink_to(other / "global_step1")
+    (folder / "global_step3.replaced").symlink_to(other / "global_step1")
+    (folder / "global_step3").mkdir()
+    (folder / "latest").write_text("global_step1")
+    for load in (
+        lambda: pipeline.load_checkpoint(folder),
+        lambda: pipeline.load_checkpoint(folder, "global_step1"),
+        lambda: checkpoint_to_resume(folder, "auto", description(), 9),
+    ):
+        with pytest.raises(CheckpointError, match="mine/global_step1 is a symbolic link, which is not followed"):
+            load()
+    for tag in ("global_step2", "global_step4", "global_step5"):
+        pipeline.save_checkpoint(folder, tag, files=files)
+    store.keep_newest(folder, 2)
+    assert {path.name for path in folder.iterdir()} == {"global_step1", "global_step4", "global_step5", "latest"}
+    pipeline.save_checkpoint(folder, "global_step1", files=files)  # takes the link's place
+    assert not (folder / "global_step1").is_symlink() and not list(folder.glob("*.replaced"))
+    pipeline.load_checkpoint(other, "global_step1")
+    layer = folder / "global_step5" / "layer_02-model_states.pt"
+    layer.unlink()
+    layer.symlink_to(other / "global_step1" / layer.name)
+    with pytest.raises(CheckpointError, match="layer_02-model_states.pt is a symbolic link"):
+        pipeline.load_checkpoint(folder, "global_step5")
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to(other / "latest")
+    with pytest.raises(CheckpointError, match="mine/latest is a symbolic link"):
+        pipeline.load_checkpoint(folder)
 
 
 def test_a_checkpoint_of_an_earlier_version_loads(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 
 from tests.commands import Done, ranks, real
 from tests.forks import ROOT
-from tests.scripts.settings import SMALL
 from tests.scripts.test_scripts import assert_same
 from tests.shared import Shared
 
@@ -60,7 +58,9 @@ def test_torchrun_restarts_from_the_last_checkpoint(config: Path, data: Path, wh
         {"restart": 0, "rank": 1, "act": "kill", "batch": 4, "instruction": "BackwardPass"},
         {"restart": 1, "rank": 0, "point": "rename global_step5.partial global_step5"},
     ]
-    done = torchrun(2, faults, words(config, data, tmp_path / "run", "--steps", STEPS, "--save-interval", 1, "--resume"))
+    done = torchrun(
+        2, faults, words(config, data, tmp_path / "run", "--steps", STEPS, "--save-interval", 1, "--resume")
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "there is no checkpoint yet: starts from scratch" in done.stdout
     assert re.findall("resumes from (.*)", done.stdout) == ["global_step3", "global_step4"], done.stdout
@@ -77,11 +77,7 @@ def torchrun(processes: int, faults: list[dict[str, Any]], train: list[object]) 
     return real(sys.executable, "-m", "torch.distributed.run", *options, FAULTY, json.dumps(faults), *train)
 
 
-
-
-def test_a_job_killed_at_any_point_goes_on(
-    config: Path, data: Path, whole: Path, tmp_path: Path, full: bool
-) -> None:
+def test_a_job_killed_at_any_point_goes_on(config: Path, data: Path, whole: Path, tmp_path: Path, full: bool) -> None:
     """Each start resumes from what the one before has left, is killed later, and the last one ends it."""
     faults: list[dict[str, Any]] = [
         {"rank": 1, "point": "half of global_step2.partial/random_states_1.pt"},

@@ -47,9 +47,9 @@ class Misbehaving(Layer):
         return self.act(super().forward(hidden))
 
 
-def module_with(layer: Any, stages: int = 4, at: int = 3) -> InterlockedPipelineModule:
+def module_with(layer: Any, stages: int = 4, at: int = 3, and_next: bool = False) -> InterlockedPipelineModule:
     specs: list[Any] = layer_specs(stages, torch.float32)
-    specs[at] = layer
+    specs[at : at + 1 + and_next] = [layer] * (1 + and_next)
     return InterlockedPipelineModule(
         specs, num_stages=stages, loss_fn=loss_fn, aux_head=lambda k: Head(100 + k), partition_method="uniform"
     )
@@ -132,6 +132,9 @@ def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
         "two tensors": lambda: train(module_with(LayerSpec(Misbehaving, 3, lambda h: (h, h))), phase),
         "integers": lambda: train(module_with(LayerSpec(Misbehaving, 3, lambda h: h.long())), phase),
         "other samples": lambda: train(make_module(4), phase, itertools.cycle(other)),
+        "other samples in a dictionary": lambda: train(make_module(4), phase, dictionaries(rank)),
+        "smaller micro-batch": lambda: train(make_module(4), phase, iter([*micro_batches(0, 3), smaller()])),
+        "frozen stage": lambda: train(module_with(LayerSpec(Idle), at=6, and_next=True), phase),
         "data ends": lambda: train(make_module(4), phase, iter(micro_batches(0, 3))),
         "tied": lambda: train(
             headless(tied, num_stages=4, loss_fn=loss_fn, aux_head=lambda k: Head(k), partition_method="uniform"), phase
@@ -156,6 +159,20 @@ def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
     }
 
 
+def dictionaries(rank: int) -> Iterator[Any]:
+    """Sample ids of which one element in the middle of many differs on stages 2 and 3."""
+    for x, y in itertools.cycle(micro_batches(0, 3)):
+        more = torch.zeros(4096)
+        more[2000] = rank // 2
+        yield x, y, {"ids": more}
+
+
+def smaller() -> tuple[Tensor, Tensor]:
+    """The rest of an epoch."""
+    x, y = micro_batches(1, 1)[0]
+    return x[:2], y[:2]
+
+
 def dying_data(rank: int) -> Iterator[Any]:
     """Data of which the last stage dies at the end of the first batch, while others wait for its next readout."""
     yield from micro_batches(0, 3)
@@ -163,6 +180,10 @@ def dying_data(rank: int) -> Iterator[Any]:
         time.sleep(2)
         os._exit(7)
     yield from itertools.cycle(micro_batches(1, 3))
+
+
+class Idle(nn.Identity):
+    """A layer without parameters."""
 
 
 class Scalar(nn.Module):

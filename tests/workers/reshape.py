@@ -93,6 +93,8 @@ def save(case: dict[str, Any]) -> None:
     """Three batches, a checkpoint, three more; the states of both moments go beside it."""
     engine, folder = make_engine(case), Path(case["save"])
     train(engine, range(3))
+    for group in groups_of(engine) if case.get("own_settings") else []:
+        group["eps"] = 1e-8 * (1 + 2 * engine.stage_id // engine.num_stages)  # the second half's is twice as large
     engine.save_checkpoint(folder, client_state={"mine": "kept"})
     moments = [together(engine)]
     rate, samples = engine.get_lr()[0], engine.global_samples
@@ -111,12 +113,15 @@ def load(case: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in engine.module.parameters():
             parameter.fill_(0.5)  # what is not loaded shows
+    if "options" in case:
+        return load_a_part(engine, folder, case["options"], there["moments"][0])
     _, client_state = engine.load_checkpoint(folder)
     kept, moved = compare(there["moments"][0], together(engine))
     lines: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lines, engine.load_report)
-    groups = getattr(engine.optimizer, "optimizer", engine.optimizer).param_groups
-    decays = [group["weight_decay"] for group in groups]
+    decays = [group["weight_decay"] for group in groups_of(engine)]
+    eps: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(eps, [group["eps"] for group in groups_of(engine)])
     counted = [engine.global_steps, engine.global_samples - there["samples"], engine.get_lr()[0] - there["rate"]]
     train(engine, range(3, 6))
     end = together(engine)
@@ -136,7 +141,40 @@ def load(case: dict[str, Any]) -> dict[str, Any]:
         "counted": counted,
         "error": max(errors.values()),
         "decays": decays,
+        "eps": eps,
     }
+
+
+def load_a_part(
+    engine: Any, folder: Path, options: dict[str, bool], saved: dict[str, dict[str, Tensor]]
+) -> dict[str, Any]:
+    """With DeepSpeed's options: what came, and whether the training goes on."""
+    places = names_of(engine.module, engine.module.head_boundary)
+    there = [(p, saved[places[n]]["weight"]) for n, p in engine.module.named_parameters() if places[n] in saved]
+    assert there and not any(torch.equal(*pair) for pair in there)
+    torch.rand(1)  # elsewhere than when the checkpoint was written
+    random = torch.random.get_rng_state()
+    engine.load_checkpoint(folder, **options)
+    states = getattr(engine.optimizer, "optimizer", engine.optimizer).state.values()
+    moments = any("exp_avg" in state and bool(state["exp_avg"].any()) for state in states)
+    found = {
+        "weights": all(torch.equal(*pair) for pair in there),
+        "moments": moments,
+        "schedule": engine.lr_scheduler.last_batch_iteration,
+        "steps": engine.global_steps,
+        "random": not torch.equal(random, torch.random.get_rng_state()),
+    }
+    before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+    train(engine, range(3, 6))
+    steps = [(a - b).norm() / a.norm() for a, b in zip(before, engine.module.parameters(), strict=True)]
+    engine.close()
+    return {**found, "step": max(steps).item()}
+
+
+def groups_of(engine: Any) -> list[dict[str, Any]]:
+    """Of torch's optimizer, which DeepSpeed's may be around."""
+    groups: list[dict[str, Any]] = getattr(engine.optimizer, "optimizer", engine.optimizer).param_groups
+    return groups
 
 
 def compare(

@@ -1,0 +1,43 @@
+"""Batches of every form, and stages that train only in part: the numbers are the reference's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.launch import launch
+from tests.workers.doors import BATCHES, CASES, COUNT, REFUSED
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict[str, Any]]:
+    """What both stages say, by case."""
+    cases = [*CASES, REFUSED]
+    rows = launch("doors", 2, cases).check().reports
+    return [dict(zip(cases, row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_numbers_are_the_references(reports: list[dict[str, Any]], case: str) -> None:
+    for stage, rows in enumerate(reports):
+        row = rows[case]
+        assert row["error"] < 1e-5 and row["loss"] < 1e-6 and row["finite"], (stage, row)
+        gets_gradients = case != "no gradient" or stage == 0
+        assert row["moved"] == [trained and gets_gradients for trained in row["trained"]], (stage, row)
+
+
+def test_recomputation_counts_a_batch_twice_in_running_statistics(reports: list[dict[str, Any]]) -> None:
+    """As docs/extending.md says; the gradients are the same (above)."""
+    once, twice = (reports[0][name] for name in ("batch norm", "batch norm, recomputed"))
+    assert once["counted"] == [BATCHES * COUNT] * 2 and once["statistics"][0] == pytest.approx(once["statistics"][1])
+    assert twice["counted"][0] > twice["counted"][1] == BATCHES * COUNT
+    assert twice["statistics"][0] != pytest.approx(twice["statistics"][1], rel=1e-3)
+
+
+def test_what_is_no_iterator_is_refused_before_anything_is_sent(reports: list[dict[str, Any]]) -> None:
+    for stage, rows in enumerate(reports):
+        dataset, *loaders = rows[REFUSED]["said"]
+        assert dataset.startswith("training_data is an IterableDataset, which can't be divided among replicas")
+        wanted = f"stage {stage} was given a DataLoader, which would begin again with every batch: make iter(…) of it"
+        assert len(loaders) == 2 and all(said.startswith(wanted) for said in loaders), loaders
