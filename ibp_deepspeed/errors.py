@@ -6,6 +6,11 @@ from __future__ import annotations
 class InterlockingError(Exception):
     """An error that a user can mend: its message says what was seen, where, and the way out."""
 
+    def __str__(self) -> str:
+        """The message in one line: a name in it may be of a file that somebody else made, with codes for a terminal."""
+        text = super().__str__()
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
 
 class ConfigError(InterlockingError, ValueError):
     """A configuration that can't be trained with."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path, PurePosixPath
 
+_LONGEST_PART, _LONGEST_NAME = 255, 1024  # bytes: the system refuses longer parts, and paths of more than 4096
+
 
 def relative_name(name: str) -> str:
     """The same name, which is one of a file in the folder of the file that gives it.
 
     Raises:
-        ValueError: it is empty, absolute, has ``..`` in it or is no name at all; in words.
+        ValueError: it is empty, absolute, has ``..`` in it, is too long or no name at all; in words.
     """
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or not name.isprintable():
-        raise ValueError(f"{name!r} is no name of a file in this folder")
+        raise ValueError(f"{name[:80]!r} is no name of a file in this folder")
+    if len(name.encode()) > _LONGEST_NAME or any(len(part.encode()) > _LONGEST_PART for part in path.parts):
+        raise ValueError(f"{name[:80]!r}… is too long for a name of a file")
     return name
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from ibp_deepspeed.errors import DataError
 from tests.forks import ROOT
 from tests.test_architecture import sources
 
@@ -62,3 +63,10 @@ def test_the_rule_sees(code: str) -> None:
 
 def test_the_rule_lets_pass_what_runs_nothing() -> None:
     assert not list(risks("model.eval()\nsubprocess.run([a, b])\ntorch.load(p, weights_only=True)\nnp.load(p)"))
+
+
+def test_a_message_is_one_line_whatever_it_names() -> None:
+    """A name with line ends, codes of a terminal, and half of a surrogate pair, which can't be printed."""
+    said = str(DataError("no field 'a\nerror: b\x1b[2J\ud800', but ‘naïve ☃’"))
+    assert said == "no field 'a\\nerror: b\\x1b[2J\\ud800', but ‘naïve ☃’"
+    said.encode()

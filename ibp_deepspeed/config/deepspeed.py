@@ -8,6 +8,7 @@ from typing import Any
 
 from ibp_deepspeed.config.auto import refuse_auto
 from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.config.kinds import check_kinds
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.json_text import parsed, small_text
 
@@ -56,10 +57,11 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> None:
     """Refuse what does not combine with interlocking.
 
     Raises:
-        ConfigError: fp16, torch_autocast, ZeRO 2 or 3, offloading, DeepCompile, universal or DataStates checkpoints; or
-            an "auto" that nothing filled in.
+        ConfigError: a value of another kind; fp16, torch_autocast, ZeRO 2 or 3, offloading, DeepCompile, universal or
+            DataStates checkpoints; or an "auto" that nothing filled in.
     """
     refuse_auto(ds_config)
+    check_kinds(ds_config)
     if is_enabled(ds_config, "fp16"):
         raise ConfigError(
             'fp16 is not supported, because every stage would need a loss scale of its own: use "bf16": '

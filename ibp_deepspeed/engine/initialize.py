@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import log_dist
 from torch.utils import cpp_extension
@@ -20,6 +19,7 @@ from torch.utils.data import IterableDataset
 from ibp_deepspeed.comm.distributed import check_compiler, check_connections
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, load_ds_config, resolve_interlocking, zero_stage
 from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig, least_refresh_delay
+from ibp_deepspeed.config.kinds import parsed_by_deepspeed
 from ibp_deepspeed.config.known_keys import unknown_keys
 from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
 from ibp_deepspeed.errors import ConfigError, DataError, ModuleError
@@ -80,7 +80,7 @@ def initialize(
     grid = model.grid
     mpu = grid if interlocking.clip_scope == "global" else StageGrid(grid)
     without_block = _for_deepspeed(ds_config)
-    deepspeed_config = DeepSpeedConfig(without_block, mpu)
+    deepspeed_config = parsed_by_deepspeed(without_block, mpu)
     micro_batches = deepspeed_config.gradient_accumulation_steps
     _check_module(model, Timeline(interlocking, model.num_stages, micro_batches, model.has_aux_heads))
     _configure(model, interlocking, optimizer, model_parameters)

@@ -49,9 +49,7 @@ class Description(BaseModel):
         try:
             return AutoConfig.for_model(values.pop("model_type"), **values)
         except Exception as error:  # a config class may refuse its values with any kind of error
-            raise ModelError(
-                f"the model's config in {layout.DESCRIPTION} can't be used: {first_line(error)}."
-            ) from error
+            raise ModelError(f"the config in {layout.DESCRIPTION} can't be used: {first_line(error)}.") from error
 
     def files(self) -> dict[str, str]:
         """What goes beside a checkpoint's files, by name."""

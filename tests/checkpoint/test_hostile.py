@@ -19,10 +19,15 @@ from ibp_deepspeed.checkpoint.manifest import CheckpointManifest
 from ibp_deepspeed.checkpoint.tensor_file import OF_DEEPSPEED, load, read
 from ibp_deepspeed.config.deepspeed import check_ds_config
 from ibp_deepspeed.errors import CheckpointError, ConfigError, InterlockingError
+from models.exits.evaluation import evaluate
+from models.exits.exits import Exits
 from models.runs.checkpoint import Checkpoint
 from models.runs.resume import checkpoint_to_resume
+from models.runs.start import pretrained_start
 from tests.bombs import Bomb, little_memory, put_bomb, rewritten
+from tests.checkpoint.test_earlier_run import FOLDER, held_out
 from tests.checkpoint.test_store import description
+from tests.commands import assert_one_sentence, script
 from tests.launch import launch
 from tests.single_process.test_virtual_pipeline import make
 from tests.toys import micro_batches
@@ -99,17 +104,22 @@ def test_no_file_of_one_process_runs_code(copy: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_weights_that_are_read_layer_by_layer_run_no_code(copy: Path, tmp_path: Path) -> None:
-    """Of evaluation, export, generation, and of a training that begins with them."""
-    folder = copy / "global_step1"
-    head = next(folder.glob("aux_head_*"))
-    for path in (folder / "layer_00-model_states.pt", head):
+def test_evaluation_export_and_generation_run_no_code(tmp_path: Path) -> None:
+    """They read layers and heads one by one; so does a training that begins with a checkpoint's weights."""
+    given = shutil.copytree(FOLDER / "checkpoint", tmp_path / "given")
+    for path in (given / "global_step3").glob("*.pt"):
         put_bomb(path, tmp_path / "ran")
-    found = Checkpoint(copy)
-    with pytest.raises(CheckpointError, match="could run any code"):
-        found.layer_state(0)
-    with pytest.raises(CheckpointError, match="could run any code"):
-        found.head_state(int(head.name[9:11]))
+    exits = Exits(given)
+    for read_it in (
+        lambda: evaluate(exits, held_out(8)),
+        lambda: exits.to_hugging_face(1),
+        lambda: exits.to_hugging_face(),
+        lambda: exits.checkpoint.head_state(2),
+        lambda: pretrained_start(str(given), {}, None).weights.layer(1, ["layer.self_attn.q_proj.weight"]),  # type: ignore[union-attr]
+    ):
+        with pytest.raises(CheckpointError, match="holds posix.mkdir, which could run any code, so it is not read"):
+            read_it()
+    assert_one_sentence(script("generate.py", "--checkpoint", given), "could run any code, so it is not read")
     assert not (tmp_path / "ran").exists()
 
 
