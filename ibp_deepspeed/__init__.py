@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ibp_deepspeed.errors import InterlockingError
     from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
     from ibp_deepspeed.single_process.reference import InterlockedReference
+    from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
     from ibp_deepspeed.stage.module import InterlockedPipelineModule, ModuleError
     from ibp_deepspeed.strategy.strategy import Strategy
 

@@ -12,6 +12,7 @@ from ibp_deepspeed.data.token_file import TokenFile
 from ibp_deepspeed.errors import DataError
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Input ids [B, S], labels [B, S] and sample ids [B]; see :class:`MicroBatchLoader`."""
 
 
 class MicroBatchLoader:

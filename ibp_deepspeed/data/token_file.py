@@ -116,6 +116,7 @@ class Manifest(BaseModel):
 
     @property
     def numpy_dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """Of the token files."""
         return _little_endian(self.dtype)
 
 

@@ -19,6 +19,8 @@ from ibp_deepspeed.objectives.sampled_softmax import NegativeSample
 from ibp_deepspeed.objectives.shared_readout import head_readout
 from ibp_deepspeed.objectives.token_sampling import TokenSample
 
+__all__ = ["ExitLayers", "LossFn", "Needs", "Objective", "as_objective", "last_objective"]
+
 LossFn = Callable[[Any, Any], Tensor]
 """(outputs, labels) → a scalar, the mean over whatever counts."""
 
