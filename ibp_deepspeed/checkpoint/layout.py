@@ -52,8 +52,7 @@ def replaced(tag: str) -> str:
 
 def interrupted_replacements(folder: Path) -> dict[Path, Path]:
     """Folders that an interrupted replacement left → the names that they had."""
-    left = [old for old in folder.glob(f"*{_REPLACED}") if not old.is_symlink()]
-    return {old: old.with_name(old.name.removesuffix(_REPLACED)) for old in left}
+    return {old: old.with_name(old.name.removesuffix(_REPLACED)) for old in folder.glob(f"*{_REPLACED}")}
 
 
 def layer(index: int) -> str:

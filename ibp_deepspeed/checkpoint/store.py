@@ -15,7 +15,7 @@ from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.manifest import CheckpointManifest, PipelineShape
 from ibp_deepspeed.checkpoint.tensor_file import read
 from ibp_deepspeed.errors import CheckpointError, first_line
-from ibp_deepspeed.folders import check_entries, inside
+from ibp_deepspeed.folders import check_entries, relative_name
 from ibp_deepspeed.json_text import small_text
 from ibp_deepspeed.rng import RandomState
 
@@ -96,9 +96,7 @@ def newest_tag(folder: Path) -> str:
     """
     path = folder / layout.LATEST
     try:
-        tag = small_text(no_link(path)).strip()
-        inside(folder, tag)
-        return tag
+        return relative_name(small_text(no_link(path)).strip())
     except OSError as error:
         raise CheckpointError(f"{folder} has no checkpoints: {error.strerror} ({layout.LATEST}).") from error
     except ValueError as error:
@@ -109,10 +107,10 @@ def tagged(folder: Path, tag: str) -> Path:
     """The folder of a checkpoint.
 
     Raises:
-        CheckpointError: the tag, or a link that has its name, leads out of ``folder``.
+        CheckpointError: the tag leads out of ``folder``, or names a link.
     """
     try:
-        return inside(folder, tag)
+        return no_link(folder / relative_name(tag))
     except ValueError as error:
         raise CheckpointError(f"there is no such checkpoint: {error}.") from error
 

@@ -219,17 +219,13 @@ def test_links_that_lead_out_are_not_followed(copy: Path, tmp_path: Path) -> Non
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
     for read_it in doors(copy):
-        with pytest.raises(CheckpointError, match="'global_step1' is a link that leads out of"):
+        with pytest.raises(CheckpointError, match="global_step1 is a symbolic link, which is not followed"):
             read_it()
     (copy / "latest").unlink()
     assert store.keep_newest(copy, 1) == [] and (tmp_path / "elsewhere" / "contents.json").exists()
 
 
-def test_links_inside_and_a_linked_folder_of_runs_are_the_users_own(copy: Path, tmp_path: Path) -> None:
-    folder = copy / "global_step1"
-    (folder / "real.pt").write_bytes((folder / "layer_00-model_states.pt").read_bytes())
-    (folder / "layer_00-model_states.pt").unlink()
-    (folder / "layer_00-model_states.pt").symlink_to("real.pt")
+def test_a_linked_folder_of_runs_is_the_users_own(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(copy)
     make().load_checkpoint(tmp_path / "linked")
 
