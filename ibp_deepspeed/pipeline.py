@@ -61,6 +61,9 @@ class Pipeline(Protocol):
     def latest_losses(self) -> tuple[Tensor, int] | None:
         """On rank 0: the newest complete set of all K training losses, and its batch (from 1)."""
 
+    def losses_after(self, batch: int) -> list[tuple[Tensor, int]]:
+        """On rank 0: all K training losses of each batch after that one, as far as they are known, and its number."""
+
     def new_reports(self, patience: float = 0.0) -> list[Report]:
         """On rank 0: what all stages measured, every ``steps_per_print`` batches, since this was called last."""
 

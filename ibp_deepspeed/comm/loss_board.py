@@ -59,15 +59,20 @@ class LossBoard:
 
     def latest(self) -> tuple[Tensor, int] | None:
         """The newest batch of which all K losses are known: losses [K] (float64) and the batch's number."""
+        found = self.after(0)
+        return found[-1] if found else None
+
+    def after(self, batch: int) -> list[tuple[Tensor, int]]:
+        """Of each batch after that one of which all K losses are known still: losses [K] (float64), the batch's number.
+
+        Nothing is missing to whoever asks within ``window`` batches.
+        """
         keys = [str(stage) for stage in range(self.stages)]
         if not self.store.check(keys):
-            return None
+            return []
         rows = [dict(json.loads(value)) for value in self.store.multi_get(keys)]
-        common = set.intersection(*(set(row) for row in rows))
-        if not common:
-            return None
-        batch = max(common)
-        return torch.tensor([row[batch] for row in rows], dtype=torch.float64), batch
+        common = sorted(number for number in set.intersection(*(set(row) for row in rows)) if number > batch)
+        return [(torch.tensor([row[number] for row in rows], dtype=torch.float64), number) for number in common]
 
     def _give(self, entry: tuple[int, dict[int, Tensor]] | None) -> None:
         self._given.append(entry)

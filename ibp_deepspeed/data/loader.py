@@ -78,6 +78,18 @@ class MicroBatchLoader:
             count = min(count, max_micro_batches)
         return (self._micro_batch(index) for index in range(count))
 
+    def sample_ids(self, micro_batches_ago: int, count: int) -> list[int]:
+        """Ids of the samples of `count` micro-batches, those of all data-parallel ranks, in their order.
+
+        The first is `micro_batches_ago` before the next one (1: the one yielded last). The position does not move.
+        """
+        ids: list[int] = []
+        for index in range(self._next - micro_batches_ago, self._next - micro_batches_ago + count):
+            epoch, global_micro_batch = divmod(index, self.micro_batches_per_epoch)
+            first = global_micro_batch * self._share.global_size
+            ids += self._order(epoch, slice(first, first + self._share.global_size)).tolist()
+        return ids
+
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its samples all data-parallel ranks together have used."""
         epoch, global_micro_batch = divmod(self._next, self.micro_batches_per_epoch)

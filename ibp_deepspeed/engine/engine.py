@@ -215,6 +215,11 @@ class InterlockedPipelineEngine(ExecutingEngine):
         """On rank 0: the newest complete set of all K losses [K] and its batch's number (from 1); else None."""
         return self._board.latest() if self.global_rank == 0 else None
 
+    def losses_after(self, batch: int) -> list[tuple[Tensor, int]]:
+        """On rank 0: all K losses [K] of each batch after that one, and its number, as far as all stages have told them
+        and they are remembered; elsewhere none."""
+        return self._board.after(batch) if self.global_rank == 0 else []
+
     def new_reports(self, patience: float = 0.0) -> list[Report]:
         """On rank 0: what all stages measured, every ``steps_per_print`` batches, since this was called last.
 

@@ -117,6 +117,11 @@ class VirtualPipeline:
         """The K losses of the newest batch and its number (from 1); None before the first."""
         return None if self._losses is None else (self._losses, self.global_steps)
 
+    def losses_after(self, batch: int) -> list[tuple[Tensor, int]]:
+        """The newest, if they are of a batch after that one."""
+        newest = self.latest_losses()
+        return [] if newest is None or newest[1] <= batch else [newest]
+
     def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Train all stages on the next M micro-batches (inputs, labels[, ids]); returns their K losses, float64."""
         began = time.perf_counter()

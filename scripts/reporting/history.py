@@ -23,11 +23,15 @@ class History:
         train: (batch, losses of the stages), NaN where a stage has none.
         held_out: the same of evaluations.
         stages: (batch, what each stage reported).
+        spikes: (batch, exits whose loss jumped, ids of the batch's samples); an exit has "exit" (from 1), "loss" and
+            "median", of the batches before.
     """
 
     train: list[tuple[int, list[float]]] = field(default_factory=list)
     held_out: list[tuple[int, list[float]]] = field(default_factory=list)
     stages: list[tuple[int, list[dict[str, float]]]] = field(default_factory=list)
+
+    spikes: list[tuple[int, list[dict[str, float]], list[int]]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> History:
@@ -50,6 +54,9 @@ class History:
                     if kind in row:
                         losses = [math.nan if loss is None else float(loss) for loss in row[kind]]
                         getattr(history, kind).append((int(row["step"]), losses))
+                if "spikes" in row:
+                    exits = [dict(found) for found in row["spikes"]]
+                    history.spikes.append((int(row["step"]), exits, list(row["samples"])))
                 if "stages" in row:
                     history.stages.append((int(row["step"]), [dict(stage) for stage in row["stages"]]))
             except (ValueError, TypeError, KeyError, AttributeError):

@@ -64,6 +64,7 @@ def render(record: RunRecord, history: History, folder: Path) -> str:
         "comparison": compare(record, history),
         "one_process": record.processes == 1,
         "rows": _table(record, history),
+        "spikes": [(step, found, samples) for step, exits, samples in history.spikes for found in exits],
         "blocks": {
             "DeepSpeed configuration": json.dumps(record.ds_config, indent=2),
             "Model": json.dumps(record.model, indent=2),

@@ -12,15 +12,20 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ibp_deepspeed import measures
 from scripts.reporting.files import HISTORY
+from scripts.reporting.history import History
 from scripts.training.agreement import SAVE, STOP, Agreement
 from scripts.training.arguments import SAVE_SECONDS, save_interval
 from scripts.training.display import display_for
 from scripts.training.interruption import Interruption
 from scripts.training.report import Speed
+from scripts.training.spikes import WINDOW, SpikeWatch
+from scripts.training.spikes import in_words as spikes_in_words
 from scripts.training.throughput import Throughput
 
 if TYPE_CHECKING:
-    from ibp_deepspeed.data import HeldOut
+    from torch import Tensor
+
+    from ibp_deepspeed.data import HeldOut, MicroBatchLoader
     from ibp_deepspeed.pipeline import Pipeline
     from models.exits.evaluation import Evaluation
     from scripts.training.start import Data
@@ -59,6 +64,9 @@ class Run:
         self.stopped = 0
         self.display = display_for(self.first, args.steps, pipeline.global_steps)
         self.history = open_history(args.output / HISTORY, pipeline.global_steps) if self.first else None
+        self.spikes = SpikeWatch()
+        for _, losses in History.read(args.output).train[-WINDOW:] if self.first else ():
+            self.spikes.add(losses)
         self.start = self.logged = pipeline.global_steps
         self.began = time.perf_counter()
         self.speed = Speed(throughput.tokens_per_batch)
@@ -75,7 +83,7 @@ class Run:
             began = time.perf_counter()
             self.pipeline.train_batch(data.train)
             self.speed.seconds.append(time.perf_counter() - began)
-            self.show(step)
+            self.show(step, data.train)
             last, agreed = step == self.args.steps, self.agreement.after(step)
             if last or agreed or self.due(step, self.save_interval):
                 save()
@@ -86,6 +94,7 @@ class Run:
             if self.args.eval_micro_batches != 0 and (last or self.due(step, self.args.eval_interval)):
                 evaluated = self.evaluate(step, data.at_the_end if last else data.on_the_way)
         self.reported(_PATIENCE)
+        self.new_losses(self.pipeline.global_steps, data.train)
         self.display.close()
         return evaluated
 
@@ -115,13 +124,26 @@ class Run:
                 monitor.write_events([(f"Eval/stage {row['exit'] - 1}/{name}", row["loss"], step) for row in rows])
         return evaluation
 
-    def show(self, step: int) -> None:
+    def new_losses(self, step: int, train: MicroBatchLoader) -> Tensor | None:
+        """On rank 0, behind batch ``step``: look at all losses that have come, and say which have jumped; returns the
+        newest."""
+        known = self.pipeline.losses_after(self.logged) if self.first else []
+        for losses, self.logged in known:
+            spikes = self.spikes.add(losses.tolist())
+            if spikes:
+                micro_batches = self.pipeline.gradient_accumulation_steps()
+                ids = train.sample_ids((step - self.logged + 1) * micro_batches, micro_batches)
+                rows = [{"exit": s.stage + 1, "loss": s.loss, "median": s.median} for s in spikes]
+                self.write({"step": self.logged, "spikes": rows, "samples": ids})
+                self.display.say(spikes_in_words(self.logged, spikes, ids))
+        return known[-1][0] if known else None
+
+    def show(self, step: int, train: MicroBatchLoader) -> None:
         """Progress of rank 0, with the newest losses that all stages have reported."""
         if not self.first:
             return
-        latest = self.pipeline.latest_losses()
-        if latest is not None and latest[1] != self.logged:
-            losses, self.logged = latest
+        losses = self.new_losses(step, train)
+        if losses is not None:
             self.write({"step": self.logged, "train": or_null(losses.tolist())})
             seconds = (time.perf_counter() - self.began) / (step - self.start)
             rate = f"{self.throughput.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
@@ -165,4 +187,5 @@ def open_history(path: Path, batches: int) -> IO[str]:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= batches]
     file = path.open("w", encoding="utf-8")
     file.writelines(f"{line}\n" for line in kept)
+    file.flush()
     return file

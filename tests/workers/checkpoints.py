@@ -46,7 +46,8 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     for step in (2, 3):
         other.train_batch(iter(micro_batches(step, 3, rank=rank)))
     difference = compare(list(other.module.parameters()), list(engine.module.parameters()))
-    newest = engine.latest_losses()
+    newest, told = engine.latest_losses(), engine.losses_after(1)
+    assert [batch for _, batch in told] == list(range(2, 2 + len(told)))
     engine.close()
     other.close()
     return {"difference": difference, "rates": rates, "newest": None if newest is None else newest[1]}  # type: ignore[dict-item]
