@@ -17,10 +17,10 @@ def small_text(path: Path) -> str:
 
     Raises:
         OSError: it can't be read.
-        ValueError: it is no plain file, too large or no UTF-8; in words.
+        ValueError: it is a pipe or a device, too large or no UTF-8; in words.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no plain file")
+    if path.exists() and not path.is_file() and not path.is_dir():  # opening it could wait for ever
+        raise ValueError("it is neither a file nor a folder")
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:

@@ -11,6 +11,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from ibp_deepspeed.errors import first_line
 from models.errors import ModelError
 
+# The number of decoder layers, as the model types call it.
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_DEEPEST = 10_000
 # Lists with one entry per decoder layer, which have to follow a changed number of layers.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
@@ -32,12 +35,25 @@ def load_config(path_or_name: str | Path, **overrides: Any) -> PretrainedConfig:
     try:
         values, _ = PretrainedConfig.get_config_dict(str(path_or_name))
         _refuse_own_code(path_or_name, values)
+        check_depth(values)
         base = AutoConfig.from_pretrained(str(path_or_name), trust_remote_code=False)
     except ModelError:
         raise
     except Exception as error:  # a config class may refuse its values with any kind of error
         raise ModelError(f"no model config in '{path_or_name}': {first_line(error)}") from error
     return _changed(base, values, overrides, f"the config in '{path_or_name}'")
+
+
+def check_depth(values: Mapping[str, Any]) -> None:
+    """Refuse values of a config whose layers would not end: classes make lists of them, and models each one.
+
+    Raises:
+        ModelError: it asks for more layers than any model has.
+    """
+    for name in _DEPTHS:
+        layers = values.get(name)
+        if isinstance(layers, int) and layers > _DEEPEST:
+            raise ModelError(f"the config asks for {layers!r:.40} layers ({name}): give {_DEEPEST:,} at most")
 
 
 def _refuse_own_code(path_or_name: str | Path, values: Mapping[str, Any]) -> None:
@@ -72,6 +88,7 @@ def _changed(
         if not hasattr(base, own_name):
             raise ModelError(f"the config of model type '{base.model_type}' has no '{name}' to override")
         values[own_name] = value
+    check_depth(values)
     try:
         return type(base).from_dict(_cut_lists(values, base, overrides))
     except ModelError:

@@ -57,7 +57,8 @@ def mutated(draw: st.DrawFn, *whole: Any) -> str:
 
 def _change(draw: st.DrawFn, root: dict[str, Any]) -> None:
     """At a place that a walk from the root finds."""
-    owner, key = root, ""
+    owner: Any = root
+    key: Any = ""
     while isinstance(owner[key], dict | list) and owner[key] and draw(st.integers(0, 3)):
         owner = owner[key]
         key = draw(st.sampled_from(sorted(owner) if isinstance(owner, dict) else range(len(owner))))

@@ -10,8 +10,8 @@ from tests.forks import end, fork
 
 
 def test_files_with_anything_in_them(full: bool, tmp_path: Path) -> None:
-    """A hundred of each kind, always the same ones; with --full three thousand new ones."""
-    examples, out = (3000 if full else 100), tmp_path / "out.txt"
+    """A hundred of each kind, always the same ones; with --full a thousand new ones."""
+    examples, out = (1000 if full else 100), tmp_path / "out.txt"
     words = (tmp_path, examples, full)
     process = fork(fuzzing.run, *words, environment=os.environ, stdout=out, stderr=out)
     (code,) = end([process], 540 if full else 240)

@@ -31,7 +31,9 @@ def check_kinds(ds_config: Mapping[str, Any]) -> None:
         _check_object(f"{block}.params", ds_config.get(block, {}).get("params", {}))
     for name in COUNTS:
         count = ds_config.get(name)
-        if count is not None and not (isinstance(count, Integral) and 1 <= count <= MOST):
+        if count is None:
+            continue
+        if not isinstance(count, Integral) or isinstance(count, bool) or not 1 <= int(count) <= MOST:
             raise ConfigError(f'"{name}" is {count!r:.60}: give a whole number from 1 to {MOST:,}.')
 
 

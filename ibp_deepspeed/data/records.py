@@ -15,7 +15,7 @@ from ibp_deepspeed.json_text import parsed
 
 RECORD_SUFFIXES = (".jsonl", ".parquet")
 
-LONGEST_LINE = 1 << 26  # characters: a file without an end of line must not fill the memory
+LONGEST_LINE = 1 << 28  # characters: a file without an end of line must not fill the memory
 BATCH_BYTES = 1 << 24  # of decompressed rows at once
 
 Record = tuple[str, dict[str, Any]]

@@ -77,4 +77,7 @@ class Checkpoint:
         """The folder of its tokenizer, None if there is none any more."""
         data = self.description.data
         folders = [self.folder / layout.TOKENIZER, *([] if data is None else [Path(data) / layout.TOKENIZER])]
-        return next((folder for folder in folders if folder.is_dir()), None)
+        found = next((folder for folder in folders if folder.is_dir()), None)
+        if found is not None:
+            check_plain(found)  # an export copies all that is in it
+        return found

@@ -13,6 +13,7 @@ from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.manifest import Bounds
 from ibp_deepspeed.errors import first_line
 from ibp_deepspeed.json_text import small_text
+from models.config import check_depth
 from models.errors import ModelError
 from models.runs.conditions import Conditions
 
@@ -46,6 +47,7 @@ class Description(BaseModel):
             ModelError: the values make none.
         """
         values = dict(self.model)
+        check_depth(values)
         try:
             return AutoConfig.for_model(values.pop("model_type"), **values)
         except Exception as error:  # a config class may refuse its values with any kind of error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ibp_deepspeed import measures
+from ibp_deepspeed.json_text import parsed
 from scripts.reporting.files import HISTORY
 from scripts.reporting.history import History
 from scripts.training.agreement import SAVE, STOP, Agreement
@@ -184,8 +185,16 @@ def open_history(path: Path, batches: int) -> IO[str]:
     kept: list[str] = []
     if batches and path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= batches]
+        kept = [line for line in lines if _step_of(line) <= batches]
     file = path.open("w", encoding="utf-8")
     file.writelines(f"{line}\n" for line in kept)
     file.flush()
     return file
+
+
+def _step_of(line: str) -> float:
+    """The batch of a row; of one that is cut off, or none of ours, infinity."""
+    try:
+        return float(parsed(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return math.inf

@@ -101,3 +101,14 @@ def test_a_description_of_no_model_is_one_sentence(model: dict[str, Any]) -> Non
     found = Description(model=model, bounds=[0, 3], interlocking={}, sequence_length=8)
     with pytest.raises(ModelError, match=r"the config in interlocked_model\.json can't be used"):
         found.hf_config()
+
+
+def test_a_model_of_endless_layers_is_refused_before_it_is_built(given: Path) -> None:
+    config = {**LLAMA, "model_type": "qwen2", "num_hidden_layers": 10**9}
+    (given / "config.json").write_text(json.dumps(config))
+    for read_it in (
+        lambda: load_config(given),
+        lambda: Description(model=config, bounds=[0, 3], interlocking={}, sequence_length=8).hf_config(),
+    ):
+        with little_memory(2**26), pytest.raises(ModelError, match=r"asks for 1000000000 layers \(num_hidden_layers\)"):
+            read_it()

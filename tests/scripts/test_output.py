@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ibp_deepspeed.errors import OutputError
+from scripts.training.loop import open_history
 from scripts.training.output import check_output, claim
 from tests.commands import assert_one_sentence, ranks, script
 from tests.scripts.settings import SMALL
@@ -69,3 +70,19 @@ def test_what_is_resumed_or_overwritten_may_be_there(used: Path) -> None:
     check_output(arguments(used / "new"))
     with pytest.raises(OutputError, match="another folder"):
         check_output(arguments(used))
+
+
+def test_a_run_goes_on_from_a_history_with_anything_in_it(tmp_path: Path) -> None:
+    """Rows of later batches, a row that is cut off and lines of something else go."""
+    rows = [
+        '{"step": 1}',
+        '{"step": 3}',
+        "[" * 100_000,
+        '{"step": "x"}',
+        "5",
+        '{"step": 2, "train": [1.0]}',
+        '{"step": 2',
+    ]
+    (tmp_path / "history.jsonl").write_text("\n".join(rows))
+    open_history(tmp_path / "history.jsonl", 2).close()
+    assert (tmp_path / "history.jsonl").read_text() == '{"step": 1}\n{"step": 2, "train": [1.0]}\n'
