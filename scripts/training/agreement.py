@@ -51,3 +51,15 @@ class Agreement:
             return self._decided.pop(step, set())
         key = f"after {step}"
         return set(self._store.get(key).decode().split()) if self._store.check([key]) else set()
+
+    def leave(self) -> None:
+        """On all ranks, after an interruption: end with rank 0, which still writes what it has to say.
+
+        A launcher ends the other processes of its host as soon as one has ended with another code than 0.
+        """
+        if self._store is None:
+            return
+        if self._rank == 0:
+            self._store.set("leaves", "")
+        else:
+            self._store.wait(["leaves"])
