@@ -97,7 +97,10 @@ def main(phase: cli.SameOnAllRanks) -> int:
     pipeline.close()
     if lock is not None:
         lock.close()
-    return EXIT_CODE if run.stopped else 0
+    if run.stopped:
+        run.agreement.leave()
+        return EXIT_CODE
+    return 0
 
 
 if __name__ == "__main__":

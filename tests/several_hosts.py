@@ -58,19 +58,20 @@ class Host:
 
     def ranks(self) -> dict[int, psutil.Process]:
         """Processes of a training that run there, by their rank."""
-        found = {}
-        for process in psutil.Process(self.first).children(recursive=True):
+        found, here = {}, os.readlink(f"/proc/{self.first}/ns/pid")
+        for process in psutil.process_iter():
             try:
+                if os.readlink(f"/proc/{process.pid}/ns/pid") != here:
+                    continue
                 words, rank = process.cmdline(), process.environ().get("RANK")
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
+            except (OSError, psutil.Error):  # it has ended meanwhile
                 continue
-            if rank is not None and any(word.endswith("train_lm.py") for word in words):
+            if rank is not None and "scripts/train_lm.py" in words:
                 found[int(rank)] = process
         return found
 
-    def lose_power(self) -> None:
-        """All at once, without a word on the network."""
-        self.unplug()
+    def stop(self) -> None:
+        """End all that runs there."""
         os.kill(self.first, signal.SIGKILL)
 
     def unplug(self) -> None:

@@ -53,6 +53,18 @@ class Agreement:
         key = f"after {step}"
         return set(self._store.get(key).decode().split()) if self._store.check([key]) else set()
 
+    def leave(self) -> None:
+        """On all ranks, after an interruption: end with rank 0, which still writes what it has to say.
+
+        A launcher ends the other processes of its host as soon as one has ended with another code than 0.
+        """
+        if self._store is None:
+            return
+        if self._rank == 0:
+            self._store.set("leaves", "")
+        else:
+            self._store.wait(["leaves"])
+
     def _write(self, key: str, words: set[str]) -> None:
         """In the place of the decision before: all ranks have met since, in the checkpoint that it was about."""
         assert self._store is not None

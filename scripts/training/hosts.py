@@ -6,9 +6,11 @@ an hour at torch's rendezvous.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import platform
+import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -63,9 +65,12 @@ class RollCall:
             output: the folder that they have to share; rank 0 has claimed it.
 
         Raises:
-            HostsError: another process can't train, a value differs, or the folder is not shared.
+            HostsError: a process can't train or be reached, a value differs, or the folder is not shared.
         """
-        verdict = self._verdict("", alike, output, _MEETING) if self._needed else ""
+        if not self._needed:
+            return
+        problem = unreachable()
+        verdict = self._verdict(problem, alike, output, _MEETING)
         if verdict:
             raise HostsError(verdict)
 
@@ -105,6 +110,29 @@ def job_store(patience: timedelta) -> dist.Store:
         multi_tenant=not of_the_agent,
     )
     return dist.PrefixStore(f"ibp_roll_call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def unreachable() -> str:
+    """Why gloo would listen where no other host reaches it, in a sentence; empty: it would not, or GPUs use NCCL.
+
+    It listens at the address of the host's own name, which many distributions write into /etc/hosts as 127.0.1.1, and
+    a job would stand still in its first collective.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().communication_backend_name() != "gloo" or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return ""
+    name = platform.node()
+    try:
+        address = str(socket.getaddrinfo(name, None)[0][4][0])  # gloo too takes the first that is its own
+        if not ipaddress.ip_address(address).is_loopback:
+            return ""
+    except OSError:
+        address = "not known"
+    return (
+        f"the address of {name} is {address} to itself, where no other host reaches it: set GLOO_SOCKET_IFNAME to the "
+        "interface of its network (ip -brief address)."
+    )
 
 
 def first_problem(store: dist.Store) -> str:
