@@ -22,9 +22,12 @@ from ibp_deepspeed import cli
 from scripts.training.arguments import parse_arguments
 from scripts.training.checkpoints import resume, save
 from scripts.training.interruption import EXIT_CODE, Interruption
+from scripts.training.launcher import launchers, when_one_ends
 from scripts.training.loop import Run
+from scripts.training.monitors import resume_monitors
 from scripts.training.output import claim
 from scripts.training.plan import make_plan
+from scripts.training.sources import say_sources
 from scripts.training.start import (
     agreement,
     begin_record,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 
 def main(phase: cli.SameOnAllRanks) -> int:
     """Check, start, train, save."""
+    launched_by = launchers()
     args = parse_arguments(__doc__)
     if not args.verbose:
         cli.quiet()
@@ -56,6 +60,7 @@ def main(phase: cli.SameOnAllRanks) -> int:
             print(f"{nothing_left}.")
         return 0
     traced = batches_to_trace(args, plan.resume)
+    said = say_sources(plan, args) if os.environ["RANK"] == "0" else []
     lock = claim(args) if os.environ["RANK"] == "0" else None
     pipeline = start(plan, args)
     resume(pipeline, plan, args)
@@ -64,11 +69,14 @@ def main(phase: cli.SameOnAllRanks) -> int:
     data = open_data(pipeline, plan, args)
     record = None
     if pipeline.global_rank == 0:
-        record = begin_record(pipeline, plan, args, describe(pipeline, plan, args, data))
+        record = begin_record(pipeline, plan, args, said + describe(pipeline, plan, args, data))
+        resume_monitors(pipeline.monitor, pipeline.global_steps)
     phase.ends()
     interruption = Interruption(args.grace_seconds, speaks=pipeline.global_rank == 0)
+    when_one_ends(launched_by, interruption.ask)
     run = Run(pipeline, args, throughput(pipeline, plan, args), agreement(pipeline, args), interruption)
     evaluation = run.train(data, lambda: save(pipeline, plan, args, data.train))
+    interruption.saved()
     summary = summarise(run.speed, plan, args)
     if pipeline.global_rank == 0:
         from models.exits.table import text_table

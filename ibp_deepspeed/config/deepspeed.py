@@ -7,9 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
+
 from ibp_deepspeed.config.auto import refuse_auto
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.errors import ConfigError, first_line
+
+_NUMBERS = ("gradient_clipping", "steps_per_print")
+"""What DeepSpeed takes as it is, and stumbles over in the first batch."""
 
 
 def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -78,6 +84,32 @@ def check_ds_config(ds_config: Mapping[str, Any]) -> None:
     for key in ("offload_optimizer", "offload_param"):
         if isinstance(zero, Mapping) and zero.get(key):
             raise ConfigError(f"zero_optimization.{key} is not supported with pipelines of losses: remove it.")
+
+
+def check_blocks(ds_config: Mapping[str, Any]) -> None:
+    """That DeepSpeed takes all blocks of a configuration, without a process to train with.
+
+    Args:
+        ds_config: with all batch sizes; DeepSpeed would compare them with a job that there is not yet.
+
+    Raises:
+        ConfigError: DeepSpeed refuses one.
+    """
+    for key in _NUMBERS:
+        value = ds_config.get(key, 0)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f'"{key}" is {value!r}: give a number.')
+    for_one = {key: value for key, value in ds_config.items() if key not in ("interlocking", "train_batch_size")}
+    try:
+        DeepSpeedConfig(for_one)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f'DeepSpeed refuses "{place}" of its configuration ({error.title}): {first["msg"]}, got {first["input"]!r}.'
+        ) from error
+    except Exception as error:  # its own parts raise many kinds
+        raise ConfigError(f"DeepSpeed refuses the configuration: {first_line(error)}") from error
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> Any:
