@@ -19,6 +19,7 @@ _PEER_SECONDS = 4.0
 _UNASKED = (
     "Setting accelerator to CPU",
     "Attempting to get learning rate from scheduler before it has started",
+    "nobody reads",  # train_lm.py has said it, before the processes met
 )
 
 

@@ -92,6 +92,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Timeline(interlocking, num_stages, micro_batches, interlocking.aux_head is not None).channel_depth()
     if first:
         _check_amount(args, ds_config, replicas, train, held_out)
+        _warn_of_unknown_keys(ds_config)
         _warn_of_schedule(ds_config, args.steps)
         _warn_of_mode(interlocking, num_stages)
     bounds = stage_bounds(args, model, interlocking, num_stages, ds_config)
@@ -225,6 +226,15 @@ def _check_heads(interlocking: InterlockingConfig, vocabulary: int) -> None:
     negatives = interlocking.aux_head.negatives if interlocking.aux_head is not None else None
     if negatives is not None and negatives > vocabulary:
         raise ConfigError(f'"aux_head.negatives" is {negatives}, the vocabulary has {vocabulary} tokens: draw fewer.')
+
+
+def _warn_of_unknown_keys(ds_config: dict[str, Any]) -> None:
+    """Say which keys do nothing; in a library they are only logged."""
+    from ibp_deepspeed.config.known_keys import unknown_keys
+
+    unknown = unknown_keys(ds_config)
+    if unknown:
+        print(f"warning: nobody reads {', '.join(unknown)} of the configuration.", file=sys.stderr)
 
 
 def _warn_of_schedule(ds_config: dict[str, Any], steps: int) -> None:

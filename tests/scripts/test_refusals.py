@@ -153,6 +153,14 @@ def test_a_learning_rate_that_ends_too_early_is_named(
     assert "learning rate ends at batch 400, --steps is 401" in capsys.readouterr().err
 
 
+def test_a_key_that_does_nothing_is_named(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"settings": {"gradient_cliping": 1.0}, "--partition": "9"}
+    refusal(wrong(tmp_path, data, config, **words), monkeypatch)
+    assert 'nobody reads "gradient_cliping" (did you mean "gradient_clipping"?)' in capsys.readouterr().err
+
+
 def test_who_said_what_comes_first(
     data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
