@@ -43,6 +43,20 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def check_target(path: Path) -> None:
+    """Before the work whose result a file is to hold: that it can be written.
+
+    Raises:
+        OutputError: there is no folder for it, it is a folder itself, or may not be written.
+    """
+    if not path.parent.is_dir():
+        raise OutputError(f"there is no folder {path.parent} to write {path.name} to: make it first.")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: give a file.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"{path} may not be written: give another file.")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file under another name first."""
     new = path.with_name(f"{path.name}.new")

@@ -6,6 +6,9 @@ import platform
 import re
 from pathlib import Path
 
+from ibp_deepspeed.errors import first_line
+from models.errors import ModelError
+
 PEAK_FLOPS: dict[str, float] = {
     "B200": 2250e12,  # NVIDIA HGX B200: 36 PFLOPS sparse for eight, dense is half
     "H200 NVL": 835e12,  # NVIDIA H200 data sheet: 1671 sparse
@@ -20,6 +23,20 @@ PEAK_FLOPS: dict[str, float] = {
     "A10": 125e12,  # NVIDIA A10 data sheet
 }
 """Words of the name that the driver gives a GPU → floating-point operations a second; the first that fits counts."""
+
+
+def check_device(name: str) -> None:
+    """That torch can compute on the device of an option --device.
+
+    Raises:
+        ModelError: there is no such device here.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"--device {name} can't be used here: {first_line(error)} (cpu always can.)") from None
 
 
 def peak_flops(name: str) -> float | None:

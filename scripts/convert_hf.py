@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=8, metavar="B", help="--all-exits: samples at once (default: %(default)s)")
     add("--max-batches", type=int, metavar="N", help="--all-exits: batches to measure (default: all held-out text)")
     return parser.parse_args()
+
+
+def check_shard_size(text: str) -> None:
+    """Of --shard-size, in Hugging Face's units.
+
+    Raises:
+        ModelError: it is none.
+    """
+    from models import ModelError
+
+    if re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B", text, re.IGNORECASE) is None:
+        raise ModelError(f"--shard-size {text}: write a number and its unit, like 500MB or 5GB.")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -105,6 +118,8 @@ def main(phase: cli.SameOnAllRanks) -> None:
     """Run a command."""
     args = parse_arguments()
     cli.quiet()
+    if args.command == "export":
+        check_shard_size(args.shard_size)
     if args.command == "import":
         from models.hf.importing import import_model
 

@@ -75,6 +75,12 @@ def main(phase: cli.SameOnAllRanks) -> None:
     """Evaluate, print, write."""
     args = parse_arguments()
     cli.quiet()
+    from ibp_deepspeed.atomic_files import check_target
+    from models.devices import check_device
+
+    check_device(args.device)
+    if args.json is not None:
+        check_target(args.json)
     evaluation, entropy = evaluate_exits(args)
     from models.exits.table import text_table
 

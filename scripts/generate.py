@@ -83,15 +83,33 @@ def encode(tokenizer: Any, args: argparse.Namespace) -> Any:
     return tokenizer.apply_chat_template(messages, **options)
 
 
+def check(args: argparse.Namespace) -> None:
+    """What can be told before a model is loaded.
+
+    Raises:
+        InterlockingError: a number out of its range, or a device that is not there.
+    """
+    from models.devices import check_device
+
+    if args.tokens < 1:
+        raise InterlockingError(f"--tokens is {args.tokens}: give at least 1.")
+    if args.temperature < 0:
+        raise InterlockingError(f"--temperature is {args.temperature:g}: give 0 (greedy) or more.")
+    check_device(args.device)
+
+
 def main(phase: cli.SameOnAllRanks) -> None:
     """Load, sample, print."""
     args = parse_arguments()
     cli.quiet()
     import torch
 
+    check(args)
     torch.manual_seed(args.seed)
     model, tokenizer = load(args)
     inputs = encode(tokenizer, args).to(args.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise InterlockingError(f"--prompt {args.prompt!r} has no tokens to continue: give some text.")
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     output = model.generate(**inputs, max_new_tokens=args.tokens, pad_token_id=tokenizer.eos_token_id, **sampling)[0]
     start = inputs["input_ids"].shape[1] if args.chat else 0

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import cli
-from ibp_deepspeed.errors import OutputError
+from ibp_deepspeed.atomic_files import check_target
 from scripts.planning.arguments import parse_arguments
 
 
@@ -38,8 +38,8 @@ def main(phase: cli.SameOnAllRanks) -> None:
     from scripts.planning.table import show
 
     for path in (args.json, args.write):
-        if path is not None and not path.parent.is_dir():
-            raise OutputError(f"there is no folder {path.parent} to write {path.name} to: make it first.")
+        if path is not None:
+            check_target(path)
     if args.search:
         find(args)
         return

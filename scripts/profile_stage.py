@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ibp_deepspeed import cli
-from ibp_deepspeed.errors import OutputError
+from ibp_deepspeed.atomic_files import check_target
 from scripts.planning.subject import add_subject_arguments, check_positions, check_sizes, subject
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def main(phase: cli.SameOnAllRanks) -> None:
     args = parse_arguments()
     cli.quiet()
     check_sizes(args, "sequence_length", "micro_batch_size", "repeats")
-    if not args.out.absolute().parent.is_dir():
-        raise OutputError(f"there is no folder {args.out.parent} to write {args.out.name} to: make it first.")
+    check_target(args.out)
     import torch
 
     from ibp_deepspeed.planner.profile import write_profile

@@ -11,10 +11,11 @@ are trained in one process on one device, without a launcher, to study how a str
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,9 +26,12 @@ from scripts.training.arguments import parse_arguments
 from scripts.training.checkpoints import resume, save
 from scripts.training.hosts import RollCall
 from scripts.training.interruption import EXIT_CODE, Interruption
+from scripts.training.launcher import launchers, when_one_ends
 from scripts.training.loop import Run
+from scripts.training.monitors import resume_monitors
 from scripts.training.output import claim
 from scripts.training.plan import make_plan
+from scripts.training.sources import say_sources
 from scripts.training.start import (
     agreement,
     begin_record,
@@ -43,44 +47,44 @@ from scripts.training.trace import path as trace_path
 
 if TYPE_CHECKING:
     from ibp_deepspeed import InterlockedPipelineEngine
+    from scripts.training.plan import Plan
+
+
+class Checked(NamedTuple):
+    """What this process is going to train, what it has said of it, and its hold on ``--output``."""
+
+    plan: Plan
+    said: list[str]
+    lock: IO[str] | None
 
 
 def main(phase: cli.SameOnAllRanks) -> int:
     """Check, start, train, save."""
+    launched_by = launchers()
     args = parse_arguments(__doc__)
     cli.outlive_readers()
     if not args.verbose:
         cli.quiet()
-    from models.errors import AllTrained
-
-    call = RollCall()
-    try:
-        plan = make_plan(args)
-        traced = batches_to_trace(args, plan.resume)
-        lock = claim(args) if os.environ["RANK"] == "0" else None
-    except AllTrained as nothing_left:  # a job that is started again and again ends well
-        call.cannot_train(nothing_left)
-        if os.environ["RANK"] == "0":
-            print(f"{nothing_left}.")
+    checked = check(args)
+    if checked is None:
         return 0
-    except Exception as error:
-        verdict = call.cannot_train(error)
-        if verdict and isinstance(error, InterlockingError):
-            raise HostsError(verdict) from None
-        raise
-    call.can_train(alike(plan, args), args.output)
+    plan, said, lock = checked
     pipeline = start(plan, args)
     resume(pipeline, plan, args)
+    traced = batches_to_trace(args, plan.resume)
     if traced is not None:
         cast("InterlockedPipelineEngine", pipeline).trace_batches(*traced, trace_path(args))
     data = open_data(pipeline, plan, args)
     record = None
     if pipeline.global_rank == 0:
-        record = begin_record(pipeline, plan, args, describe(pipeline, plan, args, data))
+        record = begin_record(pipeline, plan, args, said + describe(pipeline, plan, args, data))
+        resume_monitors(pipeline.monitor, pipeline.global_steps)
     phase.ends()
     interruption = Interruption(args.grace_seconds, speaks=pipeline.global_rank == 0)
+    when_one_ends(launched_by, interruption.ask)
     run = Run(pipeline, args, throughput(pipeline, plan, args), agreement(pipeline, args), interruption)
     evaluation = run.train(data, lambda: save(pipeline, plan, args, data.train))
+    interruption.saved()
     summary = summarise(run.speed, plan, args)
     if pipeline.global_rank == 0:
         from models.exits.table import text_table
@@ -101,6 +105,30 @@ def main(phase: cli.SameOnAllRanks) -> int:
         run.agreement.leave()
         return EXIT_CODE
     return 0
+
+
+def check(args: argparse.Namespace) -> Checked | None:
+    """Before the processes meet, on every host: what is trained, with ``--output`` claimed; None: nothing is left."""
+    from models.errors import AllTrained
+
+    call, first = RollCall(), os.environ["RANK"] == "0"
+    try:
+        plan = make_plan(args)
+        batches_to_trace(args, plan.resume)
+        said = say_sources(plan, args) if first else []
+        lock = claim(args) if first else None
+    except AllTrained as nothing_left:  # a job that is started again and again ends well
+        call.cannot_train(nothing_left)
+        if first:
+            print(f"{nothing_left}.")
+        return None
+    except Exception as error:
+        verdict = call.cannot_train(error)
+        if verdict and isinstance(error, InterlockingError):
+            raise HostsError(verdict) from None
+        raise
+    call.can_train(alike(plan, args), args.output)
+    return Checked(plan, said, lock)
 
 
 if __name__ == "__main__":

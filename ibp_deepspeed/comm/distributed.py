@@ -15,8 +15,9 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
+from deepspeed.git_version_info import installed_ops
 from torch import Tensor
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils import cpp_extension
 
 from ibp_deepspeed.errors import ConfigError
 
@@ -31,6 +32,9 @@ def init_distributed() -> None:
     (``inference_all_reduce``), compiling takes minutes at the first start, and one that is killed meanwhile leaves a
     lock in torch's cache that every later start waits for without a word. With more processes than GPUs on a machine,
     several share one: see :func:`share_devices`.
+
+    Raises:
+        ConfigError: another process listens at the port where they are to meet.
     """
     backend = get_accelerator().communication_backend_name()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -39,7 +43,15 @@ def init_distributed() -> None:
         share_devices(devices)
         backend = "gloo"
         _tell(f"{processes} processes share {devices} GPUs: gloo carries messages through host memory.")
-    deepspeed.init_distributed(backend)
+    try:
+        deepspeed.init_distributed(backend)
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ.get('MASTER_PORT')}, where the processes are to meet, is taken, perhaps by another "
+            "training: give another one, with deepspeed --master_port N or torchrun --master-port N."
+        ) from error
 
 
 def share_devices(devices: int) -> None:
@@ -85,12 +97,15 @@ def check_compiler(ds_config: Mapping[str, Any]) -> None:
     """
     optimizer = ds_config.get("optimizer", {})
     name = str(optimizer.get("type", "")).lower()
-    if _needs_no_compiler() or name not in _COMPILED_ON_CPU:
+    if name not in _COMPILED_ON_CPU or (name.startswith("adam") and optimizer.get("params", {}).get("torch_adam")):
         return
-    if name.startswith("adam") and optimizer.get("params", {}).get("torch_adam"):
+    if _needs_no_compiler():
+        if cpp_extension.CUDA_HOME:
+            _tell_of_compiling(name)
         return
     if has_compiler():
         _check_locks(optimizer["type"])
+        _tell_of_compiling(name)
         return
     raise ConfigError(
         f"DeepSpeed compiles its {optimizer['type']} for CPU and no C++ compiler was found: install g++, or use "
@@ -98,10 +113,20 @@ def check_compiler(ds_config: Mapping[str, Any]) -> None:
     )
 
 
+def _tell_of_compiling(name: str) -> None:
+    """That the first start with an optimizer takes longer, unless torch's cache of extensions has it."""
+    stem = name.removesuffix("w")
+    if not installed_ops.get(f"fused_{stem}") and not any(_extensions().glob(f"**/*{stem}*/*.so")):
+        _tell(f"DeepSpeed compiles its {stem.capitalize()} now, at the first start on this machine: a minute or two.")
+
+
+def _extensions() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+
+
 def _check_locks(optimizer: str) -> None:
     """Of DeepSpeed's optimizers in torch's cache of extensions: an old lock is an error, a young one is told of."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in sorted(root.glob("**/cpu_*/lock")):
+    for lock in sorted(_extensions().glob("**/cpu_*/lock")):
         minutes = (time.time() - lock.stat().st_mtime) / 60
         if minutes > _COMPILES_MINUTES:
             raise ConfigError(

@@ -8,9 +8,12 @@ from typing import Any
 
 from ibp_deepspeed.config.auto import refuse_auto
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.config.kinds import check_kinds
+from ibp_deepspeed.config.kinds import check_kinds, parsed_by_deepspeed
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.json_text import parsed, small_text
+
+_NUMBERS = ("gradient_clipping", "steps_per_print")
+"""What DeepSpeed takes as it is, and stumbles over in the first batch."""
 
 
 def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -94,6 +97,23 @@ def _refuse_unsafe_files(ds_config: Mapping[str, Any]) -> None:
         )
     if is_enabled(ds_config, "datastates_ckpt"):
         raise ConfigError("datastates_ckpt is not supported, its files can run code when they are read: remove it.")
+
+
+def check_blocks(ds_config: Mapping[str, Any]) -> None:
+    """That DeepSpeed takes all blocks of a configuration, without a process to train with.
+
+    Args:
+        ds_config: with all batch sizes; DeepSpeed would compare them with a job that there is not yet.
+
+    Raises:
+        ConfigError: DeepSpeed refuses one.
+    """
+    for key in _NUMBERS:
+        value = ds_config.get(key, 0)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f'"{key}" is {value!r:.60}: give a number.')
+    left_out = ("interlocking", "train_batch_size")
+    parsed_by_deepspeed({key: value for key, value in ds_config.items() if key not in left_out})
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> Any:

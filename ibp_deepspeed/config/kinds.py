@@ -52,7 +52,9 @@ def parsed_by_deepspeed(ds_config: dict[str, Any], grid: Any = None) -> DeepSpee
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or error.title
-        raise ConfigError(f'DeepSpeed refuses "{where}" of the configuration: {first["msg"]}.') from error
+        raise ConfigError(
+            f'DeepSpeed refuses "{where}" of the configuration: {first["msg"]}, got {first["input"]!r:.60}.'
+        ) from error
     except Exception as error:  # assertions, wrong types, missing keys
         raise ConfigError(f"DeepSpeed refuses the configuration: {first_line(error)}") from error
 

@@ -48,7 +48,7 @@ class HeldOut:
             raise DataError(f"an evaluation on {samples} samples: give 1 or more")
         self._share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
         self._samples: Samples = samples_of(token_file, sequence_length)
-        self._samples.require(1, "an evaluation")
+        self._samples.require(1, "an evaluation", ", or hold more out: prepare_data.py --held-out-fraction")
         self.available = len(self._samples)
         self.samples = self.available if samples is None else min(samples, self.available)
         self._ids = np.arange(self.samples, dtype=np.int64) * self.available // self.samples

@@ -22,8 +22,8 @@ class Samples(Protocol):
         """Inputs and labels of samples [B], each [B, S] of its own memory; labels[b, s] follows inputs[b, s]."""
         ...
 
-    def require(self, count: int, what: str) -> None:
-        """Raises DataError when there are fewer than `count` samples, which `what` needs."""
+    def require(self, count: int, what: str, way: str = "") -> None:
+        """Raises DataError when there are fewer than `count` samples, which `what` needs; `way` is one more way out."""
         ...
 
     def remarks(self) -> list[str]:
@@ -54,11 +54,12 @@ class Windows:
         # Copies, because slices of one array would share memory and not be contiguous.
         return windows[:, :-1].copy(), windows[:, 1:].copy()
 
-    def require(self, count: int, what: str) -> None:
+    def require(self, count: int, what: str, way: str = "") -> None:
         if len(self) < count:
             raise DataError(
                 f"{self._path} has {len(self._tokens)} tokens, {what} needs {count * self._length + 1} for {count} "
-                f"windows of {self._length}: prepare more text, or lower the sequence length or the micro-batch size"
+                f"windows of {self._length}: prepare more text, or lower the sequence length or the micro-batch "
+                f"size{way}"
             )
 
     def remarks(self) -> list[str]:
@@ -112,11 +113,11 @@ class Dialogues:
             labels[row, : len(tokens) - 1] = np.where(counts, tokens[1:], IGNORED)
         return inputs, labels
 
-    def require(self, count: int, what: str) -> None:
+    def require(self, count: int, what: str, way: str = "") -> None:
         if len(self) < count:
             raise DataError(
                 f"{self._path} has {len(self)} rows with a response in their first {self._length + 1} tokens, {what} "
-                f"needs {count}: prepare more rows, raise the sequence length, or lower the micro-batch size"
+                f"needs {count}: prepare more rows, raise the sequence length, or lower the micro-batch size{way}"
             )
 
     def remarks(self) -> list[str]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ibp_deepspeed.checkpoint import layout, reshape
+from ibp_deepspeed.checkpoint.finite import require_finite
 from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
 from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, names_of
 from ibp_deepspeed.checkpoint.store import CheckpointStore
@@ -74,7 +75,10 @@ class EngineCheckpoints:
         latest: bool,
     ) -> None:
         """See :meth:`CheckpointingEngine.save_checkpoint`; ``write`` is DeepSpeed's part of it."""
-        state = {**client_state, NAMES_KEY: list(self._parameter_names().values())}
+        names = self._parameter_names()
+        weights = dict(self._engine.module.named_parameters())
+        require_finite(((place, weights[name]) for name, place in names.items()), self._engine.global_steps)
+        state = {**client_state, NAMES_KEY: list(names.values())}
         name = tag or layout.tag_of(self._engine.global_steps)
         self._store.save(folder, name, self.shape(), lambda made: write(made, state), files=files, latest=latest)
 
@@ -206,6 +210,7 @@ class CheckpointingEngine(SteppingEngine):
 
         Raises:
             CheckpointError: it can't be written; ``latest`` still names the one before.
+            NonFiniteError: weights are not finite; likewise.
         """
         save = super().save_checkpoint
 

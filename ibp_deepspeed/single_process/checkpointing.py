@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.checkpoint.finite import require_finite
 from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
 from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, head_name
 from ibp_deepspeed.checkpoint.reshape import (
@@ -57,7 +58,15 @@ class SingleProcessCheckpoints:
         self.load_report: list[str] = []
 
     def save(self, folder: Path, tag: str | None, files: Mapping[str, str]) -> None:
-        """Write what the engine writes for one replica without ZeRO, and texts by file name; complete or not at all."""
+        """Write what the engine writes for one replica without ZeRO, and texts by file name; complete or not at all.
+
+        Raises:
+            CheckpointError: it can't be written.
+            NonFiniteError: weights are not finite.
+        """
+        for stage in range(len(self._reference.stages)):
+            named = ((name, parameter) for parameter, name in self._names(stage).items())
+            require_finite(named, self._reference.batch)
         name = tag or layout.tag_of(self._reference.batch)
         self._store.save(folder, name, self.shape(), self._write, files=files)
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ibp_deepspeed.atomic_files import new_folder
 from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.checkpoint.finite import not_finite
 from models.errors import ModelError
 from models.exits.exits import Exits
 from models.hf.model_card import model_card
@@ -45,17 +46,27 @@ def write(
 
     Raises:
         OutputError: the folder exists or can't be written.
-        ModelError: what was written does not load with every key, or not with the exit's logits, because its head has
-            something that the architecture has no place for. Nothing is left.
+        ModelError: weights are not finite; or what was written does not load with every key, or not with the exit's
+            logits, because its head has something that the architecture has no place for. Nothing is left.
     """
     exit_ = len(exits) if exit_ is None else exit_
     with new_folder(out, (SafetensorError,)) as folder:
         model = exits.to_hugging_face(exit_)
+        _check_finite(exits, model)
         _save(exits, model, folder, shard_size)
         card = model_card(exits, exit_, model.num_parameters(), results or {})
         card.save(folder / "README.md")
         _check(exits, exit_, folder, next(model.parameters()).dtype)
     return model.num_parameters()
+
+
+def _check_finite(exits: Exits, model: PreTrainedModel) -> None:
+    found = not_finite(model.named_parameters())
+    if found:
+        raise ModelError(
+            f"{exits.folder} has weights that are not finite, {found[0]} is the first of {len(found)}: its training "
+            "went wrong before it was saved; export an earlier checkpoint, or train again with a smaller learning rate."
+        )
 
 
 def _save(exits: Exits, model: PreTrainedModel, folder: Path, shard_size: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +24,8 @@ _COLUMNS = {
 }
 """Of the table: name → what is shown, and how."""
 _MOST_ROWS = 16
+_SILENCE = 60.0
+"""Seconds after which a batch gets a line, where no report does."""
 
 Stages = Sequence[dict[str, float]]
 
@@ -64,17 +67,21 @@ class Silent(Display):
 
 
 class Lines(Display):
-    """Into a file or a pipe.
+    """Into a file or a pipe: a line for each report, and for the first batch that ends a minute after the line before.
 
     Args:
-        steps: of the whole run.
+        steps, done: of the whole run, and trained before.
     """
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, done: int) -> None:
+        self._steps, self._done = steps, done
+        self._said = time.monotonic()
 
     def advance(self, text: str) -> None:
-        """Nothing: a line a batch would be too many."""
+        """Nothing, mostly: a line a batch would be too many."""
+        self._done += 1
+        if time.monotonic() - self._said >= _SILENCE:
+            self.say(f"batch {self._done}/{self._steps}{': ' if text else ' is trained'}{text}")
 
     def report(self, step: int, stages: Stages, text: str) -> None:
         """One line, with what the stages differ in."""
@@ -84,6 +91,7 @@ class Lines(Display):
     def say(self, line: str) -> None:
         """A line, at once."""
         print(line, flush=True)
+        self._said = time.monotonic()
 
     def close(self) -> None:
         """Nothing."""
@@ -98,8 +106,8 @@ class Terminal(Display):
     """
 
     def __init__(self, steps: int, done: int, console: Console) -> None:
-        columns = (TextColumn("batch"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
+        columns = (TextColumn("batch"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task("", total=steps, completed=done)
         self._text = ""
         self._table: Table | None = None
@@ -147,7 +155,8 @@ def display_for(first: bool, steps: int, done: int) -> Display:
     if not first:
         return Silent()
     console = Console()
-    return Terminal(steps, done, console) if console.is_terminal and not console.is_dumb_terminal else Lines(steps)
+    is_live = console.is_terminal and not console.is_dumb_terminal
+    return Terminal(steps, done, console) if is_live else Lines(steps, done)
 
 
 def _row(name: str, stages: Stages) -> str:

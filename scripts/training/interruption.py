@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: the batch is finished and saved; a second one, or the end of patience, ends at once."""
+"""Ctrl-C, SIGTERM, the end of the launcher: the batch is finished and saved; a second signal, or the end of patience,
+ends at once."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class Interruption:
 
     def __init__(self, grace: float, *, speaks: bool) -> None:
         self._grace, self._speaks = grace, speaks
-        self._first = 0.0
+        self._first, self._is_saved = 0.0, False
         self.asked = False
         """Whether training is to end after a batch."""
         self._read, write = os.pipe()
@@ -44,17 +45,37 @@ class Interruption:
                 if number in (signal.SIGINT, signal.SIGTERM):
                     self._heard(signal.Signals(number).name)
 
-    def _heard(self, name: str) -> None:
-        now = time.monotonic()
-        if self.asked and now - self._first < _ONE:
+    def ask(self, why: str) -> None:
+        """Have the training end after a batch, as a first signal does; nothing if that was asked for already.
+
+        Args:
+            why: what is said of it.
+        """
+        if self.asked or self._is_saved:
             return
-        if self.asked:
-            self._leave(f"{name} again: ends at once")
-        self._first, self.asked = now, True
-        self._say(f"{name}: finishes the batch and saves it, within {self._grace:g} s; once more ends at once")
-        timer = threading.Timer(self._grace, self._leave, [f"not saved within --grace-seconds {self._grace:g}"])
+        self._first, self.asked = time.monotonic(), True
+        self._say(f"{why}: finishes the batch and saves it, within {self._grace:g} s; once more ends at once")
+        timer = threading.Timer(self._grace, self._lose_patience)
         timer.daemon = True
         timer.start()
+
+    def saved(self) -> None:
+        """All batches are trained, or the last one before the end: what is left to do is short, and no signal ends it.
+
+        A launcher sends them as soon as the first rank has ended, when another may still write the page of the run.
+        """
+        self._is_saved = True
+
+    def _lose_patience(self) -> None:
+        if not self._is_saved:
+            self._leave(f"not saved within --grace-seconds {self._grace:g}")
+
+    def _heard(self, name: str) -> None:
+        if self._is_saved:
+            return
+        if self.asked and time.monotonic() - self._first >= _ONE:
+            self._leave(f"{name} again: ends at once")
+        self.ask(name)
 
     def _say(self, text: str) -> None:
         if self._speaks:

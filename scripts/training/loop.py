@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -115,6 +116,7 @@ class Run:
 
         evaluation = evaluate(self.pipeline, held_out)
         if self.first:
+            self.reported(_PATIENCE)  # monitors such as wandb want steps in their order
             self.write({"step": step, "held_out": or_null(evaluation.losses), "tokens": evaluation.tokens})
             text = in_words(evaluation.losses)
             self.display.say(f"batch {step}: held-out losses of the exits {text} ({evaluation.tokens:,} tokens)")
@@ -146,11 +148,16 @@ class Run:
         losses = self.new_losses(step, train)
         if losses is not None:
             self.write({"step": self.logged, "train": or_null(losses.tolist())})
-            seconds = (time.perf_counter() - self.began) / (step - self.start)
+            seconds, left = self.speed.recent(), timedelta(seconds=round(self.seconds_left(step)))
             rate = f"{self.throughput.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
-            self.text = f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}), {rate}"
+            self.text = f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}), {rate}, {left} left"
         self.display.advance(self.text)
         self.reported()
+
+    def seconds_left(self, step: int) -> float:
+        """Until the last batch, if batches go on as fast as the newest, and what is done between them as often."""
+        between = time.perf_counter() - self.began - sum(self.speed.seconds)
+        return (self.args.steps - step) * (self.speed.recent() + between / (step - self.start))
 
     def reported(self, patience: float = 0.0) -> None:
         """Keep and show what all stages have measured; with patience, also of stages that are about to say it."""
@@ -158,15 +165,16 @@ class Run:
         for report in self.pipeline.new_reports(patience):
             speeds = self.throughput.of(report)
             stages = [{**stage, **speed} for stage, speed in zip(report.stages, speeds, strict=True)]
-            self.write({"step": report.step, "stages": stages})
+            left = self.seconds_left(self.pipeline.global_steps)
+            self.write({"step": report.step, "seconds_left": round(left, 1), "stages": stages})
             self.display.report(report.step, stages, self.text)
             if monitor is not None and monitor.enabled:
                 monitor.write_events(measures.events(report.step, speeds))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append to history.jsonl."""
+        """Append to history.jsonl, with the time in seconds since 1970."""
         assert self.history is not None
-        self.history.write(json.dumps(row) + "\n")
+        self.history.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
         self.history.flush()
 
 

@@ -15,7 +15,7 @@ from scripts.training.arguments import (
     given_hyperparameters,
     parse_overrides,
 )
-from scripts.training.monitors import monitors_under
+from scripts.training.monitors import check_monitors, monitors_under
 from scripts.training.output import check_output
 from scripts.training.partition import stage_bounds
 
@@ -70,9 +70,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """
     from ibp_deepspeed.checkpoint import layout
     from ibp_deepspeed.config.auto import fill_auto
-    from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config, resolve_interlocking
+    from ibp_deepspeed.config.deepspeed import load_ds_config, resolve_interlocking
     from ibp_deepspeed.data import open_tokens
-    from ibp_deepspeed.optimizer.learning_rate import check_schedule
     from ibp_deepspeed.strategy.timeline import Timeline
     from models import CausalLM
     from models.runs.checkpoint import tokenizer_texts
@@ -93,12 +92,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
     train.check_vocabulary(model.vocab_size)
     _check_heads(interlocking, model.vocab_size)
     defaults = default_hyperparameters(args, model.hidden_size)
-    ds_config = fill_auto(ds_config, given_hyperparameters(args), defaults, replicas)
-    check_ds_config(ds_config)
-    check_schedule(ds_config)
-    micro_batches = ds_config.get("gradient_accumulation_steps") or 1
+    ds_config = _checked(fill_auto(ds_config, given_hyperparameters(args), defaults, replicas), replicas)
+    micro_batches = ds_config["gradient_accumulation_steps"]
     Timeline(interlocking, num_stages, micro_batches, interlocking.aux_head is not None).channel_depth()
     if first:
+        _check_amount(args, ds_config, replicas, train, held_out)
+        _warn_of_unknown_keys(ds_config)
         _warn_of_schedule(ds_config, args.steps)
         _warn_of_mode(interlocking, num_stages)
     bounds = stage_bounds(args, model, interlocking, num_stages, ds_config)
@@ -126,6 +125,22 @@ def make_plan(args: argparse.Namespace) -> Plan:
         files,
         changes,
     )
+
+
+def _checked(ds_config: dict[str, Any], replicas: int) -> dict[str, Any]:
+    """The whole DeepSpeed JSON, but for the interlocking block; returns it with all three batch sizes."""
+    from ibp_deepspeed.config.batch_sizes import with_batch_sizes
+    from ibp_deepspeed.config.deepspeed import check_blocks, check_ds_config
+    from ibp_deepspeed.optimizer.configured import check_optimizer
+    from ibp_deepspeed.optimizer.learning_rate import check_schedule
+
+    check_ds_config(ds_config)
+    complete = with_batch_sizes(ds_config, replicas)
+    check_optimizer(complete)
+    check_schedule(complete)
+    check_monitors(complete)
+    check_blocks(complete)
+    return complete
 
 
 def _description(
@@ -164,8 +179,10 @@ def _processes(args: argparse.Namespace) -> tuple[int, int]:
             "train_lm.py needs a launcher (deepspeed --num_accelerators 4 scripts/train_lm.py …) or --one-process."
         )
     world = int(os.environ["WORLD_SIZE"])
-    num_stages = args.stages or world
-    if num_stages < 1 or world % num_stages:
+    num_stages = world if args.stages is None else args.stages
+    if num_stages < 1:
+        raise ModelError(f"--stages is {num_stages}: give at least 1, or leave it out for a stage in each process.")
+    if world % num_stages:
         raise ModelError(f"{world} processes can't be divided into pipelines of {num_stages} stages: start a multiple.")
     return num_stages, world // num_stages
 
@@ -176,8 +193,9 @@ def _become_only_process(num_stages: int | None) -> None:
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ModelError(f"--one-process was started as {os.environ['WORLD_SIZE']} processes: leave the launcher out.")
-    if num_stages is None:
-        raise ModelError("--one-process needs --stages K, the number of pipeline stages to train.")
+    if num_stages is None or num_stages < 1:
+        was = "" if num_stages is None else f", which is {num_stages}"
+        raise ModelError(f"--one-process needs --stages K, the number of pipeline stages to train, from 1 on{was}.")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -214,12 +232,32 @@ def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> Non
             raise ModelError(f"--{name.replace('_', '-')} is {getattr(args, name):g}: give 0 or more.")
 
 
+def _check_amount(
+    args: argparse.Namespace, ds_config: dict[str, Any], replicas: int, train: TokenFile, held_out: TokenFile
+) -> None:
+    """That there is a batch to train on and something to evaluate."""
+    from ibp_deepspeed.data import HeldOut
+    from ibp_deepspeed.data.samples import samples_of
+
+    HeldOut(held_out, args.sequence_length, ds_config["train_micro_batch_size_per_gpu"], data_parallel_size=replicas)
+    samples_of(train, args.sequence_length).require(ds_config["train_batch_size"], "a batch")
+
+
 def _check_heads(interlocking: InterlockingConfig, vocabulary: int) -> None:
     from ibp_deepspeed.errors import ConfigError
 
     negatives = interlocking.aux_head.negatives if interlocking.aux_head is not None else None
     if negatives is not None and negatives > vocabulary:
         raise ConfigError(f'"aux_head.negatives" is {negatives}, the vocabulary has {vocabulary} tokens: draw fewer.')
+
+
+def _warn_of_unknown_keys(ds_config: dict[str, Any]) -> None:
+    """Say which keys do nothing; in a library they are only logged."""
+    from ibp_deepspeed.config.known_keys import unknown_keys
+
+    unknown = unknown_keys(ds_config)
+    if unknown:
+        print(f"warning: nobody reads {', '.join(unknown)} of the configuration.", file=sys.stderr)
 
 
 def _warn_of_schedule(ds_config: dict[str, Any], steps: int) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from scripts.training.plan import Plan
 
 _GIB = 2**30
+_WINDOW = 20  # batches
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class Speed:
 
     tokens_per_batch: int
     seconds: list[float] = field(default_factory=list)
+
+    def recent(self) -> float:
+        """Mean seconds of the newest batches; of the first one only while there is no other."""
+        counted = self.seconds[1:][-_WINDOW:] or self.seconds
+        return sum(counted) / len(counted)
 
     def tokens_per_second(self) -> float | None:
         """Of all GPUs or processes together; None before the first batch."""

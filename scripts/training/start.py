@@ -117,6 +117,8 @@ def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Dat
             f"the last stage's LM head{size} goes to all heads every {options.refresh_interval} batches and is used "
             f"{options.delay(plan.num_stages, micro_batches)} batches later"
         )
+    if plan.interlocking.compile:
+        lines.append("decoder layers are compiled in the first batch, which may take minutes")
     if plan.model.was_tied:
         lines.append("the LM head is not tied to the embedding: they live on different stages.")
     lines += [*data.train.samples.remarks(), *data.at_the_end.remarks()]

@@ -81,6 +81,37 @@ def test_contradictions_are_named(words: list[str], ds_config: dict[str, Any], s
     assert sentence in str(caught.value)
 
 
+HUGGING_FACES = [
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "fp16.enabled", "bf16.enabled", "optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps",
+    "optimizer.params.weight_decay", "scheduler.params.warmup_min_lr", "scheduler.params.warmup_max_lr",
+    "scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps", "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+]  # fmt: skip
+"""Where the documentation of Hugging Face's Trainer writes it."""
+
+
+@pytest.mark.parametrize("place", HUGGING_FACES)
+def test_every_auto_of_hugging_face_is_filled_in_or_refused(place: str) -> None:
+    ds_config: dict[str, Any] = {**AUTO}
+    *blocks, key = place.split(".")
+    block = ds_config
+    for name in blocks:
+        block[name] = dict(block.get(name) or {})
+        block = block[name]
+    block[key] = "auto"
+    try:
+        got = filled(ds_config=ds_config)
+    except ConfigError as refused:
+        assert f'"{place}" is "auto", which nothing fills in here' in str(refused)
+    else:
+        refuse_auto(got)
+        for name in blocks:
+            got = got[name]
+        assert isinstance(got[key], int | float)
+
+
 def test_a_program_of_ones_own_is_told_to_fill_it_in() -> None:
     with pytest.raises(ConfigError, match=r"train_lm.py fills it in \(--micro-batch-size\), a program of your own"):
         check_ds_config({"train_micro_batch_size_per_gpu": "auto"})

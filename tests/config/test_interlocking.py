@@ -155,6 +155,20 @@ def test_an_optimizer_that_needs_a_compiler_names_the_way_out(monkeypatch: pytes
     check_compiler({"optimizer": {"type": "SGD"}})
 
 
+def test_a_first_start_that_compiles_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(distributed, "has_compiler", lambda: True)
+    check_compiler({"optimizer": {"type": "Adam"}})
+    assert "DeepSpeed compiles its Adam now, at the first start on this machine" in capsys.readouterr().err
+    made = tmp_path / "py311_cpu" / "fused_adam" / "fused_adam.so"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    check_compiler({"optimizer": {"type": "AdamW"}})
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("minutes", [1, 90])
 def test_the_lock_of_a_start_that_was_killed_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, minutes: int

@@ -17,9 +17,10 @@ from ibp_deepspeed.engine import initialize
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.schedule.validate import validated_timeline
 from ibp_deepspeed.strategy.timeline import Timeline
+from scripts.training.arguments import default_hyperparameters, parse_arguments
 
 DEFAULTS: dict[str, Any] = {option: 1e-3 if option == "--learning-rate" else 4 for option in FILLED.values()}
-STRATEGIES = ("local", "solo", "modules", "pairwise", "3wise", "global")
+STRATEGIES = ("local", "solo", "modules", "pairwise", "3wise", "global", "finetune")
 PRESETS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
 
@@ -77,12 +78,24 @@ def test_preset(path: Path) -> None:
     parsed = DeepSpeedConfig({k: v for k, v in settings.items() if k != "interlocking"})
     timeline = Timeline(config, 4, parsed.gradient_accumulation_steps, aux_heads=config.aux_head is not None)
     name = path.stem.split("_")[0]
-    width = {"local": 1, "solo": 1, "modules": 1, "pairwise": 2, "3wise": 3, "global": 4}[name]
+    width = {"local": 1, "solo": 1, "modules": 1, "pairwise": 2, "3wise": 3, "global": 4, "finetune": 2}[name]
     assert [strategy.width for strategy in timeline.strategies()] == [width]
     validated_timeline(timeline)
     whole = name in ("modules", "global")
     assert all(strategy.is_backpropagation == whole for strategy in timeline.strategies())
     assert parsed.bfloat16_config.enabled == path.stem.endswith("gpu")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_rate_warm_up_and_length_follow_the_command_line(path: Path) -> None:
+    """So that a short run warms up shortly, and weights that are trained already get their own rate."""
+    settings = load_ds_config(path)
+    assert settings["scheduler"]["params"] == {"warmup_num_steps": "auto", "total_num_steps": "auto"}
+    assert settings["optimizer"]["params"]["lr"] == "auto"
+    for steps, warmup in ((40, 2), (20_000, 500)):
+        args = parse_arguments(None, ["--deepspeed_config", "x", "--data", "y", "--model", "z", "--steps", str(steps)])
+        filled = fill_auto(settings, {}, default_hyperparameters(args, 128), replicas=1)
+        assert filled["scheduler"]["params"] == {"warmup_num_steps": warmup, "total_num_steps": steps}
 
 
 def test_modules_are_four_stages() -> None:

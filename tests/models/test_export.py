@@ -63,6 +63,17 @@ def read_out(layers: list[nn.Module], head: nn.Module) -> torch.Tensor:
         return run([*layers[:3], head], tokens()).materialize()
 
 
+def test_weights_that_are_not_finite_are_named_as_such(tmp_path: Path) -> None:
+    """And not the architecture."""
+    layers, _ = checkpoint(tmp_path / "run", "llama")
+    with torch.no_grad():
+        next(layers[2].parameters()).view(-1)[0] = torch.nan
+    torch.save(layers[2].state_dict(), tmp_path / "run" / layout.layer(2))
+    with pytest.raises(ModelError, match=r"has weights that are not finite, model\.layers\.1\.\S+ is the first of 1"):
+        write(Exits(tmp_path / "run"), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 @pytest.mark.parametrize("model_type", PROVEN)
 def test_both_exits_of_every_architecture(model_type: str, tmp_path: Path) -> None:
     """A private head is the model's norm and readout at another depth: nothing is lost."""

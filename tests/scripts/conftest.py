@@ -34,6 +34,7 @@ def config(shared: Shared) -> Path:
         settings.update(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2, steps_per_print=2)
         settings["interlocking"]["aux_head"] = {"readout": "shared", "blocks": 1, "refresh_interval": 2}
         settings["tensorboard"]["output_path"] = str(folder / "tensorboard")
+        settings["csv_monitor"] = {"enabled": True}
         (folder / "pairwise.json").write_text(json.dumps(settings))
 
     return shared.folder("config", make) / "pairwise.json"

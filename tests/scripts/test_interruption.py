@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: the batch is finished and saved on all ranks, with an exit code of its own; a second one ends."""
+"""Ctrl-C, SIGTERM, the end of the launcher: the batch is finished and saved on all ranks, with an exit code of its own;
+a second signal ends."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from scripts.training.arguments import parse_arguments, save_interval
 from scripts.training.interruption import EXIT_CODE
 from tests.commands import script
 from tests.forks import ROOT
+from tests.rendezvous import rendezvous
 from tests.scripts.settings import SMALL
 
 MANY = 100_000
@@ -43,9 +45,11 @@ def words(config: Path, data: Path, output: Path, *more: object) -> list[str]:
     return [str(word) for word in all_of_them]
 
 
-def started(command: list[str], output: Path, log: Path) -> subprocess.Popen[bytes]:
-    """A training that has trained some batches."""
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+def started(
+    command: list[str], output: Path, log: Path, more: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """A training that has trained some batches, with more variables of the environment."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | dict(more or {})
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
     history, end = output / "history.jsonl", time.monotonic() + 200
@@ -77,6 +81,43 @@ def test_one_rank_is_told_and_all_stop_after_the_same_batch(config: Path, data: 
     assert manifest is not None and f"exitcode  : {EXIT_CODE}" in said
     rows = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) <= batches
+
+
+def test_the_ranks_end_well_when_deepspeeds_launcher_alone_is_told(config: Path, data: Path, tmp_path: Path) -> None:
+    """As schedulers do, which know one process: it dies of the SIGTERM, and passes nothing on."""
+    output, log = tmp_path / "out", tmp_path / "log"
+    deepspeed = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", "2"]
+    with rendezvous() as meeting:
+        port = ["--master_port", meeting["MASTER_PORT"]]
+        options = words(config, data, output, "--steps", MANY)
+        process = started([*deepspeed, *port, "scripts/train_lm.py", *options], output, log, meeting)
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == -signal.SIGTERM
+        _, alive = psutil.wait_procs(below, timeout=100)
+    assert not alive, log.read_text()
+    tag = (output / "checkpoint" / "latest").read_text()
+    assert checked(output / "checkpoint" / tag) is not None
+    said = log.read_text()
+    assert "the deepspeed launcher has ended: finishes the batch and saves it" in said
+    assert f"interrupted after batch {tag.removeprefix('global_step')} of {MANY}" in said and "Traceback" not in said, (
+        said
+    )
+
+
+def test_a_launcher_that_is_killed_is_noticed(tmp_path: Path) -> None:
+    """``deepspeed.launcher.launch``, which starts the ranks; here one that would sleep on."""
+    rank = (
+        "import sys, time; from scripts.training.launcher import launchers, when_one_ends; "
+        "when_one_ends(launchers(), lambda why: (print(why, flush=True), __import__('os')._exit(3))); "
+        "print('watches', len(launchers()), flush=True); time.sleep(600)"
+    )
+    launch = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    command = [sys.executable, "-c", launch, "deepspeed.launcher.launch"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "watches 1\n"
+    process.kill()
+    assert process.stdout.read() == "the deepspeed launcher has ended\n"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from argparse import Namespace
@@ -45,6 +46,21 @@ def test_a_finished_run_that_is_started_again_ends_well(used: Path, config: Path
     done = ranks(4, "train_lm.py", "--stages", 2, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("has 8 batches of 8: all are trained, more with a larger --steps") == 1
+
+
+def test_the_last_checkpoint_that_can_be_trained_on_stays(config: Path, data: Path, tmp_path: Path) -> None:
+    """The rate is 0 in two batches and far too high in the third, whose weights would be saved and rotate them out."""
+    settings = json.loads(config.read_text())
+    warmup = {"warmup_min_lr": 0, "warmup_max_lr": 1e38, "warmup_num_steps": 2, "warmup_type": "linear"}
+    settings["scheduler"] = {"type": "WarmupLR", "params": warmup}
+    settings["optimizer"] = {"type": "SGD", "params": {"lr": 0, "weight_decay": 1e3}}  # 1e41 of a weight: infinite
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    where = ("--deepspeed_config", tmp_path / "config.json", "--data", data, "--output", tmp_path / "run")
+    done = ranks(2, "train_lm.py", *where, "--steps", 4, "--save-interval", 1, "--keep", 1, *SMALL)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "is not finite, so no checkpoint is written; go on from the last one" in done.stderr
+    kept = [path.name for path in (tmp_path / "run" / "checkpoint").iterdir() if not path.name.endswith(".partial")]
+    assert sorted(kept) == ["global_step2", "latest"]
 
 
 def test_a_folder_belongs_to_one_training(tmp_path: Path) -> None:

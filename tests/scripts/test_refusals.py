@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 from ibp_deepspeed import InterlockingError
 from scripts.training.arguments import parse_arguments
 from scripts.training.plan import make_plan
-from tests.commands import assert_one_sentence, deepspeed, real
+from scripts.training.sources import say_sources
+from tests.commands import assert_one_sentence, deepspeed, real, script
 from tests.forks import ROOT
 from tests.scripts.settings import SMALL, changed
 
@@ -38,6 +40,11 @@ def truncated(data: Path, tmp_path: Path, keep: int | None) -> Path:
     else:
         os.truncate(copy / "train.bin", keep)
     return copy
+
+
+def optimizer(**params: Any) -> dict[str, Any]:
+    """DeepSpeed's block of AdamW with these parameters."""
+    return {"optimizer": {"type": "AdamW", "params": params}}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,31 @@ def truncated(data: Path, tmp_path: Path, keep: int | None) -> Path:
         ),
         ({"settings": {"fp16": {"enabled": True}}}, "fp16 is not supported"),
         ({"settings": {"zero_optimization": {"stage": 3}}}, "ZeRO stage 3 does not work with pipelines"),
+        ({"--stages": "0"}, "--stages is 0: give at least 1, or leave it out"),
+        ({"--stages": "-2"}, "--stages is -2: give at least 1"),
+        ({"--steps": "-3"}, "--steps is -3: give a larger one"),
+        ({"--eval-interval": "-1"}, "--eval-interval is -1: give 0 or more"),
+        ({"--keep": "0", "--save-interval": "0"}, "--keep is 0: keep at least 1 checkpoint"),
+        ({"settings": {"optimizer": {"type": "AdmW"}}}, '"optimizer.type" is \'AdmW\' (did you mean "AdamW"?)'),
+        (
+            {"settings": {"optimizer": {"params": {"lr": 1e-3}}}},
+            '"optimizer" names no type, so nothing',
+        ),
+        ({"settings": {"optimizer": None}}, '"optimizer" names no type'),
+        ({"settings": optimizer(torch_adam=True, beta=[0.9, 0.95])}, "unexpected keyword argument 'beta'"),
+        ({"settings": optimizer(beta=[0.9, 0.95])}, "unexpected keyword argument 'beta'"),
+        ({"settings": optimizer(torch_adam=True, betas=[0.9, 1.5])}, "Invalid beta parameter at index 1: 1.5"),
+        ({"settings": optimizer(lr="2e-3")}, "\"optimizer.params.lr\" is '2e-3': give a number"),
+        ({"settings": {"train_batch_size": 7}}, '"train_batch_size" 7, "train_micro_batch_size_per_gpu" 2'),
+        ({"settings": {"gradient_accumulation_steps": 0}}, '"gradient_accumulation_steps" is 0: give a number from 1'),
+        (
+            {"settings": {"wandb": {"enabled": True}}},
+            '"wandb" is enabled and wandb is not installed: pip',
+        ),
+        ({"settings": {"comet": {"enabled": True}}}, '"comet" is enabled and comet_ml is not installed'),
+        ({"settings": {"tensorboard": {"enabled": "maybe"}}}, 'DeepSpeed refuses "tensorboard.enabled" of its conf'),
+        ({"settings": {"gradient_clipping": "much"}}, "\"gradient_clipping\" is 'much': give a number"),
+        ({"settings": {"zero_optimization": {"stage": "auto"}}}, '"zero_optimization.stage" is "auto", which nothing'),
         ({"--stages": "3"}, "4 processes can't be divided into pipelines of 3 stages"),
         ({"--partition": "1,1,1"}, "[1, 1, 1]"),
         ({"--model": "nowhere.json"}, "no model config in 'nowhere.json'"),
@@ -121,6 +153,56 @@ def test_a_learning_rate_that_ends_too_early_is_named(
     assert "learning rate ends at batch 400, --steps is 401" in capsys.readouterr().err
 
 
+def test_a_key_that_does_nothing_is_named(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"settings": {"gradient_cliping": 1.0}, "--partition": "9"}
+    refusal(wrong(tmp_path, data, config, **words), monkeypatch)
+    assert 'nobody reads "gradient_cliping" (did you mean "gradient_clipping"?)' in capsys.readouterr().err
+
+
+def test_who_said_what_comes_first(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a configuration without the block, and of one process that a launcher started alone."""
+    bare = {"train_micro_batch_size_per_gpu": "auto", "optimizer": {"type": "SGD", "params": {"lr": "auto"}}}
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    words = ["--deepspeed_config", tmp_path / "bare.json", "--data", data, "--learning-rate", "0.5", *SMALL[:4]]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.chdir(ROOT)
+    args = parse_arguments(None, [str(word) for word in words])
+    say_sources(make_plan(args), args)
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f'strategy: pairwise, mode furthest (defaults: {tmp_path / "bare.json"} has no "interlocking" block)',
+        "stages: 1 (a process each); replicas: 1 (1 processes)",
+        "batch: 8 samples: 1 micro-batches (default) of 8 samples (default of --micro-batch-size) in each replica",
+        "learning rate: 0.5 (--learning-rate)",
+        f"vocabulary: 512 tokens ({data}, in the place of the 4,096 of {SMALL[1]})",
+    ]
+    assert "one process was started, which is one stage" in said.err and "--num_accelerators K" in said.err
+    args = parse_arguments(None, [str(word) for word in wrong(tmp_path, data, config)])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    say_sources(make_plan(args), args)
+    said = capsys.readouterr()
+    assert f"strategy: pairwise, mode window ({tmp_path / 'config.json'})\nstages: 4 (a process each);" in said.out
+    assert f"2 samples ({tmp_path / 'config.json'})" in said.out and not said.err
+
+
+def test_rows_that_leave_nothing_to_evaluate_name_the_option(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    """Ten rows, one of which is held out; their responses are too far behind."""
+    rows = [{"prompt": "why " * 90 + str(i), "response": "because"} for i in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--input", tmp_path / "rows.jsonl", "--tokenizer", data / "tokenizer", "--out", tmp_path / "rows"]
+    done = script("prepare_data.py", "--dialogues", *words)
+    assert done.returncode == 0 and "held-out: 1 rows" in done.stdout, done.stdout + done.stderr
+    said = refusal(wrong(tmp_path, tmp_path / "rows", config), monkeypatch)
+    assert "heldout.bin has 0 rows with a response" in said and "prepare_data.py --held-out-fraction" in said
+
+
 def test_a_slow_mode_is_named(
     data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +210,38 @@ def test_a_slow_mode_is_named(
         slow = str(changed(config, tmp_path / "slow.json", mode=mode, exits=exits, aux_head={}))
         refusal(wrong(tmp_path, data, config, **{"--deepspeed_config": slow, "--partition": "9"}), monkeypatch)
         assert ('mode "furthest" at width 2 with linear heads' in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("generate.py", "--tokens", "-1"), "--tokens is -1: give at least 1"),
+        (("generate.py", "--temperature", "-1"), "--temperature is -1: give 0"),
+        (("generate.py", "--device", "cuda"), "--device cuda can't be used here"),
+        (("generate.py", "--prompt", ""), "--prompt '' has no tokens to continue: give some text"),
+        (("evaluate_lm.py", "--device", "gpu"), "--device gpu can't be used here"),
+        (("evaluate_lm.py", "--json", "nowhere/exits.json"), "there is no folder nowhere to write exits.json to"),
+        (("evaluate_lm.py", "--json", "docs"), "docs is a folder: give a file"),
+        (("convert_hf.py", "export", "--out", "x", "--shard-size", "banana"), "--shard-size banana: write a number"),
+    ],
+)
+def test_other_scripts_refuse_in_one_sentence(words: tuple[str, ...], sentence: str, trained: Path) -> None:
+    assert_one_sentence(script(*words, "--checkpoint", trained / "checkpoint"), sentence)
+
+
+def test_a_taken_port_is_named(data: Path, config: Path, tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        job = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
+        }
+        done = real(sys.executable, "scripts/train_lm.py", *wrong(tmp_path, data, config), environment=job)
+    assert_one_sentence(done, f"port {port}, where the processes are to meet, is taken")
+    assert "--master_port" in done.stderr
 
 
 def test_an_error_is_printed_once_and_ends_the_process(data: Path, config: Path, tmp_path: Path) -> None:

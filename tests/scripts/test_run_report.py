@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from ibp_deepspeed import measures
 from scripts.reporting.history import History
 from scripts.reporting.prediction import compare
 from scripts.reporting.record import RunRecord
+from scripts.training import display
 from scripts.training.display import Lines, Terminal, stage_table
 from scripts.training.monitors import monitors_under
 from tests.commands import assert_one_sentence, script
@@ -191,11 +193,24 @@ def test_many_stages_are_shown_from_both_ends() -> None:
 
 
 def test_without_a_terminal_a_report_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = Lines(40)
+    lines = Lines(40, 8)
     lines.advance("nothing")
     lines.report(9, STAGES, "losses of the exits 5.250 5.500 (batch 9)")
     words = "batch 9/40: losses of the exits 5.250 5.500 (batch 9); grad norm 0.5 0.25; waiting 12% 50%\n"
     assert capsys.readouterr().out == words
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of batches that take 25 seconds, reports of which are far away."""
+    now = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    lines = Lines(40, 8)
+    for text in ("", "", "", "losses", "losses", "losses"):
+        lines.advance(text)
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["batch 11/40 is trained", "batch 14/40: losses"]
 
 
 def test_monitors_write_under_the_run_unless_the_configuration_names_a_path(tmp_path: Path) -> None:

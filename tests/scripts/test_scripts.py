@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,24 @@ def test_training_leaves_history_scalars_and_a_checkpoint(trained: Path, config:
     for name, value in reported[8][1].items():
         last = events.Scalars(f"Train/stage 1/{name}")[-1]
         assert last.step == 8 and last.value == pytest.approx(value, rel=1e-5), "the same in both, by the batch"
+    for k, stage in enumerate(reported[8]):
+        for name, value in stage.items():
+            rows_of_csv = table(trained, f"Train/stage {k}/{name}")
+            assert rows_of_csv[0] == ["step", name.rpartition("/")[2]]
+            assert rows_of_csv[-1][0] == "8" and float(rows_of_csv[-1][1]) == pytest.approx(value, rel=1e-5)
+    assert [row[0] for row in table(trained, "Train/stage 0/loss")] == ["step", "2", "4", "6", "8"]
+    times = [row["time"] for row in rows]
+    assert times == sorted(times) and time.time() - 86400 < times[0] <= times[-1] <= time.time()
+    left = {row["step"]: row["seconds_left"] for row in rows if "stages" in row}
+    assert left[2] > 0 == left[8]
     assert (trained / "checkpoint" / "latest").read_text() == "global_step8"
+
+
+def table(run: Path, name: str) -> list[list[str]]:
+    """Rows of what DeepSpeed's CSV monitor wrote of one scalar."""
+    path = run / "csv" / f"{name.replace('/', '_').replace(' ', '_')}.csv"
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
 
 
 def test_evaluate_plot_export_generate(trained: Path) -> None:
@@ -108,10 +127,12 @@ def test_torchrun_and_one_process_train_the_same(data: Path, config: Path, tmp_p
 def test_a_resumed_run_is_the_same_bit_for_bit(data: Path, config: Path, tmp_path: Path) -> None:
     """Dropout, a shared readout on its way, streaming: three batches and three more are six."""
     gpt = ["--model", "models/configs/gpt2-tiny.json", "--sequence-length", "32"]
+    own = tmp_path / "own.json"  # monitors write under --output
+    own.write_text(json.dumps({**json.loads(config.read_text()), "tensorboard": {"enabled": True}}))
     gpt += ["--set", "n_layer=2", "resid_pdrop=0.1", "embd_pdrop=0.1", "--save-interval", "3", "--eval-interval", "4"]
 
     def train(out: Path, *more: str) -> Done:
-        where = ("--deepspeed_config", config, "--data", data, "--output", out)
+        where = ("--deepspeed_config", own, "--data", data, "--output", out)
         return ranks(2, "train_lm.py", *where, *gpt, *more)
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -119,7 +140,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(data: Path, config: Path, tmp_pat
     assert done.returncode == 0 and "no checkpoint yet: starts from scratch" in done.stdout, done.stderr
     shutil.copytree(whole / "checkpoint" / "global_step3", stopped / "checkpoint" / "global_step3")
     (stopped / "checkpoint" / "latest").write_text("global_step3")
-    shutil.copy(whole / "history.jsonl", stopped)
+    for name in ("history.jsonl", "csv", "tensorboard"):  # with all six batches: three are written again
+        copy = shutil.copy if name.endswith("jsonl") else shutil.copytree
+        copy(whole / name, stopped / name)
     done = train(stopped, "--steps", "6", "--resume", "--keep", "1")
     assert done.returncode == 0 and "resumes from global_step3" in done.stdout, done.stderr
     assert sorted(p.name for p in (stopped / "checkpoint").iterdir()) == ["global_step6", "latest"]
@@ -134,6 +157,11 @@ def test_a_resumed_run_is_the_same_bit_for_bit(data: Path, config: Path, tmp_pat
         steps = [row["step"] for row in rows if kind in row]
         assert steps == sorted(set(steps)) and steps[-1] <= 6
     assert [row["step"] for row in rows if "stages" in row] == [2, 4, 6]
+    assert [row[0] for row in table(stopped, "Train/stage 1/loss")] == ["step", "2", "4", "6"]
+    events = EventAccumulator(str(stopped / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("Train/stage 1/loss")] == [2, 4, 6]
+    assert len(list((stopped / "tensorboard").iterdir())) == 3, "of the second run its start, and the rest"
 
 
 def assert_same(one: Any, other: Any, where: str) -> None:

@@ -147,6 +147,20 @@ def test_wrong_settings_are_refused() -> None:
         make().train_batch(iter([]))
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """So that the checkpoint before is the newest."""
+    parts = make_reference(2, {"strategy": "local"})
+    config = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    run = VirtualPipeline(cast(list[nn.Sequential], parts.stages), list(parts.aux_heads.values()), loss_fn, config)
+    run.save_checkpoint(tmp_path)
+    run.train_batch(iter(micro_batches(0, 1)))
+    with torch.no_grad():
+        next(parts.stages[1].parameters()).view(-1)[0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"after batch 1 weight \d+\.\S+ of the model is not finite, so"):
+        run.save_checkpoint(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step0", "latest"]
+
+
 def test_many_stages_train_on_one_device(tmp_path: Path) -> None:
     parts = make_reference(32, {"strategy": "local"})
     config = {
