@@ -50,7 +50,13 @@ def record(arguments: dict[str, Any]) -> None:
 def main() -> None:
     """Run the strategies, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/schedule.png"), metavar="FILE", help="PNG to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("docs/schedule.png"),
+        metavar="FILE",
+        help="PNG to write (default: docs/schedule.png)",
+    )
     args = parser.parse_args()
     recordings = []
     with tempfile.TemporaryDirectory() as folder:

@@ -73,7 +73,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu hides all GPUs (default: %(default)s)")
     add("--small", action="store_true", help="tiny shapes")
     add("--parts", nargs="+", metavar="PART", help="these only, by name or its beginning (default: all)")
-    add("--again", nargs="+", default=[], metavar="PART", help="run these although their records are there")
+    add(
+        "--again",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="run these although their records are there (default: none)",
+    )
     add("--out", type=Path, metavar="FOLDER", help="of the records (default: benchmarks/results/gpu/<card>)")
     return parser.parse_args()
 

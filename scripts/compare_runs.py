@@ -1,7 +1,7 @@
 """What runs reached, beside the time that their schedules need on a device for each stage.
 
     python scripts/compare_runs.py runs/pairwise runs/global
-    python scripts/compare_runs.py --equal-time runs/pairwise runs/global    # only a number: see --help
+    python scripts/compare_runs.py --equal-time runs/pairwise runs/global    # only the number of batches
 
 The time is simulated from the schedule and the operations of each stage, LM head or auxiliary head included, without
 communication; the forward pass of a stage's decoder layers takes one unit on average. Runs are compared with the first.

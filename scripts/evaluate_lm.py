@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder written by train_lm.py")
     add("--data", type=Path, metavar="DIR", help="prepared data (default: the data it was trained on)")
-    add("--split", choices=["heldout", "train"], default="heldout", help="default: %(default)s")
+    add("--split", choices=["heldout", "train"], default="heldout", help="text to measure on (default: %(default)s)")
     add("--batch-size", type=int, default=8, metavar="B", help="samples at once (default: %(default)s)")
     add(
         "--max-batches",
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         help="that many batches, spread over the split (default: all)",
     )
     add("--device", default="cpu", help="torch device (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="also write the table to this file")
+    add("--json", type=Path, metavar="FILE", help="also write the table to this file (default: none)")
     return parser.parse_args()
 
 

@@ -29,8 +29,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompt", default="import ", help='text to continue (default: "import ")')
     add("--chat", action="store_true", help="the prompt is a user's message, put into the tokenizer's chat template")
     add("--tokens", type=int, default=80, metavar="N", help="most new tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="of the draws, 0: always the likeliest token (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     add("--device", default="cpu", help="torch device (default: %(default)s)")
     args = parser.parse_args()
     if args.exit is not None and args.checkpoint is None:

@@ -22,7 +22,7 @@ def main(phase: cli.SameOnAllRanks) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="output folder of train_lm.py")
     parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write (default: DIR/losses.png)")
-    parser.add_argument("--unigram-entropy", type=float, metavar="X", help="draw this loss as a line")
+    parser.add_argument("--unigram-entropy", type=float, metavar="X", help="draw this loss as a line (default: none)")
     args = parser.parse_args()
     try:
         rows = [json.loads(line) for line in (args.run / "history.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -34,8 +34,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("trace", type=Path, metavar="RUN", help="output folder of train_lm.py --trace, or a trace")
     parser.add_argument("--replica", type=int, default=0, metavar="R", help="which pipeline (default: %(default)s)")
     parser.add_argument("--waits", type=int, default=8, metavar="N", help="list the longest N (default: %(default)s)")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw stages × time: PNG, SVG or PDF")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, in seconds")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw stages × time: PNG, SVG or PDF (default: none)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, in seconds (default: nowhere)")
     return parser.parse_args()
 
 

@@ -20,9 +20,9 @@ from ibp_deepspeed.errors import first_line
 def main() -> int:
     """Run, write the record, say with the exit code whether it failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", metavar="PART")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("part", metavar="PART", help="its name, as gpu_acceptance.py prints it")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="record to write")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, also on CPU")
     args = parser.parse_args()
     record = run(args.part, all_parts(args.small)[args.part], args.small)
     records.write(args.out, record)

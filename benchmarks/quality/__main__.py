@@ -33,7 +33,7 @@ CHECKED = Path("runs/learning-check")
 def main() -> None:
     """Train what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=sorted(PLANS))
+    parser.add_argument("study", metavar="STUDY", choices=sorted(PLANS), help=f"one of {', '.join(sorted(PLANS))}")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument(
         "--results",

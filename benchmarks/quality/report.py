@@ -169,10 +169,10 @@ def stuck_table(records: Iterable[Record]) -> list[list[str]]:
 def main() -> None:
     """Print the tables of all records, put them into docs/learning.md and the planner, and draw the figures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
     parser.add_argument(
-        "--docs", type=Path, default=DOCS, help="folder of learning.md and figures (default: %(default)s)"
+        "--results", type=Path, default=RESULTS, help="of the records (default: benchmarks/quality/results)"
     )
+    parser.add_argument("--docs", type=Path, default=DOCS, help="of learning.md and figures (default: docs)")
     args = parser.parse_args()
     of = {path.stem: load(path) for path in sorted(args.results.glob("*.jsonl"))}
     for title, table in tables(of):

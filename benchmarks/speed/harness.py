@@ -77,7 +77,7 @@ def interleaved(measurements: Sequence[Callable[[], Any]], repeats: int) -> list
 
 def add_timing_arguments(parser: argparse.ArgumentParser, *, unit: float, measured: int) -> None:
     """The options of all cases whose stages sleep."""
-    parser.add_argument("--unit", type=float, default=unit, help="seconds")
+    parser.add_argument("--unit", type=float, default=unit, help="seconds of a unit of work")
     parser.add_argument("--measured", type=int, default=measured, help="micro-batches a repeat, at least two batches")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved; medians count")
 

@@ -25,10 +25,20 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     text = "finds stages, micro-batches, strategy, partition, recomputation and heads for the same batch"
     add = parser.add_argument_group("instead of a given pipeline", text).add_argument
     add("--search", action="store_true", help="find the fastest pipeline that fits; --head fixes the kind of heads")
-    add("--devices-total", type=int, metavar="D", help="stages times pipelines side by side")
+    add(
+        "--devices-total",
+        type=int,
+        metavar="D",
+        help="stages times pipelines side by side (default: none, needed with --search)",
+    )
     add("--devices-a-host", type=int, metavar="N", help="pipelines are inside a host or fill hosts (default: one host)")
-    add("--batch-samples", type=int, metavar="N", help="samples of a batch, over all pipelines")
-    add("--batch-tokens", type=int, metavar="N", help="the same in tokens")
+    add(
+        "--batch-samples",
+        type=int,
+        metavar="N",
+        help="samples of a batch, over all pipelines (default: none, needed with --search)",
+    )
+    add("--batch-tokens", type=int, metavar="N", help="the same in tokens (default: none)")
 
 
 def find(args: argparse.Namespace) -> None:

@@ -19,7 +19,13 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, micro-batch, dtype, head."""
     add = parser.add_argument_group("what is trained").add_argument
     add("--model", required=True, metavar="CONFIG", help="Hugging Face config: JSON file, folder or hub name")
-    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the model's config")
+    add(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override values of the model's config (default: none)",
+    )
     add("--sequence-length", type=int, default=2048, metavar="S", help="tokens of a sample (default: %(default)s)")
     add("--micro-batch-size", type=int, default=1, metavar="B", help="samples of a micro-batch (default: %(default)s)")
     add("--fp32", action="store_true", help="compute in fp32 (default: bf16 with fp32 copies)")

@@ -28,7 +28,7 @@ def parse_arguments(description: str | None, words: list[str] | None = None) -> 
         const="",
         metavar="FIRST:LAST",
         help="record what every stage does in these batches, and write OUTPUT/trace.json for Perfetto and "
-        "scripts/trace_report.py (default without a value: three batches after the first ten)",
+        "scripts/trace_report.py (without a value: three batches after the first ten; default: none)",
     )
     parser.add_argument("--verbose", action="store_true", help="show the log of DeepSpeed and Hugging Face")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -54,7 +54,13 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="with --init-from, heads begin as the model's "
         "own final norm and LM head, or at random (default: %(default)s)",
     )
-    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the model's config")
+    add(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override values of the model's config (default: none)",
+    )
     add("--stages", type=int, metavar="K", help="pipeline stages (default: the number of processes)")
     add("--one-process", action="store_true", help="all stages in this process, on one device; needs --stages")
     add(
@@ -84,7 +90,13 @@ def _add_hyperparameters(parser: argparse.ArgumentParser) -> None:
 
 def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
-    add("--eval-interval", type=int, default=100, metavar="N", help="batches between evaluations, 0: only at the end")
+    add(
+        "--eval-interval",
+        type=int,
+        default=100,
+        metavar="N",
+        help="batches between evaluations, 0: only at the end (default: %(default)s)",
+    )
     add(
         "--eval-micro-batches",
         type=int,
@@ -93,7 +105,11 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
         f"(default: {EVAL_MICRO_BATCHES}, and the whole split at the end)",
     )
     add(
-        "--output", type=Path, default=Path("runs/last"), metavar="DIR", help="checkpoint, history (default: runs/last)"
+        "--output",
+        type=Path,
+        default=Path("runs/last"),
+        metavar="DIR",
+        help="for checkpoints, history and report (default: runs/last)",
     )
     add(
         "--save-interval",
@@ -106,7 +122,7 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=60.0,
         metavar="X",
-        help="after Ctrl-C or SIGTERM, to finish the batch and save it, exit code 75 (default: %(default)s)",
+        help="seconds after Ctrl-C or SIGTERM to finish the batch and save it, exit code 75 (default: %(default)s)",
     )
     add("--keep", type=int, default=2, metavar="N", help="newest checkpoints that are kept (default: %(default)s)")
     used = parser.add_mutually_exclusive_group()
@@ -115,7 +131,8 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="auto",
         metavar="TAG",
-        help="resume from a checkpoint in --output: the newest if there is one (no TAG, or auto), or that of this name",
+        help="resume from a checkpoint in --output: the newest if there is one (no TAG, or auto), or that of this name "
+        "(default: begin anew)",
     )
     used.add_argument("--overwrite", action="store_true", help="remove the run that --output has")
     add(

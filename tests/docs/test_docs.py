@@ -55,3 +55,39 @@ def test_files_that_the_readme_names_exist_and_options_too() -> None:
     for option in re.findall(r"train_lm\.py(.*?)(?:\n[a-z]|\Z)", commands, flags=re.DOTALL)[0].split():
         if option.startswith("--"):
             assert f'"{option}"' in train, option
+
+
+@pytest.mark.parametrize(
+    ("term", "definition"),
+    [
+        (r"exits?\b", "is an *exit*: it has an auxiliary head with a loss"),
+        (r"width\b", "N is the *width*"),
+        (r"window\b", "In mode `window`, the presets', a stage's gradient is the mean"),
+        (r"M\b", "A batch is M *micro-batches*"),
+    ],
+)
+def test_the_readme_defines_a_term_where_it_is_used_first(term: str, definition: str) -> None:
+    text = " ".join(README.split())
+    first = re.search(rf"(?<![\w-]){term}", text)
+    assert first is not None and definition in text
+    start = text.index(definition)
+    assert start <= first.start() < start + len(definition)
+
+
+def test_the_readme_says_how_to_reach_the_environment() -> None:
+    """Before the first command that needs it; the CPU build is the version that requirements.txt asks for."""
+    commands = "\n".join(blocks(README, "bash"))
+    assert commands.index("source .venv/bin/activate") < commands.index("deepspeed --quiet")
+    (version,) = re.findall(r"^torch==([\d.]+)$", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+    assert f".venv/bin/pip install torch=={version} --index-url https://download.pytorch.org/whl/cpu" in commands
+
+
+def test_all_pages_say_the_same_about_gpus() -> None:
+    """Two say it, others lead there: what has run on a GPU is written once."""
+    statement = "Nothing has run on a GPU yet"
+    pages = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+    saying = {name for name, text in pages.items() if statement in text}
+    assert {"README.md", "performance.md"} <= saying
+    assert all("performance.md#on-a-gpu" in pages[name] for name in saying - {"performance.md"})
+    rivals = r"not (?:been )?(?:run|measured|tried) on (?:a |any )?GPU|no machine of ours|have no GPU"
+    assert not {name for name, text in pages.items() if re.search(rivals, text, re.IGNORECASE)}

@@ -77,15 +77,17 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
-    parser.add_argument("--stages", type=int, default=2, help="K")
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8], help="M")
+    parser.add_argument("--stages", type=int, default=2, help="K, pipeline stages")
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8], help="M, micro-batches of a batch"
+    )
     names = ["N=1", "B-W", "B-W fused", "1F1B"]
     parser.add_argument("--contenders", nargs="+", default=names, help="1F1B among them; widths in mode window")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers")
     parser.add_argument("--width", type=int, default=320, help="hidden size")
-    parser.add_argument("--vocabulary", type=int, default=2048, help="tokens")
+    parser.add_argument("--vocabulary", type=int, default=2048, help="V, its tokens")
     parser.add_argument("--batch", type=int, default=2, help="sequences a micro-batch")
-    parser.add_argument("--tokens", type=int, default=128, help="of a sequence")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared text (default: random tokens)")
     parser.add_argument("--measured", type=int, default=8, help="micro-batches a repeat, at least two batches")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved; medians count")

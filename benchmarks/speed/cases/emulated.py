@@ -23,8 +23,10 @@ __all__ = ["COLUMNS", "add_arguments", "draw", "run", "summary"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
-    parser.add_argument("--stages", type=int, nargs="+", default=[4, 8], help="K")
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="M")
+    parser.add_argument("--stages", type=int, nargs="+", default=[4, 8], help="K, pipeline stages")
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="M, micro-batches of a batch"
+    )
     names = ["N=1", "N=2", "G=2", "G=4", "B-W", "sum", *PEERS]
     parser.add_argument("--contenders", nargs="+", default=names, help="1F1B must be among them")
     add_timing_arguments(parser, unit=0.1, measured=8)

@@ -119,13 +119,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
-    parser.add_argument("--stages", type=int, default=4, help="K")
-    parser.add_argument("--micro-batches", type=int, default=8, help="M")
-    parser.add_argument("--contenders", nargs="+", default=["N=1", "N=2", "G=2", "B-W", "B-W fused"], help="ours")
-    parser.add_argument("--layers", type=int, default=8, help="of the decoder")
+    parser.add_argument("--stages", type=int, default=4, help="K, pipeline stages")
+    parser.add_argument("--micro-batches", type=int, default=8, help="M, micro-batches of a batch")
+    parser.add_argument("--contenders", nargs="+", default=["N=1", "N=2", "G=2", "B-W", "B-W fused"], help="of ours")
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers")
     parser.add_argument("--width", type=int, default=64, help="hidden size")
-    parser.add_argument("--tokens", type=int, default=64, help="of a micro-batch")
-    parser.add_argument("--vocabulary", type=int, default=512, help="tokens")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of a micro-batch")
+    parser.add_argument("--vocabulary", type=int, default=512, help="V, its tokens")
 
 
 def run(args: argparse.Namespace) -> list[Row]:

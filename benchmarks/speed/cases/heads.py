@@ -162,8 +162,10 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_000], help="V")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
+    parser.add_argument(
+        "--vocabularies", type=int, nargs="+", default=[32_000, 128_000], help="V, tokens of the vocabulary"
+    )
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a micro-batch")
     parser.add_argument("--width", type=int, default=256, help="hidden size")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved; medians count")
 

@@ -19,9 +19,11 @@ __all__ = ["COLUMNS", "add_arguments", "draw", "run", "summary"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
-    parser.add_argument("--stages", type=int, default=4, help="K")
-    parser.add_argument("--micro-batches", type=int, default=8, help="M")
-    parser.add_argument("--latencies", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0], help="units")
+    parser.add_argument("--stages", type=int, default=4, help="K, pipeline stages")
+    parser.add_argument("--micro-batches", type=int, default=8, help="M, micro-batches of a batch")
+    parser.add_argument(
+        "--latencies", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0], help="of a message, in units"
+    )
     names = ["N=1", "G=2", "N=2", "N=2 slack 1", "N=2 slack 2", "B-W", "1F1B"]
     parser.add_argument("--contenders", nargs="+", default=names, help="1F1B must be among them")
     add_timing_arguments(parser, unit=0.05, measured=8)

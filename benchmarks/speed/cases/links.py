@@ -104,13 +104,21 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
-    parser.add_argument("--stages", type=int, nargs="+", default=[4, 8], help="K")
-    parser.add_argument("--stages-a-host", type=int, nargs="+", default=[1, 4], help="for each K: on fast links")
-    parser.add_argument("--micro-batches", type=int, default=8, help="M")
-    parser.add_argument("--megabits", type=float, nargs="+", default=[1000, 200, 50], help="rates of the links")
-    parser.add_argument("--kib", type=int, default=416, help="of a hidden state")
+    parser.add_argument("--stages", type=int, nargs="+", default=[4, 8], help="K, pipeline stages")
+    parser.add_argument(
+        "--stages-a-host",
+        type=int,
+        nargs="+",
+        default=[1, 4],
+        help="for each K: stages of a host, joined by fast links",
+    )
+    parser.add_argument("--micro-batches", type=int, default=8, help="M, micro-batches of a batch")
+    parser.add_argument(
+        "--megabits", type=float, nargs="+", default=[1000, 200, 50], help="10^6 bits a second of the links"
+    )
+    parser.add_argument("--kib", type=int, default=416, help="KiB of a hidden state")
     names = ["N=1", "N=2", "N=2 slack 1", "N=2 slack 2", "G=4", "B-W", "1F1B"]
-    parser.add_argument("--contenders", nargs="+", default=names, help="slack: hop_slack")
+    parser.add_argument("--contenders", nargs="+", default=names, help="1F1B among them; slack: hop_slack")
     add_timing_arguments(parser, unit=0.05, measured=16)
 
 

@@ -165,9 +165,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
-    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4], help="K")
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 8], help="M")
-    parser.add_argument("--batches", type=int, default=50, help="measured a repeat")
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4], help="K, pipeline stages")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 8], help="M, micro-batches of a batch")
+    parser.add_argument("--batches", type=int, default=50, help="batches that are measured in a repeat")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved; medians count")
 
 

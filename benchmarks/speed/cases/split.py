@@ -164,10 +164,12 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
     parser.add_argument("--width", type=int, default=512, help="hidden size")
-    parser.add_argument("--tokens", type=int, default=256, help="of a micro-batch")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a micro-batch")
     parser.add_argument("--layers", type=int, default=2, help="decoder layers")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of Hugging Face's layers")
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="of all")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of Hugging Face's decoder layers"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="to compute in")
     parser.add_argument("--repeats", type=int, default=15, help="interleaved; medians of ratios within a round count")
 
 

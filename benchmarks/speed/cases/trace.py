@@ -81,9 +81,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's options."""
-    parser.add_argument("--work", nargs="+", choices=_WORKS, default=list(_WORKS), help="of the stages")
-    parser.add_argument("--stages", type=int, default=2, help="K")
-    parser.add_argument("--micro-batches", type=int, default=4, help="M")
+    parser.add_argument("--work", nargs="+", choices=_WORKS, default=list(_WORKS), help="what stages do")
+    parser.add_argument("--stages", type=int, default=2, help="K, pipeline stages")
+    parser.add_argument("--micro-batches", type=int, default=4, help="M, micro-batches of a batch")
     parser.add_argument("--strategy", default="N=2", help="a contender of ours")
     parser.add_argument("--measured", type=int, default=8, help="batches a repeat")
     parser.add_argument("--repeats", type=int, default=15, help="interleaved; medians count")
