@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,11 @@ def test_files_that_the_readme_names_exist_and_options_too() -> None:
     for option in re.findall(r"train_lm\.py(.*?)(?:\n[a-z]|\Z)", commands, flags=re.DOTALL)[0].split():
         if option.startswith("--"):
             assert f'"{option}"' in train, option
+
+
+def test_the_slurm_script_is_printed_whole_and_parses() -> None:
+    script = ROOT / "scripts" / "slurm" / "train.sbatch"
+    page = (ROOT / "docs" / "multi-node.md").read_text(encoding="utf-8")
+    assert script.read_text(encoding="utf-8") in blocks(page, "bash")
+    for block in blocks(page, "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
