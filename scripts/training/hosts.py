@@ -89,7 +89,10 @@ class RollCall:
         sentence = problem or ("" if first["problem"] else difference(alike, output, first, host))
         store.set(str(rank), sentence and f"rank {rank} on {host}: {sentence}")
         verdict = store.get("verdict").decode()
-        store.add("heard", 1)
+        store.delete_key(str(rank))
+        if store.add("heard", 1) == int(os.environ["WORLD_SIZE"]) - 1:
+            for key in ("0", "heard", "verdict"):  # torchrun may start all again with the same store
+                store.delete_key(key)
         return verdict
 
 
@@ -109,7 +112,7 @@ def job_store(patience: timedelta) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=not of_the_agent,
     )
-    return dist.PrefixStore(f"ibp_roll_call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore("ibp_roll_call", store)
 
 
 def unreachable() -> str:
@@ -123,16 +126,21 @@ def unreachable() -> str:
     if get_accelerator().communication_backend_name() != "gloo" or os.environ.get("GLOO_SOCKET_IFNAME"):
         return ""
     name = platform.node()
-    try:
-        address = str(socket.getaddrinfo(name, None)[0][4][0])  # gloo too takes the first that is its own
-        if not ipaddress.ip_address(address).is_loopback:
-            return ""
-    except OSError:
-        address = "not known"
+    if _at_home(os.environ["MASTER_ADDR"]) or not _at_home(name):
+        return ""
     return (
-        f"the address of {name} is {address} to itself, where no other host reaches it: set GLOO_SOCKET_IFNAME to the "
+        f"{name} has its own name at its loopback, where no other host reaches it: set GLOO_SOCKET_IFNAME to the "
         "interface of its network (ip -brief address)."
     )
+
+
+def _at_home(name: str) -> bool:
+    """Whether a name, as gloo resolves it, is only this host's own: at its loopback, or not known."""
+    try:
+        first = socket.getaddrinfo(name, None)[0][4][0]
+    except OSError:
+        return True
+    return ipaddress.ip_address(str(first).partition("%")[0]).is_loopback
 
 
 def first_problem(store: dist.Store) -> str:
@@ -179,7 +187,7 @@ def _sees(output: Path, claimed: str) -> bool:
 
 
 def _wait_until_heard(store: dist.Store) -> None:
-    """Of a verdict that ends the job: the store may end with this process."""
+    """Of a verdict that ends the job, until the last has removed it: the store may end with this process."""
     end = time.monotonic() + _LEAVING
-    while store.add("heard", 0) < int(os.environ["WORLD_SIZE"]) - 1 and time.monotonic() < end:
+    while store.check(["verdict"]) and time.monotonic() < end:
         time.sleep(0.1)

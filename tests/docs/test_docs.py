@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,11 @@ def test_all_pages_say_the_same_about_gpus() -> None:
     assert all("performance.md#on-a-gpu" in pages[name] for name in saying - {"performance.md"})
     rivals = r"not (?:been )?(?:run|measured|tried) on (?:a |any )?GPU|no machine of ours|have no GPU"
     assert not {name for name, text in pages.items() if re.search(rivals, text, re.IGNORECASE)}
+
+
+def test_the_slurm_script_is_printed_whole_and_parses() -> None:
+    script = ROOT / "scripts" / "slurm" / "train.sbatch"
+    page = (ROOT / "docs" / "multi-node.md").read_text(encoding="utf-8")
+    assert script.read_text(encoding="utf-8") in blocks(page, "bash")
+    for block in blocks(page, "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)

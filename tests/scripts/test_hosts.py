@@ -5,11 +5,13 @@ Each host is a process here; tests/scripts/test_several_hosts.py has real ones.
 
 from __future__ import annotations
 
+import platform
+import socket
 from pathlib import Path
 
 import pytest
 
-from scripts.training.hosts import spans_hosts
+from scripts.training.hosts import spans_hosts, unreachable
 from tests.commands import Done, on_hosts
 from tests.scripts.settings import SMALL
 
@@ -59,6 +61,24 @@ def test_options_and_configurations_are_the_same_on_all_hosts(config: Path, data
         "train_lm.py", words(config, data, tmp_path / "a"), words(config, data, tmp_path / "a", "--seed", 1)
     )
     assert_both_say(done, "--seed: 1 here, 0 on ")
+
+
+def test_a_host_that_would_listen_at_its_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /etc/hosts of Debian has it; gloo takes the first address."""
+    addresses = {"host-a": ["127.0.1.1", "10.0.0.1"], "master": ["10.0.0.2"], "localhost": ["127.0.0.1"]}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda name, port: [(0, 0, 0, "", (a, 0)) for a in addresses[name]])
+    monkeypatch.setattr(platform, "node", lambda: "host-a")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "master")
+    assert "set GLOO_SOCKET_IFNAME to the interface" in unreachable()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert not unreachable()
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert not unreachable(), "all of them are on this machine"
+    monkeypatch.setenv("MASTER_ADDR", "master")
+    addresses["host-a"].reverse()
+    assert not unreachable()
 
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # torchrun's, DeepSpeed's launcher's
