@@ -244,3 +244,16 @@ def test_kinds_of_checkpoints_that_deepspeed_reads_by_itself_are_refused(files: 
     with pytest.raises(ConfigError, match=said):
         check_ds_config(files)
     assert issubclass(ConfigError, InterlockingError)
+
+
+def test_an_export_copies_no_link_of_the_tokenizer_beside_a_checkpoint(tmp_path: Path) -> None:
+    """Checkpoints of before have none of their own: the folder that they name has it."""
+    given = shutil.copytree(FOLDER / "checkpoint", tmp_path / "given")
+    (tmp_path / "data").mkdir()
+    (given / "global_step3" / "tokenizer").rename(tmp_path / "data" / "tokenizer")
+    path = given / "global_step3" / "interlocked_model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": str(tmp_path / "data")}))
+    assert Checkpoint(given).tokenizer == tmp_path / "data" / "tokenizer"
+    (tmp_path / "data" / "tokenizer" / "secret.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(CheckpointError, match="'secret.json' is a link that leads out of"):
+        _ = Checkpoint(given).tokenizer
