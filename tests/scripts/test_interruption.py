@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -199,6 +200,19 @@ def test_ranks_do_the_same_after_the_same_batch() -> None:
     assert done[0][1] == done[1][1] == {SAVE}
     stops = [step for step, words in done[0].items() if STOP in words]
     assert stops and stops[0] > 3 and all(done[0][step] == done[1][step] for step in range(1, 7))
+
+
+def test_no_process_ends_before_the_first() -> None:
+    """Which still writes the page of the run, and a launcher would end it with the others."""
+    store = dist.HashStore()
+    other = threading.Thread(target=Agreement(store, 1).leave)
+    other.start()
+    other.join(0.5)
+    assert other.is_alive()
+    Agreement(store, 0).leave()
+    other.join(60)
+    assert not other.is_alive()
+    Agreement(None, 0).leave()
 
 
 def test_a_tenth_of_a_run_is_saved_unless_another_interval_is_given() -> None:
