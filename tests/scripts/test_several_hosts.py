@@ -87,7 +87,7 @@ def test_torchrun_on_two_hosts_and_the_death_of_one(constant: Path, data: Path, 
         done = script("train_lm.py", *words(constant, data, folder, *one, *more)[1:])
         assert done.returncode == 0, done.stdout + done.stderr
     there, here = losses(output), losses(alone)
-    assert max(there) == batches + 2 and max(step for step in there if step <= batches) > 1
+    assert max(there) == batches + 2
     assert all(here[step] == pytest.approx(there[step], rel=1e-5) for step in there)
 
 
