@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -36,15 +37,15 @@ def watch(folder: Path, reached: Callable[[str], None]) -> None:
             tell("open", _absolute(given[0]))
 
     sys.addaudithook(hook)
-    torch.save = _halved(torch.save, tell, own)
-    Path.write_text = _halved(Path.write_text, tell, own)  # type: ignore[method-assign]
+    for owner, name in ((torch, "save"), (Path, "write_text")):
+        mock.patch.object(owner, name, _halved(getattr(owner, name), tell, own)).start()
     flush = os.fsync
 
     def fsync(descriptor: int) -> None:
         tell("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
         flush(descriptor)
 
-    os.fsync = fsync
+    mock.patch.object(os, "fsync", fsync).start()
 
 
 def _absolute(path: Any, descriptor: int | None = -1) -> str:

@@ -14,9 +14,9 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.training import start as starting
 from tests import crash_points
@@ -30,7 +30,7 @@ def main() -> None:
     for fault in faults:
         if all(fault.pop(name, value) == value for name, value in place.items()):
             _install(fault, words)
-    sys.argv = [str(ROOT / "scripts" / "train_lm.py"), *words]
+    sys.argv = [str(Path(starting.__file__).parents[1] / "train_lm.py"), *words]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -48,7 +48,7 @@ def _install(fault: dict[str, Any], words: list[str]) -> None:
         engine.before_instruction = at(act, **fault)
         return engine
 
-    starting.start = faulty
+    mock.patch.object(starting, "start", faulty).start()
 
 
 if __name__ == "__main__":

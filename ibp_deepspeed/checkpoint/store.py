@@ -190,7 +190,7 @@ def load_random_state(folder: Path, rank: int, ranks: int) -> None:
 
 
 def clear(folder: Path, tag: str) -> None:
-    """Remove what interrupted saves left, of that name or of batches: a run that goes on may save at others."""
+    """Remove what interrupted saves left, also of other batches: a run that goes on may save after those."""
     undo_interrupted_replacements(folder)
     for path in [folder / layout.partial(tag), *layout.partials(folder)]:
         remove(path)

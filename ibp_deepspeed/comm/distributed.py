@@ -19,6 +19,7 @@ from deepspeed.git_version_info import installed_ops
 from torch import Tensor
 from torch.utils import cpp_extension
 
+from ibp_deepspeed.comm.attempts import init_method
 from ibp_deepspeed.errors import ConfigError
 
 _COMPILES_MINUTES = 20.0
@@ -44,7 +45,7 @@ def init_distributed() -> None:
         backend = "gloo"
         _tell(f"{processes} processes share {devices} GPUs: gloo carries messages through host memory.")
     try:
-        deepspeed.init_distributed(backend)
+        deepspeed.init_distributed(backend, init_method=init_method())
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -65,7 +66,7 @@ def share_devices(devices: int) -> None:
     if not torch.distributed.is_initialized():
         # not by DeepSpeed, which binds the device for gloo too: every later group of some ranks would then ask gloo to
         # split a communicator, which it can't (torch's _new_process_group_helper, perform_nocolor_split)
-        torch.distributed.init_process_group("gloo", timeout=default_pg_timeout)
+        torch.distributed.init_process_group("gloo", init_method=init_method(), timeout=default_pg_timeout)
 
 
 def _lives_on_device(value: object) -> bool:

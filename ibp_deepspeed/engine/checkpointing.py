@@ -17,6 +17,7 @@ from ibp_deepspeed.checkpoint.manifest import PipelineShape, head_structure
 from ibp_deepspeed.checkpoint.reader import NAMES_KEY, CheckpointReader, names_of
 from ibp_deepspeed.checkpoint.store import CheckpointStore
 from ibp_deepspeed.checkpoint.tensor_file import load
+from ibp_deepspeed.engine.moment import locate
 from ibp_deepspeed.engine.optimizer_step import SteppingEngine
 from ibp_deepspeed.errors import CheckpointError
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
@@ -80,7 +81,11 @@ class EngineCheckpoints:
         require_finite(((place, weights[name]) for name, place in names.items()), self._engine.global_steps)
         state = {**client_state, NAMES_KEY: list(names.values())}
         name = tag or layout.tag_of(self._engine.global_steps)
-        self._store.save(folder, name, self.shape(), lambda made: write(made, state), files=files, latest=latest)
+        try:
+            self._store.save(folder, name, self.shape(), lambda made: write(made, state), files=files, latest=latest)
+        except Exception as error:
+            locate(error, f"stage {self._engine.stage_id}, saving {name}")
+            raise
 
     def load(self, read: Callable[[Path], Loaded], folder: Path, tag: str | None, wanted: Wanted) -> Loaded:
         """See :meth:`CheckpointingEngine.load_checkpoint`; ``read`` is DeepSpeed's part of it."""

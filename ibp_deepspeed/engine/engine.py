@@ -20,7 +20,7 @@ from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.engine.checkpointing import EngineCheckpoints
 from ibp_deepspeed.engine.evaluation import evaluate
 from ibp_deepspeed.engine.execution import ExecutingEngine
-from ibp_deepspeed.engine.moment import locate
+from ibp_deepspeed.engine.moment import locate, place_of
 from ibp_deepspeed.engine.recorder import Recorder
 from ibp_deepspeed.engine.reporting import Reporting
 from ibp_deepspeed.engine.watchdog import Position, Watchdog
@@ -170,7 +170,7 @@ class InterlockedPipelineEngine(ExecutingEngine):
             self.position.at(None)
         except BaseException as error:
             self._failed = True
-            locate(error, self.position, self.stage_id, self.grid.stage_to_global)
+            locate(error, place_of(self.position, self.stage_id, self.grid.stage_to_global))
             raise
         if self.grid.get_data_parallel_rank() == 0:
             self._board.publish(self.global_steps, losses)
@@ -250,7 +250,7 @@ class InterlockedPipelineEngine(ExecutingEngine):
             return losses
         except BaseException as error:
             self._failed = True
-            locate(error, self.position, self.stage_id, self.grid.stage_to_global)
+            locate(error, place_of(self.position, self.stage_id, self.grid.stage_to_global))
             raise
         finally:
             self.data_iterator, self.training_dataloader = training_iterator, training_loader

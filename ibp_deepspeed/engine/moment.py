@@ -40,19 +40,21 @@ class Moment(NamedTuple):
 Hook = Callable[[Moment], None]
 
 
-def locate(error: BaseException, position: Position, stage: int, rank_of: Callable[[int], int]) -> None:
-    """Have an error say where its rank was: a lost peer in its sentence, anything else in a note.
+def place_of(position: Position, stage: int, rank_of: Callable[[int], int]) -> str:
+    """Where a rank is, and whom it waits for, in words.
 
     Args:
-        error: that is being raised; changed.
         position: of the rank.
         stage: of the rank.
         rank_of: the rank of a stage of the same pipeline.
     """
     doing, awaited = in_words(position, stage)
     place = f"stage {stage}, {doing}" if doing else f"stage {stage}"
-    if awaited is not None:
-        place = f"{place}, waiting for stage {awaited} (rank {rank_of(awaited)})"
+    return place if awaited is None else f"{place}, waiting for stage {awaited} (rank {rank_of(awaited)})"
+
+
+def locate(error: BaseException, place: str) -> None:
+    """Have an error that is being raised say where its rank was: a lost peer in its sentence, others in a note."""
     if isinstance(error, PeerLostError):
         error.args = (f"{place}: {error}",)
     else:

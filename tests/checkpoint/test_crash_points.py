@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def try_all(root: Path, same_name: bool, full: bool) -> None:
             continue
         folder = root / str(number)
         shutil.copytree(root / "before", folder)
-        assert forked(lambda folder=folder, number=number: again(folder, killer(number))) == -9, words
+        assert forked(partial(again, folder, killer(number))) == -9, words
         goes_on(pipeline, folder, saved, words)
         shutil.rmtree(folder)
 

@@ -30,7 +30,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         device_name=lambda: "cuda", device_count=lambda: 2, communication_backend_name=lambda: "nccl"
     )
     monkeypatch.setattr(distributed, "get_accelerator", lambda: gpus)
-    monkeypatch.setattr(deepspeed, "init_distributed", asked.append)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda backend, init_method: asked.append(backend))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(COMM, "_needs_cpu_staging", COMM._needs_cpu_staging)
     monkeypatch.setenv("RANK", "0")

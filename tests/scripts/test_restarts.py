@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ GPT = ["--model", "models/configs/gpt2-tiny.json", "--sequence-length", "32"]
 GPT += ["--set", "n_layer=2", "resid_pdrop=0.1", "embd_pdrop=0.1"]
 """With dropout, so that random states count too."""
 STEPS = 6
-FAULTY = ROOT / "tests" / "faulty_training.py"
+FAULTY = str(ROOT / "tests" / "faulty_training.py")
 
 
 def words(config: Path, data: Path, output: Path, *more: object) -> list[object]:
@@ -29,22 +30,24 @@ def words(config: Path, data: Path, output: Path, *more: object) -> list[object]
 
 @pytest.fixture(scope="session")
 def whole(config: Path, data: Path, shared: Shared) -> Path:
-    """Six batches on two stages without a stop; nothing is evaluated."""
+    """Six batches on two stages without a stop, all of them saved; nothing is evaluated."""
 
     def make(folder: Path) -> None:
-        done = ranks(2, "train_lm.py", *words(config, data, folder / "run", "--steps", STEPS))
+        more = ("--steps", STEPS, "--save-interval", 1, "--keep", STEPS)
+        done = ranks(2, "train_lm.py", *words(config, data, folder / "run", *more))
         assert done.returncode == 0, done.stderr
 
     return shared.folder("whole", make) / "run"
 
 
 def assert_the_same(run: Path, whole: Path) -> None:
-    """The last checkpoint to the bit (weights, optimizer, random states, place in the data), each batch's losses once."""
+    """To the bit: weights, optimizer, random states, the place in the data; and each batch's losses once."""
     ends = [out / "checkpoint" / f"global_step{STEPS}" for out in (whole, run)]
     names = sorted(path.name for path in ends[0].glob("*.pt"))
     assert names == sorted(path.name for path in ends[1].glob("*.pt")) and len(names) >= 8
     for name in names:
-        assert_same(*(torch.load(end / name, weights_only=False) for end in ends), name)
+        one, other = (torch.load(end / name, weights_only=False) for end in ends)
+        assert_same(one, other, name)
     assert len({(end / "data_position.json").read_text() for end in ends}) == 1
     for kind in ("train", "stages"):
         rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
@@ -52,23 +55,8 @@ def assert_the_same(run: Path, whole: Path) -> None:
         assert steps == sorted(set(steps)), (kind, steps)
 
 
-def test_torchrun_restarts_from_the_last_checkpoint(config: Path, data: Path, whole: Path, tmp_path: Path) -> None:
-    """Two failures in one run: stage 1 is killed in its fourth batch, then rank 0 while it names a checkpoint."""
-    faults = [
-        {"restart": 0, "rank": 1, "act": "kill", "batch": 4, "instruction": "BackwardPass"},
-        {"restart": 1, "rank": 0, "point": "rename global_step5.partial global_step5"},
-    ]
-    done = torchrun(
-        2, faults, words(config, data, tmp_path / "run", "--steps", STEPS, "--save-interval", 1, "--resume")
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "there is no checkpoint yet: starts from scratch" in done.stdout
-    assert re.findall("resumes from (.*)", done.stdout) == ["global_step3", "global_step4"], done.stdout
-    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(said) == 2, done.stderr
-    assert re.match(r"error: rank 0: stage 0, \w+ of micro-batch \d.*, batch \d.* stage 1", said[0]), said
-    assert said[1].startswith("error: rank 1 lost another process") and "saves global_step5" in said[1], said
-    assert_the_same(tmp_path / "run", whole)
+def errors(done: Done) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error:")]
 
 
 def torchrun(processes: int, faults: list[dict[str, Any]], train: list[object]) -> Done:
@@ -77,18 +65,42 @@ def torchrun(processes: int, faults: list[dict[str, Any]], train: list[object]) 
     return real(sys.executable, "-m", "torch.distributed.run", *options, FAULTY, json.dumps(faults), *train)
 
 
-def test_a_job_killed_at_any_point_goes_on(config: Path, data: Path, whole: Path, tmp_path: Path, full: bool) -> None:
-    """Each start resumes from what the one before has left, is killed later, and the last one ends it."""
-    faults: list[dict[str, Any]] = [
-        {"rank": 1, "point": "half of global_step2.partial/random_states_1.pt"},
-        {"rank": 0, "point": "rename latest.new latest"},
+def test_torchrun_restarts_from_the_last_checkpoint(config: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+    """Two failures in one run: stage 1 is killed in its fourth batch, then rank 0 while it names a checkpoint."""
+    faults = [
+        {"restart": 0, "rank": 1, "act": "kill", "batch": 4, "instruction": "ForwardPass"},
+        {"restart": 1, "rank": 0, "point": "rename global_step5.partial global_step5"},
     ]
+    run, more = tmp_path / "run", ("--steps", STEPS, "--save-interval", 1, "--resume")
+    done = torchrun(2, faults, words(config, data, run, *more))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "there is no checkpoint yet: starts from scratch" in done.stdout
+    assert re.findall("resumes from (.*)", done.stdout) == ["global_step3", "global_step4"], done.stdout
+    said = errors(done)
+    assert len(said) == 2 and re.match(r"error: rank 0: stage 0, \w+ of micro-batch \d.*, batch \d.* stage 1", said[0])
+    assert said[1].startswith("error: rank 1 lost another process"), said
+    assert said[1].endswith("in stage 1, saving global_step5"), said
+    assert_the_same(run, whole)
+
+
+def test_a_job_that_is_killed_while_it_saves_goes_on(
+    config: Path, data: Path, whole: Path, tmp_path: Path, full: bool
+) -> None:
+    """After three batches, at a point of the next checkpoint (tests/checkpoint/test_crash_points.py has all of one
+    process); the same command then ends the training."""
+    faults: list[dict[str, Any]] = [{"rank": 1, "point": "half of global_step4.partial/random_states_1.pt"}]
     if full:
-        kinds = ("LoadMicroBatch", "RecvGrad", "SendActivation", "OptimizerStep")
-        faults += [{"rank": 0, "act": "kill", "batch": 3, "instruction": kind} for kind in kinds]
-        faults += [{"rank": number % 2, "point": number} for number in range(0, 80, 3)]
-    run = tmp_path / "run"
+        faults += [{"rank": 0, "point": number} for number in range(0, 66, 3)]
+        faults += [{"rank": 1, "point": number} for number in range(3)]
     for fault in faults:
-        more = ("--steps", 3 if "act" in fault or "point" in fault else STEPS)
-        done = ranks(2, FAULTY, json.dumps([fault]), *words(config, data, run, *more, "--save-interval", 1, "--resume"))
-        print(fault, done.returncode, done.stderr[-300:])
+        run = tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        for step in (2, 3):
+            shutil.copytree(whole / "checkpoint" / f"global_step{step}", run / "checkpoint" / f"global_step{step}")
+        (run / "checkpoint" / "latest").write_text("global_step3")
+        train = words(config, data, run, "--steps", STEPS, "--save-interval", 1, "--resume")
+        done = ranks(2, FAULTY, json.dumps([fault]), *train)
+        assert done.returncode != 0 and "Traceback" not in done.stderr, (fault, done.stderr)
+        done = ranks(2, "train_lm.py", *train)
+        assert done.returncode == 0 and re.search("resumes from global_step[345]", done.stdout), (fault, done.stderr)
+        assert_the_same(run, whole)
