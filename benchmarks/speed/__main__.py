@@ -42,7 +42,7 @@ def main() -> None:
             name, help=CASES[name], description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         module.add_arguments(case)
-        case.add_argument("--out", type=Path, metavar="FOLDER", help="write CASE.json and CASE.png there")
+        case.add_argument("--out", type=Path, metavar="FOLDER", help="write CASE.json and CASE.png there; without it nothing is written")
     args = parser.parse_args()
     module = modules[args.case]
     rows = module.run(args)

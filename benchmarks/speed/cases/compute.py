@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=int, default=2048, help="V, its tokens")
     parser.add_argument("--batch", type=int, default=2, help="sequences a micro-batch")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared text (default: random tokens)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared text; without it random tokens")
     parser.add_argument("--measured", type=int, default=8, help="micro-batches a repeat, at least two batches")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved; medians count")
 
