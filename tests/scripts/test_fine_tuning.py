@@ -16,6 +16,9 @@ from tests.forks import ROOT
 from tests.models.test_causal_lm import perturbed
 
 SEQUENCE = 32
+PRESET = ROOT / "ds_configs" / "pairwise_cpu.json"
+ALONE = ["--one-process", "--stages", "2", "--sequence-length", str(SEQUENCE), "--micro-batch-size", "8"]
+ALONE += ["--gradient-accumulation-steps", "1", "--eval-interval", "0", "--eval-micro-batches", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +108,44 @@ def test_wrong_starts_are_one_sentence(hub: Path, data: Path, tmp_path: Path) ->
         "n_embd=64",
     )
     assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+@pytest.fixture(scope="module")
+def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers that has learned something of the sources."""
+    out = tmp_path_factory.mktemp("pretrained")
+    words = ("--model", "models/configs/llama-tiny.json", "--set", "num_hidden_layers=2", "--steps", 160)
+    done = script("train_lm.py", *ALONE, "--deepspeed_config", PRESET, "--data", data, "--output", out, *words)
+    assert done.returncode == 0, done.stderr
+    return out / "checkpoint"
+
+
+def loss_on(data: Path, checkpoint: Path) -> float:
+    """Of the whole model, held out."""
+    table = checkpoint.parent / f"{data.name}.json"
+    done = script("evaluate_lm.py", "--checkpoint", checkpoint, "--data", data, "--max-batches", 12, "--json", table)
+    assert done.returncode == 0, done.stderr
+    return float(json.loads(table.read_text())["exits"][-1]["loss"])
+
+
+def test_the_rate_of_fine_tuning_keeps_what_that_of_training_destroys(
+    pretrained: Path, data: Path, tmp_path: Path
+) -> None:
+    """One seed, on other text, the documents; at the rate of random weights the sources are forgotten."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for page in (ROOT / "docs").glob("*.md"):
+        (texts / f"{page.stem}.txt").write_text(page.read_text())
+    words: list[object] = ["--input", texts, "--tokenizer", data / "tokenizer", "--held-out-fraction", "0.2"]
+    assert script("prepare_data.py", *words, "--out", tmp_path / "pages").returncode == 0
+    before = {text: loss_on(text, pretrained) for text in (data, tmp_path / "pages")}
+    after = {}
+    for name, more in (("finetune", ()), ("pairwise", ("--learning-rate", "2e-3"))):
+        where = ("--init-from", pretrained, "--data", tmp_path / "pages", "--output", tmp_path / name, "--steps", 40)
+        preset = ROOT / "ds_configs" / f"{name}_cpu.json"
+        done = script("train_lm.py", *ALONE, "--deepspeed_config", preset, *where, *more)
+        assert done.returncode == 0, done.stderr
+        after[name] = {text: loss_on(text, tmp_path / name / "checkpoint") for text in before}
+    kept, lost = (after[name][data] - before[data] for name in ("finetune", "pairwise"))
+    assert after["finetune"][tmp_path / "pages"] < before[tmp_path / "pages"], (before, after)
+    assert lost > 0.1 and kept < lost / 3, (before, after)
