@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from ibp_deepspeed import cli
 from tests.forks import ROOT
@@ -33,3 +35,32 @@ def test_options_are_given_by_their_whole_names(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         parser.parse_args(["--step", "3"])
     assert "unrecognized arguments: --step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "OSError(errno.ENOSPC, 'No space left on device', 'history')",
+            "can't write history: No space left on device.",
+        ),
+        ("OSError(errno.EDQUOT, 'Disk quota exceeded')", "can't write a file: Disk quota exceeded."),
+    ],
+)
+def test_a_full_device_is_one_sentence_whatever_is_written(error: str, said: str) -> None:
+    code = f"import errno; from ibp_deepspeed import cli\ndef main(phase): raise {error}\ncli.run(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"error: rank 0 {said}\n"
+
+
+def test_one_rank_of_a_job_speaks() -> None:
+    """Whoever asks first; also where the store has ended."""
+    store = HashStore()
+    assert cli.speaks_first(store) and not cli.speaks_first(store)
+
+    class Gone:
+        def add(self, key: str, amount: int) -> int:
+            raise RuntimeError("Broken pipe")
+
+    gone: Any = Gone()
+    assert cli.speaks_first(gone) and cli.speaks_first(gone)
