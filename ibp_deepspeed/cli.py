@@ -25,6 +25,7 @@ _TURN_SECONDS = 2.0  # a launcher notices the end of a process within a second
 _PEER_SECONDS = 4.0
 _STORE_SECONDS = 5.0  # a store whose process is stopped never answers
 _SPEAKERS = "ibp_speakers"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNASKED = (
     "Setting accelerator to CPU",
     "Attempting to get learning rate from scheduler before it has started",
@@ -59,17 +60,22 @@ def run(main: Callable[[SameOnAllRanks], int | None]) -> NoReturn:
     except PeerLostError as error:
         _end_without_peer(f"rank {rank}: {error}")
     except HostsError as error:  # all ranks know; one speaks on each host
-        _end(f"error: {error}", _TURN_SECONDS * min(int(os.environ.get("LOCAL_RANK", rank)), 10))
+        _wait(_TURN_SECONDS * min(int(os.environ.get("LOCAL_RANK", rank)), 10))
+        _leave(f"error: {error}")
     except InterlockingError as error:
         turn = _SKEW_SECONDS * (rank > 0) if phase.holds else _TURN_SECONDS * min(rank, 10)
-        _end(f"error: {error}" if phase.holds and rank == 0 else f"error: rank {rank}: {error}", turn)
+        _end(str(error) if phase.holds and rank == 0 else f"rank {rank}: {error}", turn)
     except KeyboardInterrupt:
-        _end("error: interrupted." if rank == 0 else "")
+        _leave("error: interrupted." if rank == 0 else "")
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            turn = _TURN_SECONDS * min(rank, 10)
+            _end(f"rank {rank} can't write {error.filename or 'a file'}: {error.strerror}.", turn)
         if lost_connection(error):
             where = "".join(f", {note}" for note in getattr(error, "__notes__", []))
             _end_without_peer(f"rank {rank} lost another process: {first_line(error)}{where}")
-        _end(f"error: rank {rank} failed:\n{traceback.format_exc()}")
+        speaks_first()
+        _leave(f"error: rank {rank} failed:\n{traceback.format_exc()}")
     sys.stdout.flush()
     sys.exit(code or 0)
 
@@ -159,24 +165,30 @@ def _default_store() -> dist.Store:
 
 
 def _end_without_peer(message: str) -> NoReturn:
-    """The neighbour was killed without a word, or somebody has said why the job ends; a launcher then ends this
-    process, which may be one that finishes its batch after a signal (scripts/training/interruption.py)."""
+    """The neighbour was killed without a word, or somebody has said why the job ends."""
     if speaks_first():
         _leave(f"error: {message}")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    time.sleep(_PEER_SECONDS)
+    _wait(_PEER_SECONDS)
     _leave(f"ends: {message}")
 
 
-def _end(message: str, after: float = 0.0) -> NoReturn:
-    """Leave at once: exit handlers would wait for neighbours that wait for this rank."""
-    time.sleep(after)
-    speaks_first()
-    _leave(message)
+def _end(message: str, after: float) -> NoReturn:
+    """Say what is wrong, unless another rank has by then."""
+    _wait(after)
+    _leave(f"error: {message}" if speaks_first() else f"ends: {message}")
+
+
+def _wait(seconds: float) -> None:
+    """For other ranks to speak, and the launcher to end this process: it may be one that finishes its batch after a
+    signal (scripts/training/interruption.py)."""
+    if seconds:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(seconds)
 
 
 def _leave(message: str) -> NoReturn:
+    """At once: exit handlers would wait for neighbours that wait for this rank."""
     if message:
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -111,15 +111,16 @@ def check(args: argparse.Namespace) -> Checked | None:
     """Before the processes meet, on every host: what is trained, with ``--output`` claimed; None: nothing is left."""
     from models.errors import AllTrained
 
-    call, first = RollCall(), os.environ["RANK"] == "0"
+    call = RollCall()
     try:
         plan = make_plan(args)
+        first = os.environ["RANK"] == "0"
         batches_to_trace(args, plan.resume)
         said = say_sources(plan, args) if first else []
         lock = claim(args) if first else None
     except AllTrained as nothing_left:  # a job that is started again and again ends well
         call.cannot_train(nothing_left)
-        if first:
+        if os.environ["RANK"] == "0":
             print(f"{nothing_left}.")
         return None
     except Exception as error:

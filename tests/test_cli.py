@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from ibp_deepspeed import cli
 from tests.forks import ROOT
@@ -54,3 +56,32 @@ def test_a_process_outlives_who_reads_it() -> None:
         for pipe in (process.stdout, process.stderr, process.stdin):
             pipe.close()
         assert process.wait(timeout=60) == 0 and file.read() == b"saved"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "OSError(errno.ENOSPC, 'No space left on device', 'history')",
+            "can't write history: No space left on device.",
+        ),
+        ("OSError(errno.EDQUOT, 'Disk quota exceeded')", "can't write a file: Disk quota exceeded."),
+    ],
+)
+def test_a_full_device_is_one_sentence_whatever_is_written(error: str, said: str) -> None:
+    code = f"import errno; from ibp_deepspeed import cli\ndef main(phase): raise {error}\ncli.run(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"error: rank 0 {said}\n"
+
+
+def test_one_rank_of_a_job_speaks() -> None:
+    """Whoever asks first; also where the store has ended."""
+    store = HashStore()
+    assert cli.speaks_first(store) and not cli.speaks_first(store)
+
+    class Gone:
+        def add(self, key: str, amount: int) -> int:
+            raise RuntimeError("Broken pipe")
+
+    gone: Any = Gone()
+    assert cli.speaks_first(gone) and cli.speaks_first(gone)

@@ -19,7 +19,7 @@ from ibp_deepspeed.folders import check_entries, relative_name
 from ibp_deepspeed.json_text import small_text
 from ibp_deepspeed.rng import RandomState
 
-_WRITERS = ("PytorchStreamWriter", "iostream")  # in what torch.save says, which is no OSError
+_WRITERS = ("PytorchStreamWriter", "iostream", "inline_container")  # in what torch.save says, which is no OSError
 
 
 class CheckpointStore:
@@ -248,5 +248,6 @@ def write_errors(path: Path) -> Iterator[None]:
     except RuntimeError as error:
         if not any(writer in str(error) for writer in _WRITERS):
             raise
-        reason = f"{first_line(error)} (is the device full?)"
+        began = error.__context__ or error  # torch fails once more when it closes what it could not write
+        reason = f"{first_line(began)} (is the device full?)"
         raise CheckpointError(f"can't write the checkpoint {path}: {reason}.") from error

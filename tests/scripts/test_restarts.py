@@ -104,3 +104,26 @@ def test_a_job_that_is_killed_while_it_saves_goes_on(
         done = ranks(2, "train_lm.py", *train)
         assert done.returncode == 0 and re.search("resumes from global_step[345]", done.stdout), (fault, done.stderr)
         assert_the_same(run, whole)
+
+
+@pytest.mark.parametrize(("stages", "fewer"), [(4, 2), (2, 2), (2, 1)])
+def test_fewer_processes_go_on_in_another_shape(
+    config: Path, data: Path, tmp_path: Path, full: bool, stages: int, fewer: int
+) -> None:
+    """Four processes, of which one is killed, and then two or one: half of the stages, or one replica in the place of
+    two. Batches have the same samples, so that the place in the data says whether one was lost or repeated."""
+    if (stages, fewer) != (4, 2) and not full:
+        pytest.skip("the other shapes run with --full")
+    fault = {"rank": 3, "act": "kill", "batch": 4, "instruction": "OptimizerStep"}
+    settings = json.loads(config.read_text()) | {"train_batch_size": 8}
+    del settings["gradient_accumulation_steps"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    train = words(tmp_path / "config.json", data, tmp_path / "run", "--save-interval", 1, "--steps", STEPS, "--resume")
+    train = ["n_layer=4" if word == "n_layer=2" else word for word in train]
+    done = ranks(4, FAULTY, json.dumps([fault]), "--stages", stages, *train)
+    assert done.returncode != 0, done.stdout
+    done = ranks(fewer, "train_lm.py", "--stages", fewer, *train)
+    assert done.returncode == 0 and "resumes from global_step3" in done.stdout, done.stderr
+    assert f"{fewer} stages × 1 replicas" in done.stdout
+    last = tmp_path / "run" / "checkpoint" / f"global_step{STEPS}"
+    assert json.loads((last / "data_position.json").read_text()) == {"epoch": 0, "samples": 8 * STEPS}
