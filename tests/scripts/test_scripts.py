@@ -161,7 +161,6 @@ def test_a_resumed_run_is_the_same_bit_for_bit(data: Path, config: Path, tmp_pat
     events = EventAccumulator(str(stopped / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("Train/stage 1/loss")] == [2, 4, 6]
-    assert len(list((stopped / "tensorboard").iterdir())) == 3, "of the second run its start, and the rest"
 
 
 def assert_same(one: Any, other: Any, where: str) -> None:
