@@ -42,7 +42,12 @@ def main() -> None:
             name, help=CASES[name], description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         module.add_arguments(case)
-        case.add_argument("--out", type=Path, metavar="FOLDER", help="write CASE.json and CASE.png there; without it nothing is written")
+        case.add_argument(
+            "--out",
+            type=Path,
+            metavar="FOLDER",
+            help="write CASE.json and CASE.png there; without it nothing is written",
+        )
     args = parser.parse_args()
     module = modules[args.case]
     rows = module.run(args)
