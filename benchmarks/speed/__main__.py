@@ -27,6 +27,7 @@ CASES = {
     "heads": "one head: time and peak memory against full logits",
     "split": "decoder layers: the backward pass at once, and input gradient first",
     "trace": "what recording a trace costs",
+    "soak": "2,000 batches with random pauses: the parameters of one process, and nothing grows",
 }
 
 

@@ -91,7 +91,7 @@ class RollCall:
         verdict = store.get("verdict").decode()
         store.delete_key(str(rank))
         if store.add("heard", 1) == int(os.environ["WORLD_SIZE"]) - 1:
-            for key in ("0", "heard", "verdict"):  # torchrun may start all again with the same store
+            for key in ("0", "heard", "verdict"):
                 store.delete_key(key)
         return verdict
 
@@ -103,6 +103,8 @@ def job_store(patience: timedelta) -> dist.Store:
     """
     import torch.distributed as dist
 
+    from ibp_deepspeed.comm.attempts import agree
+
     of_the_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -112,7 +114,12 @@ def job_store(patience: timedelta) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=not of_the_agent,
     )
-    return dist.PrefixStore("ibp_roll_call", store)
+    ours = dist.PrefixStore("ibp_roll_call", store)
+    if not of_the_agent:
+        return ours
+    # torchrun may have started all again with the same store, which still has what the processes before wrote
+    name = agree(ours, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), patience.total_seconds())
+    return dist.PrefixStore(name, ours)
 
 
 def unreachable() -> str:

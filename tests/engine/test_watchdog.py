@@ -37,6 +37,14 @@ def test_without_a_launcher_all_ranks_end() -> None:
     assert all(code not in (0, None) for code in run.codes), (run.codes, run.output)
 
 
+def test_without_a_limit_rank_0_tells_and_the_job_goes_on() -> None:
+    run = launch("failures", 4, "layer is slow", timeout=90)
+    assert run.codes == [0] * 4, run.output
+    told = [line for line in run.output[0].splitlines() if line.startswith("stands still:")]
+    assert len(told) == 1 and "stage 0 (rank 0 on" in told[0] and ", waiting for a message: stage 1 (rank" in told[0]
+    assert told[0].endswith(" s") and "has been in ForwardPass of micro-batch 1, batch 2 for" in told[0], told
+
+
 def status(rank: int, doing: str, awaits: int | None = None) -> Status:
     return Status(rank, rank % 3, rank // 3, "here", 5, doing, awaits, 7.0)
 

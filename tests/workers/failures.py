@@ -15,6 +15,7 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
 from ibp_deepspeed import InterlockedPipelineModule, cli, initialize
+from ibp_deepspeed.engine import watchdog
 from tests.toys import Head, Layer, layer_specs, loss_fn, make_module, micro_batches
 
 CONFIG: dict[str, Any] = {
@@ -33,6 +34,7 @@ WAITING: dict[str, Any] = {
 }
 
 
+UNWATCHED: dict[str, Any] = {**CONFIG, "interlocking": {"strategy": "pairwise", "watchdog_seconds": 0}}
 WATCHED: dict[str, Any] = {**CONFIG, "interlocking": {"strategy": "pairwise", "watchdog_seconds": 3.0}}
 
 
@@ -110,6 +112,19 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def slow_once() -> Callable[[Tensor], Tensor]:
+    """Three seconds in the fifth forward pass, which count as more than a minute."""
+    watchdog._TELL, watchdog._BEAT = 1.0, 0.2
+    calls = itertools.count()
+
+    def act(hidden: Tensor) -> Tensor:
+        if next(calls) == 4:
+            time.sleep(3)
+        return hidden
+
+    return act
+
+
 def hanging_data(rank: int) -> Iterator[Any]:
     """Data that ends for stage 2 without an end."""
     yield from micro_batches(0, 3)
@@ -147,6 +162,7 @@ def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
         "two configs": lambda: train(make_module(4, {"strategy": "local"}), phase),
         "layer hangs": lambda: train(module_with(LayerSpec(Misbehaving, 3, after(4, for_ever))), phase, config=WATCHED),
         "process stops": lambda: train(module_with(LayerSpec(Misbehaving, 3, after(4, stop))), phase, config=WATCHED),
+        "layer is slow": lambda: train(module_with(LayerSpec(Misbehaving, 3, slow_once())), phase, config=UNWATCHED),
         "loader hangs": lambda: train(make_module(4), phase, hanging_data(rank), WATCHED),
         "last stage dies": lambda: train(make_module(4, follow=True), phase, dying_data(rank), WAITING),
         "infinite loss": lambda: train(
