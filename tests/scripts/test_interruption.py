@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from ibp_deepspeed.checkpoint.store import checked
 from scripts.training.agreement import SAVE, STOP, Agreement
