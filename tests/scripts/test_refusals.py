@@ -89,7 +89,7 @@ def optimizer(**params: Any) -> dict[str, Any]:
         ({"settings": {"train_batch_size": 7}}, '"train_batch_size" 7, "train_micro_batch_size_per_gpu" 2'),
         (
             {"settings": {"gradient_accumulation_steps": 0}},
-            '"gradient_accumulation_steps" is 0: give a whole number from 1',
+            '"gradient_accumulation_steps" is 0: give a whole number',
         ),
         (
             {"settings": {"wandb": {"enabled": True}}},
