@@ -6,6 +6,7 @@ A worker is a module of this folder with ``run_case(case)``, whose result goes t
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +31,7 @@ def run(worker: str, argument: Any, report: Path) -> None:
         cli._SKEW_SECONDS, cli._PEER_SECONDS = _SKEW_SECONDS, _PEER_SECONDS
         cli.run(partial(_meet_and_fail, module.main, argument))
     meet()
+    gc.freeze()  # what is imported stays: looking for circles would look through all of it
     results = []
     for case in argument:
         results.append(module.run_case(case))
@@ -50,8 +52,12 @@ def meet() -> None:
 
 
 def destroy_groups() -> None:
-    """Give back the threads and sockets of a case before the next one."""
+    """Give back the threads and sockets of a case before the next one.
+
+    An engine is in circles of references: groups that it still has would keep theirs until Python looks for circles.
+    """
     dist.barrier()
+    gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
