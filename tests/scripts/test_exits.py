@@ -66,9 +66,15 @@ def test_stages_without_a_loss_are_null_in_the_history_and_nowhere_else(half: Pa
 
 def test_exits_that_there_are_and_are_not(half: Path, tmp_path: Path) -> None:
     where, table = ("--checkpoint", half / "checkpoint"), tmp_path / "exits.json"
-    done = script("evaluate_lm.py", *where, "--max-batches", 2, "--json", table)
+    picture = tmp_path / "early.png"
+    done = script("evaluate_lm.py", *where, "--max-batches", 2, "--json", table, "--figure", picture)
     assert done.returncode == 0, done.stderr
-    assert [row["exit"] for row in json.loads(table.read_text())["exits"]] == [2, 4]
+    found = json.loads(table.read_text())
+    assert [row["exit"] for row in found["exits"]] == [2, 4]
+    assert found["exits"][0]["agreement"] < found["exits"][1]["agreement"] == 1
+    assert found["early_exit"][0]["saved"] == 0.5, "of two exits all leave at the first, behind half of the layers"
+    assert "95% agree" in done.stdout and "layers saved" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG") and f"early exit is drawn in {picture}" in done.stdout
     for name in (("generate.py",), ("convert_hf.py", "export", "--out", tmp_path / "none")):
         assert_one_sentence(script(*name, *where, "--exit", 3), "has no exit 3: its exits are 2, 4 (the last one is")
     assert not (tmp_path / "none").exists()

@@ -222,6 +222,7 @@ def test_a_slow_mode_is_named(
         (("evaluate_lm.py", "--device", "gpu"), "--device gpu can't be used here"),
         (("evaluate_lm.py", "--json", "nowhere/exits.json"), "there is no folder nowhere to write exits.json to"),
         (("evaluate_lm.py", "--json", "docs"), "docs is a folder: give a file"),
+        (("evaluate_lm.py", "--figure", "nowhere/early.png"), "there is no folder nowhere to write early.png to"),
         (("convert_hf.py", "export", "--out", "x", "--shard-size", "banana"), "--shard-size banana: write a number"),
     ],
 )
