@@ -86,6 +86,22 @@ def test_exits_that_there_are_and_are_not(half: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in family.iterdir() if path.is_dir()) == ["exit-2", "exit-4"]
     card = (family / "exit-2" / "README.md").read_text()
     assert "exits 2, 4 have a loss" in card and "| exits | 2, 4 |" in card
+    check_drafts(half / "checkpoint", family)
+
+
+def check_drafts(checkpoint: Path, family: Path) -> None:
+    """By an exit of a checkpoint and by an export: the text of greedy decoding, and a line on what it brought."""
+    plain = script("generate.py", "--checkpoint", checkpoint, "--temperature", 0, "--tokens", 12)
+    by_exit = ("--checkpoint", checkpoint, "--draft-exit", 2)
+    by_export = ("--model", family / "exit-4", "--draft-model", family / "exit-2")
+    for words, name in ((by_exit, "draft by exit 2"), (by_export, str(family / "exit-2"))):
+        done = script("generate.py", *words, "--tokens", 12)
+        assert done.returncode == 0 and done.stdout == plain.stdout, done.stderr
+        counted = rf"{name}: (\d+) of (\d+) drafted tokens accepted \(\d+%\), (\d+) passes of the model for 12 tokens "
+        found = re.search(counted, done.stderr)
+        assert found is not None and "without it: the same tokens" in done.stderr, done.stderr
+        accepted, drafted, passes = map(int, found.groups())
+        assert accepted + passes == 12 and drafted > 0 and accepted <= drafted
 
 
 def test_other_exits_and_the_sum_of_all_when_a_run_goes_on(
