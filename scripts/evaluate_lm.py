@@ -1,6 +1,9 @@
-"""Perplexity of every exit of a trained model on held-out text, in one process.
+"""Perplexity of every exit of a trained model on held-out text, and how far each can be believed, in one process.
 
-python scripts/evaluate_lm.py --checkpoint runs/first/checkpoint
+    python scripts/evaluate_lm.py --checkpoint runs/first/checkpoint
+    python scripts/evaluate_lm.py --checkpoint runs/first/checkpoint --figure runs/first/early_exit.png
+
+docs/exits.md explains the columns.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,7 @@ from ibp_deepspeed import cli
 
 if TYPE_CHECKING:
     from models.exits.evaluation import Evaluation
+    from models.exits.predictions import Predictions
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,15 +42,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--device", default="cpu", help="torch device (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write the table to this file (default: none)")
+    add("--figure", type=Path, metavar="FILE", help="draw what early exit saves and costs, as a PNG (default: none)")
     return parser.parse_args()
 
 
-def evaluate_exits(args: argparse.Namespace) -> tuple[Evaluation, float]:
-    """What the exits reach, and the data's unigram entropy."""
+def evaluate_exits(args: argparse.Namespace) -> tuple[Evaluation, Predictions, float]:
+    """What the exits reach, what they predict, and the data's unigram entropy."""
     from ibp_deepspeed.data import HeldOut, open_tokens
     from models import ModelError
     from models.exits.evaluation import evaluate
     from models.exits.exits import Exits
+    from models.exits.predictions import WatchedExits
 
     exits = Exits(args.checkpoint, args.device)
     data = args.data or exits.description.data
@@ -55,7 +62,9 @@ def evaluate_exits(args: argparse.Namespace) -> tuple[Evaluation, float]:
     tokens.check_vocabulary(exits.model.vocab_size)
     samples = None if args.max_batches is None else args.max_batches * args.batch_size
     held_out = HeldOut(tokens, exits.description.sequence_length, args.batch_size, samples=samples)
-    return evaluate(exits, held_out, show=True), tokens.manifest.unigram_entropy_nats
+    watched = WatchedExits(exits)
+    evaluation = evaluate(watched, held_out, show=True)
+    return evaluation, watched.predictions(), tokens.manifest.unigram_entropy_nats
 
 
 def perplexities(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -71,22 +80,45 @@ def perplexities(evaluation: Evaluation) -> list[dict[str, Any]]:
     return rows
 
 
-def main(phase: cli.SameOnAllRanks) -> None:
-    """Evaluate, print, write."""
-    args = parse_arguments()
-    cli.quiet()
+def check(args: argparse.Namespace) -> None:
+    """What can be told before a checkpoint is read.
+
+    Raises:
+        InterlockingError: a device that is not there, or a file that can't be written.
+    """
     from ibp_deepspeed.atomic_files import check_target
     from models.devices import check_device
 
     check_device(args.device)
-    if args.json is not None:
-        check_target(args.json)
-    evaluation, entropy = evaluate_exits(args)
-    from models.exits.table import text_table
+    for file in (args.json, args.figure):
+        if file is not None:
+            check_target(file)
 
-    print(text_table(evaluation, entropy))
+
+def main(phase: cli.SameOnAllRanks) -> None:
+    """Evaluate, print, write."""
+    args = parse_arguments()
+    cli.quiet()
+    check(args)
+    evaluation, predictions, entropy = evaluate_exits(args)
+    from models.exits.confidence import confidences
+    from models.exits.early_exit import curve, fixed_exits
+    from models.exits.text import early_exit_table, text_table
+
+    believed, fixed = confidences(predictions), fixed_exits(predictions)
+    print(text_table(evaluation, entropy, believed))
+    points = curve(predictions)
+    if points:
+        print("\n" + early_exit_table(points, fixed[-1].perplexity))
+    if args.figure:
+        from scripts.inference.figure import draw
+
+        draw(points, fixed, predictions.exits, args.figure)
+        print(f"early exit is drawn in {args.figure}")
     if args.json:
-        found = {"exits": perplexities(evaluation), "unigram_entropy_nats": entropy, "sample": evaluation.sample}
+        rows = [{**row, **asdict(believed[row["exit"]])} for row in perplexities(evaluation)]
+        found = {"exits": rows, "unigram_entropy_nats": entropy, "sample": evaluation.sample}
+        found["early_exit"] = [asdict(point) for point in points]
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

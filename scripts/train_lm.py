@@ -87,7 +87,7 @@ def main(phase: cli.SameOnAllRanks) -> int:
     interruption.saved()
     summary = summarise(run.speed, plan, args)
     if pipeline.global_rank == 0:
-        from models.exits.table import text_table
+        from models.exits.text import text_table
 
         if evaluation is not None and not run.stopped:
             print(text_table(evaluation, plan.train.manifest.unigram_entropy_nats))

@@ -44,6 +44,11 @@ class LazyLogits:
         rows = self.readout(self.hidden.reshape(-1, self.hidden.shape[-1]))
         return rows.reshape(*self.hidden.shape[:-1], rows.shape[-1])
 
+    def chunks(self) -> Iterator[Tensor]:
+        """The logits of all tokens in their order, rows [t, V] at a time, which take at most 64 MiB in fp32."""
+        rows = self.hidden.reshape(-1, self.hidden.shape[-1])
+        return (self.readout(rows[part]) for part in _chunks(rows.shape[0], _default_chunk(self)))
+
     def detach(self) -> LazyLogits:
         """The same logits, through which no gradient flows."""
         return LazyLogits(self.hidden.detach(), lambda rows: self.readout(rows).detach(), ())

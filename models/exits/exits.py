@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,9 @@ from models.causal_lm import CausalLM
 from models.errors import ModelError
 from models.hf.assemble import assemble, exit_parts
 from models.runs.checkpoint import Checkpoint
+
+Watch = Callable[[dict[int, LazyLogits], Tensor], None]
+"""Takes exit → its logits [B, S, V], and the labels [B, S]."""
 
 
 class Exits:
@@ -70,12 +73,19 @@ class Exits:
             raise ModelError(f"{self.folder} has no exit {exit_}: its exits are {there} (the last one is the model).")
 
     @torch.no_grad()
-    def eval_batch(self, data_iter: Iterator[tuple[Tensor, Tensor, Tensor]], num_micro_batches: int) -> Tensor:
-        """Held-out losses of the K exits as a pipeline's ``eval_batch`` gives them, NaN where there is no head. [K]"""
+    def eval_batch(
+        self, data_iter: Iterator[tuple[Tensor, Tensor, Tensor]], num_micro_batches: int, watch: Watch | None = None
+    ) -> Tensor:
+        """Held-out losses of the K exits as a pipeline's ``eval_batch`` gives them, NaN where there is no head. [K]
+
+        ``watch`` is shown each micro-batch's logits and labels.
+        """
         means = ExitMeans(len(self))
         for input_ids, labels, _ in islice(data_iter, num_micro_batches):
             labels = labels.to(self.device)
             outputs = self._all_outputs(input_ids)
+            if watch is not None:
+                watch(outputs, labels)
             values = {k - 1: self.objectives[k].measure(made, labels) for k, made in outputs.items()}
             means.add(values, {k - 1: self.objectives[k].weight(labels) for k in outputs})
         return means.means()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ibp_deepspeed.data import HeldOut
-from models.exits.evaluation import Evaluation, evaluate
+from models.exits.evaluation import evaluate
 from models.exits.exits import Exits
 
 _TIMED_MICRO_BATCHES = 16
@@ -36,16 +36,6 @@ def _speed(exits: Exits, exit_: int, held_out: HeldOut) -> float:
         seconds += time.perf_counter() - began
         tokens += input_ids.numel()
     return tokens / seconds
-
-
-def text_table(evaluation: Evaluation, unigram_entropy: float) -> str:
-    """An evaluation for the terminal: a row an exit, and what knowing the token frequencies alone would give."""
-    lines = [f"{'exit':>12} {'loss':>8} {'perplexity':>11}   held-out nats per token, on {evaluation.sample}"]
-    for row in evaluation.rows():
-        name = "model" if row["exit"] == len(evaluation.losses) else f"exit {row['exit']}"
-        lines.append(f"{name:>12} {row['loss']:>8.4f} {row['perplexity']:>11.2f}")
-    note = "entropy of the token frequencies: below it something was learned"
-    return "\n".join([*lines, f"{'unigrams':>12} {unigram_entropy:>8.4f} {'':>11}   {note}"])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The commands of docs/huggingface.md and docs/checkpoints.md, run in their order on small models."""
+"""The commands of docs/huggingface.md, docs/exits.md and docs/checkpoints.md, run in their order on small models."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def at_small_size(words: list[str]) -> list[str]:
 def run_page(page: str, folder: Path) -> str:
     """All commands of a page in ``folder``; returns what they print."""
     for name in ("ds_configs", "models"):
-        (folder / name).symlink_to(ROOT / name)
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
     printed = []
     for words in commands(page):
         done = script(*at_small_size(words), folder=folder)
@@ -74,7 +75,9 @@ def hub(tmp_path: Path) -> Path:
     return folder
 
 
-def test_commands_of_the_hugging_face_page(hub: Path, tmp_path: Path) -> None:
+def test_commands_of_the_hugging_face_and_exits_pages(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     printed = run_page("huggingface.md", tmp_path)
     assert "begins with the weights of path/to/model" in printed and "| exit | decoder layers |" in printed
     family = json.loads((tmp_path / "runs/tuned/family/exits.json").read_text())
@@ -86,6 +89,22 @@ def test_commands_of_the_hugging_face_page(hub: Path, tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/tuned" / folder)
         assert model.config.num_hidden_layers == layers
         assert (tmp_path / "runs/tuned" / folder / "README.md").exists()
+    check_exits_page(tmp_path, monkeypatch, capfd)
+
+
+def check_exits_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """It goes on where the other page ends; its code writes what its drafting command prints."""
+    printed = run_page("exits.md", folder)
+    assert "99% agree" in printed and "early exit is drawn in runs/tuned/early_exit.png" in printed
+    rows = json.loads((folder / "runs/tuned/exits.json").read_text())["exits"]
+    assert [row["agreement"] for row in rows][-1] == 1.0 and all(0 <= row["calibration_error"] <= 1 for row in rows)
+    monkeypatch.chdir(folder)
+    text = (ROOT / "docs" / "exits.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    capfd.readouterr()
+    exec(compile(code, "docs/exits.md", "exec"), {})
+    own = capfd.readouterr().out
+    assert own.startswith("def main(") and printed.endswith(own)
 
 
 def test_commands_of_the_checkpoints_page(tmp_path: Path) -> None:

@@ -66,9 +66,15 @@ def test_stages_without_a_loss_are_null_in_the_history_and_nowhere_else(half: Pa
 
 def test_exits_that_there_are_and_are_not(half: Path, tmp_path: Path) -> None:
     where, table = ("--checkpoint", half / "checkpoint"), tmp_path / "exits.json"
-    done = script("evaluate_lm.py", *where, "--max-batches", 2, "--json", table)
+    picture = tmp_path / "early.png"
+    done = script("evaluate_lm.py", *where, "--max-batches", 2, "--json", table, "--figure", picture)
     assert done.returncode == 0, done.stderr
-    assert [row["exit"] for row in json.loads(table.read_text())["exits"]] == [2, 4]
+    found = json.loads(table.read_text())
+    assert [row["exit"] for row in found["exits"]] == [2, 4]
+    assert found["exits"][0]["agreement"] < found["exits"][1]["agreement"] == 1
+    assert found["early_exit"][0]["saved"] == 0.5, "of two exits all leave at the first, behind half of the layers"
+    assert "95% agree" in done.stdout and "layers saved" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG") and f"early exit is drawn in {picture}" in done.stdout
     for name in (("generate.py",), ("convert_hf.py", "export", "--out", tmp_path / "none")):
         assert_one_sentence(script(*name, *where, "--exit", 3), "has no exit 3: its exits are 2, 4 (the last one is")
     assert not (tmp_path / "none").exists()
@@ -80,6 +86,22 @@ def test_exits_that_there_are_and_are_not(half: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in family.iterdir() if path.is_dir()) == ["exit-2", "exit-4"]
     card = (family / "exit-2" / "README.md").read_text()
     assert "exits 2, 4 have a loss" in card and "| exits | 2, 4 |" in card
+    check_drafts(half / "checkpoint", family)
+
+
+def check_drafts(checkpoint: Path, family: Path) -> None:
+    """By an exit of a checkpoint and by an export: the text of greedy decoding, and a line on what it brought."""
+    plain = script("generate.py", "--checkpoint", checkpoint, "--temperature", 0, "--tokens", 12)
+    by_exit = ("--checkpoint", checkpoint, "--draft-exit", 2)
+    by_export = ("--model", family / "exit-4", "--draft-model", family / "exit-2")
+    for words, name in ((by_exit, "draft by exit 2"), (by_export, str(family / "exit-2"))):
+        done = script("generate.py", *words, "--tokens", 12)
+        assert done.returncode == 0 and done.stdout == plain.stdout, done.stderr
+        counted = rf"{name}: (\d+) of (\d+) drafted tokens accepted \(\d+%\), (\d+) passes of the model for 12 tokens "
+        found = re.search(counted, done.stderr)
+        assert found is not None and "without it: the same tokens" in done.stderr, done.stderr
+        accepted, drafted, passes = map(int, found.groups())
+        assert accepted + passes == 12 and drafted > 0 and accepted <= drafted
 
 
 def test_other_exits_and_the_sum_of_all_when_a_run_goes_on(

@@ -222,9 +222,13 @@ def test_a_slow_mode_is_named(
         (("generate.py", "--temperature", "-1"), "--temperature is -1: give 0"),
         (("generate.py", "--device", "cuda"), "--device cuda can't be used here"),
         (("generate.py", "--prompt", ""), "--prompt '' has no tokens to continue: give some text"),
+        (("generate.py", "--draft-exit", "2"), "--draft-exit 2 drafts for exit 2: give a smaller one"),
+        (("generate.py", "--draft-exit", "7"), "has no exit 7: its exits are 1, 2"),
+        (("generate.py", "--draft-exit", "1", "--temperature", "1"), "--temperature is 1: a draft is for greedy"),
         (("evaluate_lm.py", "--device", "gpu"), "--device gpu can't be used here"),
         (("evaluate_lm.py", "--json", "nowhere/exits.json"), "there is no folder nowhere to write exits.json to"),
         (("evaluate_lm.py", "--json", "docs"), "docs is a folder: give a file"),
+        (("evaluate_lm.py", "--figure", "nowhere/early.png"), "there is no folder nowhere to write early.png to"),
         (("convert_hf.py", "export", "--out", "x", "--shard-size", "banana"), "--shard-size banana: write a number"),
     ],
 )

@@ -1,0 +1,1 @@
+"""What scripts on trained models print and draw."""
