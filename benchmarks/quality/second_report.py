@@ -88,7 +88,7 @@ def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
     second: dict[str, list[Record]] = defaultdict(list)
     for record in of.get("large", ()):
         run = record["run"]
-        if run["steps"] == STEPS and not run["cosine"] and run["optimizer"] == "AdamW":
+        if run["steps"] == STEPS and not run["cosine"] and run.get("optimizer", "AdamW") == "AdamW":
             second[run["row"]].append(record)
     for row, group in second.items():
         if row != BACKPROPAGATION and _is_plain(group[0]):
@@ -100,7 +100,7 @@ def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
 def _kind(record: Record, stages: int) -> tuple[int, int, str, int]:
     """Width, exits, mode and borrowed layers, by which the planner asks."""
     config = InterlockingConfig.parse(record["run"]["interlocking"])
-    if record["run"]["delay"]:
+    if record["run"].get("delay"):
         return 0, 1, "late", 0
     borrow = 0 if config.aux_head is None else config.aux_head.borrow
     return config.width_for(stages), len(config.exits_for(stages)), config.mode, borrow
@@ -110,7 +110,7 @@ def _is_plain(record: Record) -> bool:
     """Nothing that the planner doesn't ask for: phases, mixtures, blocks in heads, gradients two batches late."""
     run = record["run"]
     block, head = run["interlocking"], run["interlocking"].get("aux_head") or {}
-    return not (block.keys() & {"schedule", "mixed"} or head.get("blocks") or (run["delay"] or 0) > 1)
+    return not (block.keys() & {"schedule", "mixed"} or head.get("blocks") or (run.get("delay") or 0) > 1)
 
 
 def _learn(

@@ -100,11 +100,3 @@ def test_the_slurm_script_is_printed_whole_and_parses() -> None:
     assert script.read_text(encoding="utf-8") in blocks(page, "bash")
     for block in blocks(page, "bash"):
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)
-
-
-def test_the_tests_that_the_table_of_faults_names_exist() -> None:
-    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page))
-    assert len(named) > 30
-    for path, name in named:
-        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), (path, name)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.data.tokenizer import train_tokenizer
-from ibp_deepspeed.errors import OutputError
+from ibp_deepspeed.errors import CheckpointError, OutputError
 from models import CausalLM, ModelError
 from models.exits.exits import Exits
 from models.hf.importing import import_model
@@ -183,7 +183,7 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     checkpoint(tmp_path / "run", "llama")
     whole = (tmp_path / "run" / layout.layer(2)).read_bytes()
     (tmp_path / "run" / layout.layer(2)).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match=r"layer_02-model_states.pt can't be read"):
+    with pytest.raises(CheckpointError, match=r"layer_02-model_states.pt can't be read"):
         write(Exits(tmp_path / "run"), tmp_path / "out")
     (tmp_path / "run" / layout.layer(2)).unlink()
     with pytest.raises(ModelError, match="has no weights of layer 2"):

@@ -77,7 +77,7 @@ def test_torchrun_on_two_hosts_and_the_death_of_one(constant: Path, data: Path, 
         until(has_trained(output, launchers), seconds=200, log=logs[0])
         second.stop()
         code, said = launchers[0].wait(timeout=100), logs[0].read_text()
-        assert code == 1 and re.search("error: rank 0:? lost (the connection for|another process)", said), said
+        assert code == 1 and re.search("error: rank 0.* lost (the connection for|another process)", said), said
         assert launchers[1].wait(timeout=100) != 0
     tag = (output / "checkpoint" / "latest").read_text()
     assert checked(output / "checkpoint" / tag) is not None
