@@ -51,11 +51,13 @@ if TYPE_CHECKING:
 
 
 class Checked(NamedTuple):
-    """What this process is going to train, what it has said of it, and its hold on ``--output``."""
+    """What this process is going to train, what it has said of it, its hold on ``--output``, and on rank 0 the job's
+    store, which ends with it."""
 
     plan: Plan
     said: list[str]
     lock: IO[str] | None
+    call: RollCall
 
 
 def main(phase: cli.SameOnAllRanks) -> int:
@@ -68,7 +70,7 @@ def main(phase: cli.SameOnAllRanks) -> int:
     checked = check(args)
     if checked is None:
         return 0
-    plan, said, lock = checked
+    plan, said, lock, _call = checked
     pipeline = start(plan, args)
     resume(pipeline, plan, args)
     traced = batches_to_trace(args, plan.resume)
@@ -129,7 +131,7 @@ def check(args: argparse.Namespace) -> Checked | None:
             raise HostsError(verdict) from None
         raise
     call.can_train(alike(plan, args), args.output)
-    return Checked(plan, said, lock)
+    return Checked(plan, said, lock, call)
 
 
 if __name__ == "__main__":
