@@ -48,13 +48,22 @@ from scripts.training.trace import path as trace_path
 if TYPE_CHECKING:
     from ibp_deepspeed import InterlockedPipelineEngine
     from scripts.training.plan import Plan
+    from scripts.training.trace import Batches
 
 
 class Checked(NamedTuple):
-    """What this process is going to train, what it has said of it, its hold on ``--output``, and on rank 0 the job's
-    store, which ends with it."""
+    """What this process is going to train.
+
+    Attributes:
+        plan: of the run.
+        traced: the batches to trace, if any.
+        said: lines that it has printed about it.
+        lock: rank 0's hold on ``--output``.
+        call: keeps, on rank 0, the job's store, at which the processes meet.
+    """
 
     plan: Plan
+    traced: Batches | None
     said: list[str]
     lock: IO[str] | None
     call: RollCall
@@ -70,10 +79,9 @@ def main(phase: cli.SameOnAllRanks) -> int:
     checked = check(args)
     if checked is None:
         return 0
-    plan, said, lock, _call = checked
+    plan, traced, said, lock, _call = checked
     pipeline = start(plan, args)
     resume(pipeline, plan, args)
-    traced = batches_to_trace(args, plan.resume)
     if traced is not None:
         cast("InterlockedPipelineEngine", pipeline).trace_batches(*traced, trace_path(args))
     data = open_data(pipeline, plan, args)
@@ -117,7 +125,7 @@ def check(args: argparse.Namespace) -> Checked | None:
     try:
         plan = make_plan(args)
         first = os.environ["RANK"] == "0"
-        batches_to_trace(args, plan.resume)
+        traced = batches_to_trace(args, plan.resume)
         said = say_sources(plan, args) if first else []
         lock = claim(args) if first else None
     except AllTrained as nothing_left:  # a job that is started again and again ends well
@@ -131,7 +139,7 @@ def check(args: argparse.Namespace) -> Checked | None:
             raise HostsError(verdict) from None
         raise
     call.can_train(alike(plan, args), args.output)
-    return Checked(plan, said, lock, call)
+    return Checked(plan, traced, said, lock, call)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,20 @@ from typing import Any
 from ibp_deepspeed.errors import ConfigError
 
 TOTAL, SIZE, COUNT = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+BATCH_SIZES = (TOTAL, SIZE, COUNT)
 
 
 def with_batch_sizes(ds_config: Mapping[str, Any], replicas: int) -> dict[str, Any]:
     """A copy of a configuration that has all three, as DeepSpeed derives them (``DeepSpeedConfig``).
 
     Args:
-        ds_config: without "auto".
+        ds_config: without "auto"; the sizes that it has are whole numbers (``kinds.check_kinds``).
         replicas: data-parallel ranks.
 
     Raises:
-        ConfigError: one is no number from 1 on, they don't say how large a micro-batch is, or contradict each other.
+        ConfigError: they don't say how large a micro-batch is, or contradict each other.
     """
-    total, size, count = (_number(ds_config, name) for name in (TOTAL, SIZE, COUNT))
+    total, size, count = (ds_config.get(name) for name in BATCH_SIZES)
     if total is None and size is None:
         raise ConfigError(f'the configuration has neither "{SIZE}" nor "{TOTAL}": write "{SIZE}": "auto".')
     if size is None:
@@ -30,16 +31,9 @@ def with_batch_sizes(ds_config: Mapping[str, Any], replicas: int) -> dict[str, A
         count = 1 if total is None else total // (size * replicas)
     product = size * count * replicas
     if total not in (None, product) or product == 0:
-        given = ", ".join(f'"{name}" {ds_config[name]}' for name in (TOTAL, SIZE, COUNT) if ds_config.get(name))
+        given = ", ".join(f'"{name}" {ds_config[name]}' for name in BATCH_SIZES if ds_config.get(name))
         raise ConfigError(
             f'{given} and {replicas} replicas contradict each other: "{TOTAL}" is the product of "{SIZE}", "{COUNT}" '
             "and the replicas; leave one of them out."
         )
     return {**ds_config, TOTAL: product, SIZE: size, COUNT: count}
-
-
-def _number(ds_config: Mapping[str, Any], name: str) -> int | None:
-    value = ds_config.get(name)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    raise ConfigError(f'"{name}" is {value!r}: give a number from 1 on.')

@@ -9,12 +9,12 @@ from typing import Any
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
+from ibp_deepspeed.config.batch_sizes import BATCH_SIZES
 from ibp_deepspeed.errors import ConfigError, first_line
 
 MONITORS = ("tensorboard", "csv_monitor", "wandb")
 BLOCKS = ("optimizer", "scheduler", "pipeline", "data_types", "bf16", "checkpoint", *MONITORS)
 WITH_PARAMS = ("optimizer", "scheduler")
-COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 MOST = 2**20
 """Of samples and micro-batches of a batch: a schedule has an instruction for each micro-batch."""
 
@@ -29,7 +29,7 @@ def check_kinds(ds_config: Mapping[str, Any]) -> None:
         _check_object(block, ds_config.get(block, {}))
     for block in WITH_PARAMS:
         _check_object(f"{block}.params", ds_config.get(block, {}).get("params", {}))
-    for name in COUNTS:
+    for name in BATCH_SIZES:
         count = ds_config.get(name)
         if count is None:
             continue

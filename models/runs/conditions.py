@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ibp_deepspeed.config.batch_sizes import BATCH_SIZES, COUNT, SIZE, with_batch_sizes
 from models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ EFFECTS = {
 }
 """What may be allowed to change → what that does to the order of the data."""
 _OTHER_SAMPLES = {"data", "sequence-length"}
-_COMPARED_ELSEWHERE = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 _NOT_OF_THE_TRAINING = {"steps_per_print", "wall_clock_breakdown", "tensorboard", "wandb", "csv_monitor", "comet"}
 _DIGITS = 12  # of a checksum that a message shows
 
@@ -62,15 +62,15 @@ class Conditions(BaseModel):
             replicas: data-parallel ranks.
         """
         manifest = train.manifest
-        size, micro_batches = _sizes(ds_config, replicas)
+        sizes = with_batch_sizes(ds_config, replicas)
         tokenizer = train.path.parent / manifest.tokenizer_file
         return cls(
             seed=seed,
             data=_checksum(manifest.train),
             held_out=_checksum(manifest.heldout),
             tokenizer=hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "none",
-            micro_batch_size=size,
-            micro_batches=micro_batches,
+            micro_batch_size=sizes[SIZE],
+            micro_batches=sizes[COUNT],
             replicas=replicas,
         )
 
@@ -168,7 +168,7 @@ def _settings(saved: Description, planned: Description) -> Iterator[tuple[str, s
     pairs = []
     for each in (saved, planned):
         values = json.loads(json.dumps({**each.settings, "interlocking": each.interlocking}))
-        left_out = _COMPARED_ELSEWHERE | _NOT_OF_THE_TRAINING
+        left_out = {*BATCH_SIZES} | _NOT_OF_THE_TRAINING
         pairs.append(dict(_flat({key: value for key, value in values.items() if key not in left_out})))
     old, new = pairs
     for name in {**old, **new}:
@@ -186,15 +186,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _sizes(ds_config: Mapping[str, Any], replicas: int) -> tuple[int, int]:
-    """Samples of a micro-batch and M, from any two of DeepSpeed's three keys, as DeepSpeed fills them."""
-    total, size = ds_config.get("train_batch_size"), ds_config.get("train_micro_batch_size_per_gpu")
-    count = ds_config.get("gradient_accumulation_steps")
-    if count is None:
-        count = total // (size * replicas) if total and size else 1
-    return size or (total or replicas * count) // (count * replicas), count
 
 
 def _checksum(split: SplitRecord) -> str:

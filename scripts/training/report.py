@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -138,13 +137,12 @@ def on_gpu() -> bool:
     return bool(get_accelerator().device_name() == "cuda")
 
 
-def peak_memory(gpu: bool) -> int:
+def peak_memory() -> int:
     """Bytes: of tensors on the GPU at most, or of this process at most."""
-    if gpu:
-        import torch
+    from ibp_deepspeed.engine.reporting import memory
+    from ibp_deepspeed.measures import PEAK_MEMORY
 
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(memory()[PEAK_MEMORY] * 2**30)
 
 
 def gathered_peaks(peak: int) -> list[int]:

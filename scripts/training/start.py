@@ -167,7 +167,7 @@ def end_record(record: RunRecord | None, output: Path, summary: str, interrupted
 
 def summarise(speed: Speed, plan: Plan, args: argparse.Namespace) -> str:
     """All ranks together, at the end: memory, speed and MFU in words, for rank 0 to show."""
-    peaks = gathered_peaks(peak_memory(on_gpu()))
+    peaks = gathered_peaks(peak_memory())
     return end_line(Machine.here(on_gpu()), speed, flops_per_token(plan, args.sequence_length), peaks) if peaks else ""
 
 
