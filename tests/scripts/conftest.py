@@ -27,13 +27,12 @@ def data(shared: Shared) -> Path:
 
 @pytest.fixture(scope="session")
 def config(shared: Shared) -> Path:
-    """The pairwise preset with smaller batches and its TensorBoard folder in a temporary place."""
+    """The pairwise preset with smaller batches; TensorBoard's files are in the output of each run."""
 
     def make(folder: Path) -> None:
         settings = json.loads((ROOT / "ds_configs" / "pairwise_cpu.json").read_text())
         settings.update(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2, steps_per_print=2)
         settings["interlocking"]["aux_head"] = {"readout": "shared", "blocks": 1, "refresh_interval": 2}
-        settings["tensorboard"]["output_path"] = str(folder / "tensorboard")
         settings["csv_monitor"] = {"enabled": True}
         (folder / "pairwise.json").write_text(json.dumps(settings))
 
