@@ -180,7 +180,7 @@ def _end(message: str, after: float) -> NoReturn:
 
 def _wait(seconds: float) -> None:
     """For other ranks to speak, and the launcher to end this process: it may be one that finishes its batch after a
-    signal (scripts/training/interruption.py)."""
+    signal (ibp_deepspeed/commands/training/interruption.py)."""
     if seconds:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)

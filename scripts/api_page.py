@@ -1,4 +1,4 @@
-"""Writes docs/api.md, the public names of the library and of models/, from their docstrings.
+"""Writes docs/api.md, the public names of the library, from their docstrings.
 
 Public is what a module's __all__ names, and of a class what has a docstring and no underscore. Needs griffelib
 (requirements-dev.txt).
@@ -17,7 +17,6 @@ import griffe
 from ibp_deepspeed import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("ibp_deepspeed", "models")
 HEADER = """# Public names
 
 Made by `python scripts/api_page.py` from the docstrings, which is where to change it. K is the number of stages, M of
@@ -38,10 +37,9 @@ def page() -> str:
 def public_modules() -> list[griffe.Module]:
     """The modules that say by __all__ what is public, packages before what is inside them."""
     loader = griffe.GriffeLoader(search_paths=[str(ROOT)], docstring_parser="google", docstring_options=_READING)
-    loaded = [loader.load(name) for name in PACKAGES]
+    package = loader.load("ibp_deepspeed")
     loader.resolve_aliases()
-    found = [module for package in loaded for module in _modules(package) if module.exports is not None]
-    return sorted(found, key=lambda module: (PACKAGES.index(module.path.split(".")[0]), module.path))
+    return sorted((m for m in _modules(package) if m.exports is not None), key=lambda module: module.path)
 
 
 def public_names(module: griffe.Module) -> list[str]:

@@ -17,7 +17,7 @@ if [ "$GPUS" -lt "$stages" ]; then
 fi
 
 training() { # OUTPUT PRESET STEPS: a command in $command; the same model, samples and rate for all
-  command=(scripts/train_lm.py --deepspeed_config "ds_configs/$2.json" --model models/configs/llama-nano.json
+  command=(scripts/train_lm.py --deepspeed_config "ds_configs/$2.json" --model llama-nano
     --data "$out/data" --sequence-length 128 --micro-batch-size 8 --gradient-accumulation-steps 1
     --steps "$3" --eval-interval "$((steps / 3))" --output "$1")
 }

@@ -18,7 +18,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.training import start as starting
+from ibp_deepspeed.commands.training import start as starting
 from tests import crash_points
 from tests.faults import ACTS, at
 

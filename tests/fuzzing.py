@@ -59,13 +59,13 @@ def ours() -> Iterator[None]:
 
 def configuration(folder: Path) -> Callable[[], None]:
     """A DeepSpeed JSON with its block, as far as a training checks it before its processes meet."""
+    from ibp_deepspeed.commands.training.monitors import monitors_under
     from ibp_deepspeed.config.auto import fill_auto
     from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config, resolve_interlocking
     from ibp_deepspeed.config.kinds import parsed_by_deepspeed
     from ibp_deepspeed.config.known_keys import unknown_keys
     from ibp_deepspeed.optimizer.learning_rate import check_schedule
     from ibp_deepspeed.strategy.timeline import Timeline
-    from scripts.training.monitors import monitors_under
 
     presets = [json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
     full = presets[0] | {
@@ -101,8 +101,8 @@ def configuration(folder: Path) -> Callable[[], None]:
 
 def contents(folder: Path) -> Callable[[], None]:
     """A checkpoint's manifest and ``latest``: what a run resumes from, and what a pipeline loads."""
-    from models.runs.checkpoint import Checkpoint
-    from models.runs.resume import checkpoint_to_resume
+    from ibp_deepspeed.models.runs.checkpoint import Checkpoint
+    from ibp_deepspeed.models.runs.resume import checkpoint_to_resume
     from tests.checkpoint.test_store import description as described
     from tests.single_process.test_virtual_pipeline import make
 
@@ -219,7 +219,7 @@ def rows(folder: Path) -> Callable[[], None]:
 def description(folder: Path) -> Callable[[], None]:
     """What a checkpoint says of its model, and its strategy."""
     from ibp_deepspeed.config.interlocking import InterlockingConfig
-    from models.runs.description import Description
+    from ibp_deepspeed.models.runs.description import Description
     from tests.forks import ROOT
 
     earlier = ROOT / "tests/checkpoint/earlier_run/checkpoint/global_step3/interlocked_model.json"

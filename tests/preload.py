@@ -17,7 +17,7 @@ _MODULES = (
     "transformers.models.llama.modeling_llama",
     "matplotlib.pyplot",
     "ibp_deepspeed.data",
-    "models.build",
+    "ibp_deepspeed.models.build",
     "tests.toys",
 )
 

@@ -74,7 +74,7 @@ def train_in_processes(arguments: dict[str, Any]) -> list[Losses]:
 def _train_stage(case: dict[str, Any]) -> Losses:
     from ibp_deepspeed import initialize
     from ibp_deepspeed.config.deepspeed import resolve_interlocking
-    from models.build import pipeline_module
+    from ibp_deepspeed.models.build import pipeline_module
 
     config = settings(case)
     module = pipeline_module(_model(case), resolve_interlocking(config), case["stages"])
@@ -87,7 +87,7 @@ def _train_stage(case: dict[str, Any]) -> Losses:
 
 def train_in_one(case: dict[str, Any]) -> Losses:
     """All losses, by one process on one device."""
-    from models.build import virtual_pipeline
+    from ibp_deepspeed.models.build import virtual_pipeline
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained, held_out = _train(case, virtual_pipeline(_model(case), settings(case), case["stages"], device=device))
@@ -119,7 +119,7 @@ def settings(case: dict[str, Any]) -> dict[str, Any]:
 def _model(case: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    from models import CausalLM
+    from ibp_deepspeed.models import CausalLM
 
     heads = case["width"] // 32
     config = AutoConfig.for_model(

@@ -18,7 +18,12 @@ from ibp_deepspeed.errors import first_line
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "triton", "liger-kernel")
-MODULES = ("ibp_deepspeed.engine.engine", "models.build", "models.hf.weights", "models.exits.exits")
+MODULES = (
+    "ibp_deepspeed.engine.engine",
+    "ibp_deepspeed.models.build",
+    "ibp_deepspeed.models.hf.weights",
+    "ibp_deepspeed.models.exits.exits",
+)
 COLUMNS: dict[str, Callable[[Row], str]] = {"": lambda row: row["contender"], "found": lambda row: row["value"]}
 
 

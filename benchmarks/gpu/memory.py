@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ibp_deepspeed.models.profiling.specimen import Specimen
 from ibp_deepspeed.objectives.cross_entropy import CHUNK_LOGITS
-from models.profiling.specimen import Specimen
 
 
 def estimated_peak(thing: Specimen, kept: int, message: int) -> int:

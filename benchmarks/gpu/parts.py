@@ -11,7 +11,7 @@ from typing import Any
 from ibp_deepspeed.errors import ConfigError
 
 SHAPES = ("gpt2-124m", "llama3-1b", "llama2-7b", "llama3-8b")
-"""Of ``models/configs``."""
+"""Of ``ibp_deepspeed/models/configs``."""
 
 
 class NotRun(Exception):

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from benchmarks.gpu.memory import estimated_peak
 from benchmarks.speed.harness import Row
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.models import CausalLM, load_config
+from ibp_deepspeed.models.costs import head_operations, layer_operations
+from ibp_deepspeed.models.devices import peak_flops
+from ibp_deepspeed.models.profiling.measure import measure
+from ibp_deepspeed.models.profiling.specimens import Specimens
 from ibp_deepspeed.planner.profile import Piece
-from models import CausalLM, load_config
-from models.costs import head_operations, layer_operations
-from models.devices import peak_flops
-from models.profiling.measure import measure
-from models.profiling.specimens import Specimens
 
-CONFIGS = Path(__file__).parents[2] / "models/configs"
 BATCH, TOKENS = 4, 2048
 PIECES = {"forward": "F", "input_gradient": "B", "weight_gradient": "W", "backward": "B and W at once"}
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -41,7 +39,7 @@ def run(small: bool, shape: str) -> list[Row]:
     gpu = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
     batch, tokens = (1, 64) if small else (BATCH, TOKENS)
-    model, size = CausalLM(load_config(CONFIGS / f"{shape}.json"), dtype=dtype), batch * tokens
+    model, size = CausalLM(load_config(shape), dtype=dtype), batch * tokens
     make = partial(Specimens, model, AuxHeadConfig(), samples=batch, sequence_length=tokens)
     things = [make().layer(1), make().head(), make(compiled=True).layer(1)]
     pieces = measure(things, device, 3 if small else 10)

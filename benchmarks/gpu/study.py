@@ -80,14 +80,14 @@ class _Training:
     """One strategy's, from the start."""
 
     def __init__(self, strategy: str, data: Path, sizes: Sizes, batches: int) -> None:
-        from models import CausalLM, load_config
-        from models.build import virtual_pipeline
+        from ibp_deepspeed.models import CausalLM, load_config
+        from ibp_deepspeed.models.build import virtual_pipeline
 
         self.strategy, self.sizes, self.batches = strategy, sizes, batches
         train, held_out = (open_tokens(data, split, verify=False) for split in ("train", "heldout"))
         self.held_out = HeldOut(held_out, sizes.tokens, sizes.samples, samples=sizes.held_out)
         self.train = MicroBatchLoader(train, sizes.tokens, sizes.samples)
-        config = load_config(ROOT / f"models/configs/{sizes.config}.json", vocab_size=train.manifest.vocabulary_size)
+        config = load_config(sizes.config, vocab_size=train.manifest.vocabulary_size)
         self.model, self.device = CausalLM(config), "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
             gc.collect()  # what is left of the strategy before would count in the peak
@@ -95,9 +95,9 @@ class _Training:
         self.pipeline = virtual_pipeline(self.model, self._settings(), sizes.stages, device=self.device)
 
     def _settings(self) -> dict[str, Any]:
+        from ibp_deepspeed.commands.training.arguments import default_hyperparameters
         from ibp_deepspeed.config.auto import fill_auto
         from ibp_deepspeed.config.deepspeed import load_ds_config
-        from scripts.training.arguments import default_hyperparameters
 
         kind = "gpu" if torch.cuda.is_available() else "cpu"
         preset = load_ds_config(ROOT / f"ds_configs/{self.strategy}_{kind}.json")
@@ -123,9 +123,9 @@ class _Training:
 
     def row(self) -> Row:
         """Train and evaluate."""
-        from models.costs import training_flops
-        from models.devices import peak_flops
-        from models.exits.evaluation import evaluate
+        from ibp_deepspeed.models.costs import training_flops
+        from ibp_deepspeed.models.devices import peak_flops
+        from ibp_deepspeed.models.exits.evaluation import evaluate
 
         speed = self.batches * self.sizes.batch_tokens / self._batches(self.batches)
         gpu = self.device == "cuda"

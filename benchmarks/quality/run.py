@@ -21,10 +21,10 @@ from benchmarks.quality.momentum import MomentumHeads
 from benchmarks.quality.optimizers import Optimized
 from benchmarks.quality.probes import probes
 from benchmarks.quality.tasks import HopTask, Task, TextTask
+from ibp_deepspeed.models import CausalLM
+from ibp_deepspeed.models.build import virtual_pipeline
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
-from models import CausalLM
-from models.build import virtual_pipeline
 
 SOLVED = 0.99
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from benchmarks.pages import markdown
-from models.devices import processor
+from ibp_deepspeed.models.devices import processor
 
 Row = dict[str, Any]
 

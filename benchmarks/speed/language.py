@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.speed.contenders import Model
 
 if TYPE_CHECKING:
-    from models import CausalLM
+    from ibp_deepspeed.models import CausalLM
 
 
 def llama(
@@ -33,7 +33,7 @@ def cut_llama(layers: int, width: int, vocabulary: int) -> CausalLM:
     """Its layers, to be built."""
     from transformers import AutoConfig
 
-    from models import CausalLM
+    from ibp_deepspeed.models import CausalLM
 
     config = AutoConfig.for_model(
         "llama",

@@ -12,12 +12,16 @@ from ibp_deepspeed.config.kinds import check_kinds, parsed_by_deepspeed
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.json_text import parsed, small_text
 
+PRESETS = Path(__file__).resolve().parents[1] / "presets"
 _NUMBERS = ("gradient_clipping", "steps_per_print")
 """What DeepSpeed takes as it is, and stumbles over in the first batch."""
 
 
 def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     """Read a DeepSpeed configuration.
+
+    Args:
+        source: a JSON file, the name of a preset (``pairwise_cpu``), or what such a file holds.
 
     Raises:
         ConfigError: there is none, or it is no JSON object.
@@ -26,16 +30,25 @@ def load_ds_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, A
         raise ConfigError("no DeepSpeed configuration was given: use --deepspeed_config FILE or config=….")
     if isinstance(source, Mapping):
         return dict(source)
-    path = Path(source)
+    path = _file(source)
     try:
         ds_config = parsed(small_text(path))
     except OSError as error:
-        raise ConfigError(f"can't read the configuration {path}: {error.strerror}.") from None
+        presets = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.json")))
+        raise ConfigError(
+            f"can't read the configuration {path}: {error.strerror}. Presets have names: {presets}."
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{path} is no JSON: {error}.") from None
     if not isinstance(ds_config, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(ds_config).__name__}.")
     return ds_config
+
+
+def _file(source: str | Path) -> Path:
+    """A preset's where a name stands for one: no path, and there is no such file."""
+    path, preset = Path(source), PRESETS / f"{source}.json"
+    return preset if not path.exists() and path.name == str(source) and preset.exists() else path
 
 
 def resolve_interlocking(ds_config: Mapping[str, Any], given: InterlockingConfig | None = None) -> InterlockingConfig:

@@ -91,7 +91,7 @@ class Subject(_Record):
     """What a profile is of: another model, micro-batch, dtype or head takes other times."""
 
     config: dict[str, Any]
-    """The model's Hugging Face config, but for what no time depends on (``models.profiling.subject``)."""
+    """The model's Hugging Face config, but for what no time depends on (``ibp_deepspeed.models.profiling.subject``)."""
     dtype: DType
     sequence_length: PositiveInt
     samples: PositiveInt

@@ -21,9 +21,9 @@ from benchmarks.gpu.parts import all_parts, chosen
 from ibp_deepspeed import cli
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import ConfigError
-from models import CausalLM, load_config
-from models.profiling import specimen
-from models.profiling.specimens import Specimens
+from ibp_deepspeed.models import CausalLM, load_config
+from ibp_deepspeed.models.profiling import specimen
+from ibp_deepspeed.models.profiling.specimens import Specimens
 from tests.commands import gpu_part, real
 
 
@@ -92,7 +92,7 @@ def test_the_estimate_grows_by_what_a_layer_keeps_and_weighs() -> None:
     """Weights and their gradients, in bf16 fp32 sums too; what autograd saves doubles with the sequence."""
 
     def estimate(dtype: torch.dtype, tokens: int) -> tuple[int, int]:
-        model = CausalLM(load_config("models/configs/llama-tiny.json"), dtype=dtype)
+        model = CausalLM(load_config("llama-tiny"), dtype=dtype)
         thing = Specimens(model, AuxHeadConfig(), samples=1, sequence_length=tokens).layer(1)
         with thing.on(torch.device("cpu")):
             kept = thing.kept()
@@ -115,7 +115,7 @@ def test_the_driver_runs_what_is_missing_in_processes_of_their_own(tmp_path: Pat
     assert f"nccl-2: not run: {reason}" in done.stdout
     page = (tmp_path / "table.md").read_text()
     assert f"| nccl-2 | not run: {reason} |" in page and "| heads | not run yet | |" in page
-    assert f"| torch | {version('torch')} " in page and "| import models.hf.weights | works |" in page
+    assert f"| torch | {version('torch')} " in page and "| import ibp_deepspeed.models.hf.weights | works |" in page
 
 
 Start = Callable[..., str]

@@ -31,9 +31,9 @@ from benchmarks.quality.second import BACKPROPAGATION, ROWS, large, large_run
 from benchmarks.quality.second_report import difference, learned_rows, row_price
 from benchmarks.quality.tasks import HopTask
 from ibp_deepspeed import InterlockingConfig
+from ibp_deepspeed.models import CausalLM
+from ibp_deepspeed.models.build import virtual_pipeline
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
-from models import CausalLM
-from models.build import virtual_pipeline
 from tests.models.test_causal_lm import tiny
 from tests.toys import loss_fn, make_reference, micro_batches
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from ibp_deepspeed.data import HeldOut, open_tokens
-from models.exits.evaluation import evaluate
-from models.exits.exits import Exits
+from ibp_deepspeed.models.exits.evaluation import evaluate
+from ibp_deepspeed.models.exits.exits import Exits
 from tests.commands import Done, ranks, script
 
 FOLDER = Path(__file__).resolve().parent / "earlier_run"
@@ -48,7 +48,7 @@ def test_its_exports_have_the_same_logits(exit_: int) -> None:
 def train(config: str | Path, out: Path, *words: str, processes: int = 0) -> Done:
     """In processes of a job, or in one."""
     where = ("--deepspeed_config", FOLDER / config, "--data", FOLDER / "data", "--output", out)
-    what = ("--model", "models/configs/llama-tiny.json", "--set", *SIZES, "--partition", "0,2,4,6")
+    what = ("--model", "llama-tiny", "--set", *SIZES, "--partition", "0,2,4,6")
     start = partial(ranks, processes) if processes else script
     done = start("train_lm.py", *where, *what, "--sequence-length", "16", *words)
     assert done.returncode == 0, done.stdout + done.stderr

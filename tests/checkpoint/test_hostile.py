@@ -19,11 +19,11 @@ from ibp_deepspeed.checkpoint.manifest import CheckpointManifest
 from ibp_deepspeed.checkpoint.tensor_file import OF_DEEPSPEED, load, read
 from ibp_deepspeed.config.deepspeed import check_ds_config
 from ibp_deepspeed.errors import CheckpointError, ConfigError, InterlockingError
-from models.exits.evaluation import evaluate
-from models.exits.exits import Exits
-from models.runs.checkpoint import Checkpoint
-from models.runs.resume import checkpoint_to_resume
-from models.runs.start import pretrained_start
+from ibp_deepspeed.models.exits.evaluation import evaluate
+from ibp_deepspeed.models.exits.exits import Exits
+from ibp_deepspeed.models.runs.checkpoint import Checkpoint
+from ibp_deepspeed.models.runs.resume import checkpoint_to_resume
+from ibp_deepspeed.models.runs.start import pretrained_start
 from tests.bombs import Bomb, little_memory, put_bomb, rewritten
 from tests.checkpoint.test_earlier_run import FOLDER, held_out
 from tests.checkpoint.test_store import description

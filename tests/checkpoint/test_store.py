@@ -15,9 +15,9 @@ import torch
 
 from ibp_deepspeed.checkpoint import layout, store
 from ibp_deepspeed.errors import CheckpointError
-from models.errors import ModelError
-from models.runs.description import Description
-from models.runs.resume import checkpoint_to_resume
+from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.runs.description import Description
+from ibp_deepspeed.models.runs.resume import checkpoint_to_resume
 from tests.single_process.test_virtual_pipeline import make
 from tests.toys import micro_batches
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from ibp_deepspeed.commands.training.arguments import default_hyperparameters, given_hyperparameters, parse_arguments
 from ibp_deepspeed.config.auto import fill_auto, refuse_auto
 from ibp_deepspeed.config.deepspeed import check_ds_config
 from ibp_deepspeed.errors import ConfigError
-from scripts.training.arguments import default_hyperparameters, given_hyperparameters, parse_arguments
 
 AUTO: dict[str, Any] = {
     "train_batch_size": "auto",

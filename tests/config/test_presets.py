@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from ibp_deepspeed.commands.training.arguments import default_hyperparameters, parse_arguments
 from ibp_deepspeed.config.auto import FILLED, fill_auto
 from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config, resolve_interlocking
 from ibp_deepspeed.config.known_keys import TOP_LEVEL, unknown_keys
@@ -17,7 +18,6 @@ from ibp_deepspeed.engine import initialize
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.schedule.validate import validated_timeline
 from ibp_deepspeed.strategy.timeline import Timeline
-from scripts.training.arguments import default_hyperparameters, parse_arguments
 
 DEFAULTS: dict[str, Any] = {option: 1e-3 if option == "--learning-rate" else 4 for option in FILLED.values()}
 STRATEGIES = ("local", "solo", "modules", "pairwise", "3wise", "global", "finetune")

@@ -48,11 +48,11 @@ def test_every_option_is_documented_with_its_name() -> None:
 
 def test_files_that_the_readme_names_exist_and_options_too() -> None:
     commands = "\n".join(blocks(README, "bash"))
-    for path in re.findall(r"(?:scripts|ds_configs|models/configs|benchmarks)/[\w./-]+", commands):
+    for path in re.findall(r"(?:scripts|ds_configs|benchmarks)/[\w./-]+", commands):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(((?!http)[\w./-]+)\)", README):
         assert (ROOT / path).exists(), path
-    train = (ROOT / "scripts" / "training" / "arguments.py").read_text(encoding="utf-8")
+    train = (ROOT / "ibp_deepspeed/commands/training/arguments.py").read_text(encoding="utf-8")
     for option in re.findall(r"train_lm\.py(.*?)(?:\n[a-z]|\Z)", commands, flags=re.DOTALL)[0].split():
         if option.startswith("--"):
             assert f'"{option}"' in train, option

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ibp_deepspeed.data.tokenizer import train_tokenizer
-from models import load_config
+from ibp_deepspeed.models import load_config
 from tests.commands import script
 from tests.forks import ROOT
 from tests.prepared_data import DOCUMENTS
@@ -49,9 +49,8 @@ def at_small_size(words: list[str]) -> list[str]:
 
 def run_page(page: str, folder: Path) -> str:
     """All commands of a page in ``folder``; returns what they print."""
-    for name in ("ds_configs", "models"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(ROOT / name)
+    if not (folder / "ds_configs").exists():
+        (folder / "ds_configs").symlink_to(ROOT / "ds_configs")
     printed = []
     for words in commands(page):
         done = script(*at_small_size(words), folder=folder)
@@ -64,7 +63,7 @@ def run_page(page: str, folder: Path) -> str:
 def hub(tmp_path: Path) -> Path:
     """A Llama of four layers with a tokenizer that has a chat template, and rows to tune it on."""
     folder = tmp_path / "path" / "to" / "model"
-    config = load_config(ROOT / "models/configs/llama-tiny.json", vocab_size=400, num_hidden_layers=4)
+    config = load_config("llama-tiny", vocab_size=400, num_hidden_layers=4)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer = train_tokenizer(DOCUMENTS, 400)

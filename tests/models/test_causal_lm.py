@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.models import CausalLM, ModelError, assemble
+from ibp_deepspeed.models.hf.assemble import model_key
+from ibp_deepspeed.models.layers import DecoderLayer
+from ibp_deepspeed.models.shell import PROVEN, Shell
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss, LazyLogits
-from models import CausalLM, ModelError, assemble
-from models.hf.assemble import model_key
-from models.layers import DecoderLayer
-from models.shell import PROVEN, Shell
 
 transformers.logging.set_verbosity_error()
 

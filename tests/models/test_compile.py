@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.models.build import virtual_pipeline
+from ibp_deepspeed.models.causal_lm import CausalLM
+from ibp_deepspeed.models.layers import DecoderLayer
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
-from models.build import virtual_pipeline
-from models.causal_lm import CausalLM
-from models.layers import DecoderLayer
 from tests.models.test_causal_lm import shifted, tiny, tokens
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from models.errors import ModelError
-from models.runs.conditions import EFFECTS, Changes, Conditions, changes_since
-from models.runs.description import Description
-from scripts.training.arguments import parse_arguments
+from ibp_deepspeed.commands.training.arguments import parse_arguments
+from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.runs.conditions import EFFECTS, Changes, Conditions, changes_since
+from ibp_deepspeed.models.runs.description import Description
 
 PATH = Path("run/checkpoint/global_step4")
 SETTINGS: dict[str, Any] = {

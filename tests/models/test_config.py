@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import models
+import ibp_deepspeed.models
+from ibp_deepspeed.models import CausalLM, ModelError, load_config
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
-from models import CausalLM, ModelError, load_config
 
-PRESETS = Path(models.__file__).parent / "configs"
+PRESETS = Path(ibp_deepspeed.models.__file__).parent / "configs"
 # parameters with an untied readout
 SMALL_ONES = (8, 128, 4, 4096)
 TINY = {"gpt2-tiny": SMALL_ONES, "llama-nano": (4, 32, 2, 512), "llama-tiny": SMALL_ONES, "qwen3-tiny": SMALL_ONES}

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from models import CausalLM
-from models.build import virtual_pipeline
-from models.costs import training_flops
-from models.devices import peak_flops
-from models.workload import units
+from ibp_deepspeed.models import CausalLM
+from ibp_deepspeed.models.build import virtual_pipeline
+from ibp_deepspeed.models.costs import training_flops
+from ibp_deepspeed.models.devices import peak_flops
+from ibp_deepspeed.models.workload import units
 
 LAYERS, WIDTH, VOCABULARY, TOKENS = 4, 32, 96, 16
 

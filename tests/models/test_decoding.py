@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models import ModelError
-from models.exits.decoding import Decoded, assisted, greedy
-from models.exits.exits import Exits
+from ibp_deepspeed.models import ModelError
+from ibp_deepspeed.models.exits.decoding import Decoded, assisted, greedy
+from ibp_deepspeed.models.exits.exits import Exits
 from tests.models.test_causal_lm import tokens
 from tests.models.test_export import checkpoint
 

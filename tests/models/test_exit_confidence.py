@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from ibp_deepspeed.models.exits.confidence import calibration_error, confidences, threshold
+from ibp_deepspeed.models.exits.early_exit import cheapest, curve, early_exit, fixed_exits
+from ibp_deepspeed.models.exits.exits import Exits
+from ibp_deepspeed.models.exits.predictions import Predictions, WatchedExits, predict
+from ibp_deepspeed.models.exits.text import early_exit_table
 from ibp_deepspeed.objectives import cross_entropy
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
-from models.exits.confidence import calibration_error, confidences, threshold
-from models.exits.early_exit import cheapest, curve, early_exit, fixed_exits
-from models.exits.exits import Exits
-from models.exits.predictions import Predictions, WatchedExits, predict
-from models.exits.text import early_exit_table
 from tests.models.test_causal_lm import VOCAB, shifted, tokens
 from tests.models.test_export import checkpoint
 

@@ -16,13 +16,13 @@ from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.data.tokenizer import train_tokenizer
 from ibp_deepspeed.errors import CheckpointError, OutputError
-from models import CausalLM, ModelError
-from models.exits.exits import Exits
-from models.hf.importing import import_model
-from models.hf.save import write
-from models.layers import AuxiliaryHead
-from models.runs.description import Description
-from models.shell import PROVEN
+from ibp_deepspeed.models import CausalLM, ModelError
+from ibp_deepspeed.models.exits.exits import Exits
+from ibp_deepspeed.models.hf.importing import import_model
+from ibp_deepspeed.models.hf.save import write
+from ibp_deepspeed.models.layers import AuxiliaryHead
+from ibp_deepspeed.models.runs.description import Description
+from ibp_deepspeed.models.shell import PROVEN
 from tests.checkpoint.test_store import full_device
 from tests.models.test_causal_lm import perturbed, run, tiny, tokens
 from tests.models.test_weights import saved

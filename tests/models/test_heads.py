@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.models import CausalLM
+from ibp_deepspeed.models.exits.exits import Exits
+from ibp_deepspeed.models.layers import FollowingHead, HeadLayer
+from ibp_deepspeed.models.runs.description import Description
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss, LazyLogits
-from models import CausalLM
-from models.exits.exits import Exits
-from models.layers import FollowingHead, HeadLayer
-from models.runs.description import Description
 from tests.models.test_causal_lm import SEQUENCE, VOCAB, perturbed, shifted, tiny, tokens
 
 SHARED = AuxHeadConfig(readout="shared")

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from ibp_deepspeed.data.tokenizer import load_tokenizer as load_text_tokenizer
 from ibp_deepspeed.errors import DataError, InterlockingError
-from models.config import load_config
-from models.errors import ModelError
-from models.hf.weights import PretrainedWeights
-from models.runs.description import Description
-from models.tokenizer import load_tokenizer
+from ibp_deepspeed.models.config import load_config
+from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.hf.weights import PretrainedWeights
+from ibp_deepspeed.models.runs.description import Description
+from ibp_deepspeed.models.tokenizer import load_tokenizer
 from tests.bombs import Bomb, little_memory
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}

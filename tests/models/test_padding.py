@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ibp_deepspeed.models import CausalLM
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
-from models import CausalLM
 from tests.models.test_causal_lm import SEQUENCE, WINDOW, build, perturbed, run, shifted, tiny, tokens, whole
 
 LENGTHS = [SEQUENCE, 9, 5, 2]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig
+from ibp_deepspeed.models import CausalLM, ModelError
+from ibp_deepspeed.models.costs import head_operations, layer_operations
+from ibp_deepspeed.models.partition import balanced_sizes, sizes_to_bounds
+from ibp_deepspeed.models.workload import workload
 from ibp_deepspeed.planner.workload import balanced, over_mean
-from models import CausalLM, ModelError
-from models.costs import head_operations, layer_operations
-from models.partition import balanced_sizes, sizes_to_bounds
-from models.workload import workload
 
 
 def all_sizes(units: int, stages: int) -> list[list[int]]:

@@ -14,12 +14,12 @@ from torch.multiprocessing import ProcessRaisedException
 from transformers import AutoConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from models import CausalLM
-from models.profiling import specimen
-from models.profiling.measure import make_profile, measure, measure_message
-from models.profiling.specimen import Specimen
-from models.profiling.specimens import Specimens
-from models.profiling.subject import config_values
+from ibp_deepspeed.models import CausalLM
+from ibp_deepspeed.models.profiling import specimen
+from ibp_deepspeed.models.profiling.measure import make_profile, measure, measure_message
+from ibp_deepspeed.models.profiling.specimen import Specimen
+from ibp_deepspeed.models.profiling.specimens import Specimens
+from ibp_deepspeed.models.profiling.subject import config_values
 from tests.models.test_costs import llama
 
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def test_where_no_message_can_be_measured_it_is_said(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert measure_message(100, 1) == "there is one GPU, and a copy on it is no message"
-    monkeypatch.setattr("models.profiling.measure.message_seconds", fails)
+    monkeypatch.setattr("ibp_deepspeed.models.profiling.measure.message_seconds", fails)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert measure_message(100, 1) == "the two processes failed over nccl: RuntimeError: no way"
 

@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from models import CausalLM, ModelError
-from models.config import load_config
-from models.hf.weights import PretrainedWeights, local_folder
-from models.layers import AuxiliaryHead, HeadLayer
-from models.runs.checkpoint import tokenizer_texts
-from models.shell import PROVEN
+from ibp_deepspeed.models import CausalLM, ModelError
+from ibp_deepspeed.models.config import load_config
+from ibp_deepspeed.models.hf.weights import PretrainedWeights, local_folder
+from ibp_deepspeed.models.layers import AuxiliaryHead, HeadLayer
+from ibp_deepspeed.models.runs.checkpoint import tokenizer_texts
+from ibp_deepspeed.models.shell import PROVEN
 from tests.forks import ROOT
 from tests.models.test_causal_lm import perturbed, run, tiny, tokens
 
@@ -61,7 +61,7 @@ def test_an_imported_model_has_the_logits_of_its_folder(
 
 def test_a_start_at_random_needs_no_internals_of_hugging_faces() -> None:
     """So that a version that has moved them can still train, evaluate and export."""
-    code = "import sys, models.runs.start; sys.exit('models.hf.weights' in sys.modules)"
+    code = "import sys, ibp_deepspeed.models.runs.start; sys.exit('ibp_deepspeed.models.hf.weights' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

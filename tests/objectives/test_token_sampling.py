@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ibp_deepspeed import InterlockedReference, InterlockingConfig
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import ConfigError, InterlockingError
+from ibp_deepspeed.models import CausalLM
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss, LazyLogits
 from ibp_deepspeed.objectives.token_sampling import TokenSample
-from models import CausalLM
 from tests.models.test_causal_lm import tiny
 
 

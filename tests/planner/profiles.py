@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.models import CausalLM
+from ibp_deepspeed.models.profiling.subject import subject_of
 from ibp_deepspeed.planner.profile import Message, Piece, Profile, Spread, checksum
-from models import CausalLM
-from models.profiling.subject import subject_of
 
 
 def spread(seconds: float) -> Spread:

@@ -15,6 +15,8 @@ from transformers import AutoConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import PlanError
+from ibp_deepspeed.models import CausalLM
+from ibp_deepspeed.models.workload import kept_bytes_per_token, workload
 from ibp_deepspeed.planner import plan
 from ibp_deepspeed.planner.advice import advise
 from ibp_deepspeed.planner.hardware import Cluster, Device, Link
@@ -22,8 +24,6 @@ from ibp_deepspeed.planner.learned import Learned, learned, table
 from ibp_deepspeed.planner.memory import PUT_OFF, stage_memory
 from ibp_deepspeed.planner.plan import Candidate, Job, candidates, evaluate
 from ibp_deepspeed.planner.workload import NOTHING, Work, Workload, balanced
-from models import CausalLM
-from models.workload import kept_bytes_per_token, workload
 from tests.docs.test_pages import commands
 from tests.models.test_costs import llama
 
@@ -193,7 +193,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_writes_what_it_advises(tmp_path: Path) -> None:
     target, numbers = tmp_path / "ds.json", tmp_path / "plan.json"
-    model = ("--model", "models/configs/llama-tiny.json", "--stages", "8", "--sequence-length", "128", "--fp32")
+    model = ("--model", "llama-tiny", "--stages", "8", "--sequence-length", "128", "--fp32")
     shown = run(*model, "--micro-batches", "2", "--write", str(target), "--json", str(numbers), "--tolerance", "9")
     assert shown.returncode == 0, shown.stderr
     settings = json.loads(target.read_text())
@@ -214,9 +214,9 @@ def test_the_pages_commands_run_and_one_stage_can_be_planned(tmp_path: Path) -> 
         advice = next(line for line in shown.stdout.splitlines() if line.startswith("Advice: "))
         assert advice in page  # what the page decides by
         assert json.loads(target.read_text())["interlocking"]["exits"] in (4, 8)
-    uneven = run("--model", "models/configs/llama-tiny.json", "--stages", "4", "--jitter", "0.1", "--straggler", "1=2")
+    uneven = run("--model", "llama-tiny", "--stages", "4", "--jitter", "0.1", "--straggler", "1=2")
     assert uneven.returncode == 0 and "Advice: " in uneven.stdout, uneven.stderr
-    alone = run("--model", "models/configs/llama-tiny.json", "--stages", "1")
+    alone = run("--model", "llama-tiny", "--stages", "1")
     assert alone.returncode == 0 and "Do not interlock here" in alone.stdout, alone.stderr
     listed = run("--devices")
     assert listed.returncode == 0 and "H100: 989 TFLOP/s" in listed.stdout, listed.stderr
@@ -242,6 +242,6 @@ def test_the_pages_commands_run_and_one_stage_can_be_planned(tmp_path: Path) -> 
     ],
 )
 def test_wrong_arguments_are_one_sentence(words: tuple[str, ...], sentence: str) -> None:
-    shown = run("--model", "models/configs/llama-tiny.json", *words)
+    shown = run("--model", "llama-tiny", *words)
     assert shown.returncode == 1 and shown.stdout == "", shown.stdout
     assert shown.stderr.startswith("error: ") and sentence in shown.stderr and shown.stderr.count("\n") == 1

@@ -14,12 +14,12 @@ from transformers import AutoConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import PlanError
+from ibp_deepspeed.models import CausalLM
+from ibp_deepspeed.models.profiling.subject import subject_of
 from ibp_deepspeed.planner.hardware import Cluster, Link
 from ibp_deepspeed.planner.plan import Candidate, Job, evaluate
 from ibp_deepspeed.planner.profile import Profile, check_profile, read_profile, write_profile
 from ibp_deepspeed.planner.workload import balanced, over_mean
-from models import CausalLM
-from models.profiling.subject import subject_of
 from tests.models.test_costs import llama
 from tests.planner.profiles import alike, piece, profile
 

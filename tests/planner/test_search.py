@@ -156,14 +156,14 @@ def test_slow_links_between_hosts_keep_replicas_or_pipelines_inside() -> None:
     ],
 )
 def test_what_can_not_be_searched_is_one_sentence(words: tuple[str, ...], sentence: str) -> None:
-    shown = run("--search", "--model", "models/configs/llama-tiny.json", *words)
+    shown = run("--search", "--model", "llama-tiny", *words)
     assert shown.returncode == 1 and shown.stderr.startswith("error: "), shown.stderr
     assert sentence in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
 
 
 def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
     target, numbers = tmp_path / "ds.json", tmp_path / "search.json"
-    words = ("--search", "--model", "models/configs/llama-tiny.json", "--devices-total", "4", "--batch-samples", "16")
+    words = ("--search", "--model", "llama-tiny", "--devices-total", "4", "--batch-samples", "16")
     shown = run(*words, "--sequence-length", "128", "--fp32", "--write", str(target), "--json", str(numbers))
     assert shown.returncode == 0, shown.stderr
     assert "ways looked at" in shown.stdout and "their learning is not measured" in shown.stdout

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-SMALL = ["--model", "models/configs/llama-tiny.json", "--sequence-length", "32", "--set", "num_hidden_layers=4"]
+SMALL = ["--model", "llama-tiny", "--sequence-length", "32", "--set", "num_hidden_layers=4"]
 
 
 def changed(config: Path, path: Path, **interlocking: Any) -> Path:

@@ -17,11 +17,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from ibp_deepspeed.commands.training.start import open_data
 from ibp_deepspeed.data import open_tokens
 from ibp_deepspeed.data.token_file import COUNTS, FIRST, read_manifest
 from ibp_deepspeed.data.tokenizer import train_tokenizer
 from ibp_deepspeed.errors import DataError
-from scripts.training.start import open_data
 from tests.commands import script
 from tests.forks import ROOT
 from tests.scripts.settings import SMALL

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ibp_deepspeed.data import HeldOut, open_tokens
-from models import load_config
+from ibp_deepspeed.models import load_config
 from tests.commands import assert_one_sentence, ranks, script
 from tests.forks import ROOT
 from tests.models.test_causal_lm import perturbed
@@ -25,7 +25,7 @@ ALONE += ["--gradient-accumulation-steps", "1", "--eval-interval", "0", "--eval-
 def hub(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tied GPT-2 in several shards, with the tokenizer of the data."""
     folder = tmp_path_factory.mktemp("hub") / "model"
-    config = load_config(ROOT / "models/configs/gpt2-tiny.json", vocab_size=512, n_layer=3, tie_word_embeddings=True)
+    config = load_config("gpt2-tiny", vocab_size=512, n_layer=3, tie_word_embeddings=True)
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     perturbed([model])
@@ -114,7 +114,7 @@ def test_wrong_starts_are_one_sentence(hub: Path, data: Path, tmp_path: Path) ->
 def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers that has learned something of the sources."""
     out = tmp_path_factory.mktemp("pretrained")
-    words = ("--model", "models/configs/llama-tiny.json", "--set", "num_hidden_layers=2", "--steps", 160)
+    words = ("--model", "llama-tiny", "--set", "num_hidden_layers=2", "--steps", 160)
     done = script("train_lm.py", *ALONE, "--deepspeed_config", PRESET, "--data", data, "--output", out, *words)
     assert done.returncode == 0, done.stderr
     return out / "checkpoint"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.training.hosts import spans_hosts, unreachable
+from ibp_deepspeed.commands.training.hosts import spans_hosts, unreachable
 from tests.commands import Done, on_hosts
 from tests.scripts.settings import SMALL
 

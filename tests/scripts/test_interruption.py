@@ -20,9 +20,9 @@ import pytest
 import torch.distributed as dist
 
 from ibp_deepspeed.checkpoint.store import checked
-from scripts.training.agreement import SAVE, STOP, Agreement
-from scripts.training.arguments import parse_arguments, save_interval
-from scripts.training.interruption import EXIT_CODE
+from ibp_deepspeed.commands.training.agreement import SAVE, STOP, Agreement
+from ibp_deepspeed.commands.training.arguments import parse_arguments, save_interval
+from ibp_deepspeed.commands.training.interruption import EXIT_CODE
 from tests.commands import script
 from tests.forks import ROOT
 from tests.rendezvous import rendezvous
@@ -110,7 +110,7 @@ def test_the_ranks_end_well_when_deepspeeds_launcher_alone_is_told(config: Path,
 def test_a_launcher_that_is_killed_is_noticed(tmp_path: Path) -> None:
     """``deepspeed.launcher.launch``, which starts the ranks; here one that would sleep on."""
     rank = (
-        "import sys, time; from scripts.training.launcher import launchers, when_one_ends; "
+        "import sys, time; from ibp_deepspeed.commands.training.launcher import launchers, when_one_ends; "
         "when_one_ends(launchers(), lambda why: (print(why, flush=True), __import__('os')._exit(3))); "
         "print('watches', len(launchers()), flush=True); time.sleep(600)"
     )
@@ -160,7 +160,8 @@ def test_the_end_of_patience_ends_at_once(alone: Callable[..., subprocess.Popen[
 def test_a_second_signal_ends_at_once() -> None:
     """Three seconds after the first, or later; a process that would sleep on."""
     code = (
-        "import time; from scripts.training.interruption import Interruption; Interruption(600, speaks=True); "
+        "import time; from ibp_deepspeed.commands.training.interruption import Interruption; "
+        "Interruption(600, speaks=True); "
         "print('listens', flush=True)\nwhile True: time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

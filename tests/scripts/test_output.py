@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ibp_deepspeed.commands.training.loop import open_history
+from ibp_deepspeed.commands.training.output import check_output, claim
 from ibp_deepspeed.errors import OutputError
-from scripts.training.loop import open_history
-from scripts.training.output import check_output, claim
 from tests.commands import assert_one_sentence, ranks, script
 from tests.scripts.settings import SMALL
 

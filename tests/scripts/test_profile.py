@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 from ibp_deepspeed import InterlockingError
+from ibp_deepspeed.commands.training.arguments import parse_arguments
+from ibp_deepspeed.commands.training.plan import make_plan
+from ibp_deepspeed.models import CausalLM, load_config
 from ibp_deepspeed.planner.profile import Profile, read_profile, write_profile
 from ibp_deepspeed.planner.workload import over_mean
-from models import CausalLM, load_config
-from scripts.training.arguments import parse_arguments
-from scripts.training.plan import make_plan
 from tests.commands import Done, assert_one_sentence, script
 from tests.docs.test_pages import commands
 from tests.forks import ROOT
 from tests.scripts.settings import SMALL, changed
 from tests.shared import Shared
 
-GPT = "models/configs/gpt2-tiny.json"
+GPT = "gpt2-tiny"
 WORDS = (*SMALL, "vocab_size=512", "--micro-batch-size", 2, "--fp32")
 
 
@@ -166,7 +166,6 @@ def test_a_plan_refuses_what_does_not_fit_the_profile(more: tuple[str, str], sen
 
 
 def test_the_pages_commands_measure_and_plan(tmp_path: Path) -> None:
-    (tmp_path / "models").symlink_to(ROOT / "models")
     found = [words for words in commands("planning.md") if "profile.json" in words]
     assert [words[1] for words in found] == ["scripts/profile_stage.py", "scripts/plan.py"]
     measuring, planning = ([words[1].removeprefix("scripts/"), *words[2:]] for words in found)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from ibp_deepspeed import InterlockingError
-from scripts.training.arguments import parse_arguments
-from scripts.training.plan import make_plan
-from scripts.training.sources import say_sources
+from ibp_deepspeed.commands.training.arguments import parse_arguments
+from ibp_deepspeed.commands.training.plan import make_plan
+from ibp_deepspeed.commands.training.sources import say_sources
 from tests.commands import assert_one_sentence, deepspeed, real, script
 from tests.forks import ROOT
 from tests.scripts.settings import SMALL, changed

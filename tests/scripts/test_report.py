@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from scripts.training.report import Machine, Speed, end_line, start_lines
+from ibp_deepspeed.commands.training.report import Machine, Speed, end_line, start_lines
 from tests.commands import ranks, script
 from tests.scripts.settings import SMALL
 

@@ -17,7 +17,7 @@ from tests.forks import ROOT
 from tests.scripts.test_scripts import assert_same
 from tests.shared import Shared
 
-GPT = ["--model", "models/configs/gpt2-tiny.json", "--sequence-length", "32"]
+GPT = ["--model", "gpt2-tiny", "--sequence-length", "32"]
 GPT += ["--set", "n_layer=2", "resid_pdrop=0.1", "embd_pdrop=0.1"]
 """With dropout, so that random states count too."""
 STEPS = 6

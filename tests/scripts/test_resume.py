@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from ibp_deepspeed import VirtualPipeline, measures
+from ibp_deepspeed.commands.reporting.history import History
+from ibp_deepspeed.commands.training.arguments import parse_arguments
+from ibp_deepspeed.commands.training.checkpoints import resume, set_position
+from ibp_deepspeed.commands.training.plan import Plan, make_plan
 from ibp_deepspeed.data import MicroBatchLoader, open_tokens
-from models.errors import ModelError
-from models.runs.conditions import Changes
-from scripts.reporting.history import History
-from scripts.training.arguments import parse_arguments
-from scripts.training.checkpoints import resume, set_position
-from scripts.training.plan import Plan, make_plan
+from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.runs.conditions import Changes
 from tests.commands import script
 from tests.forks import ROOT
 from tests.scripts.settings import SMALL

@@ -18,12 +18,12 @@ import pytest
 from rich.console import Console
 
 from ibp_deepspeed import measures
-from scripts.reporting.history import History
-from scripts.reporting.prediction import compare
-from scripts.reporting.record import RunRecord
-from scripts.training import display
-from scripts.training.display import Lines, Terminal, stage_table
-from scripts.training.monitors import monitors_under
+from ibp_deepspeed.commands.reporting.history import History
+from ibp_deepspeed.commands.reporting.prediction import compare
+from ibp_deepspeed.commands.reporting.record import RunRecord
+from ibp_deepspeed.commands.training import display
+from ibp_deepspeed.commands.training.display import Lines, Terminal, stage_table
+from ibp_deepspeed.commands.training.monitors import monitors_under
 from tests.commands import assert_one_sentence, script
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

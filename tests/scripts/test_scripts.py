@@ -127,7 +127,7 @@ def test_torchrun_and_one_process_train_the_same(data: Path, config: Path, tmp_p
 
 def test_a_resumed_run_is_the_same_bit_for_bit(data: Path, config: Path, tmp_path: Path) -> None:
     """Dropout, a shared readout on its way, streaming: three batches and three more are six."""
-    gpt = ["--model", "models/configs/gpt2-tiny.json", "--sequence-length", "32"]
+    gpt = ["--model", "gpt2-tiny", "--sequence-length", "32"]
     own = tmp_path / "own.json"  # monitors write under --output
     own.write_text(json.dumps({**json.loads(config.read_text()), "tensorboard": {"enabled": True}}))
     gpt += ["--set", "n_layer=2", "resid_pdrop=0.1", "embd_pdrop=0.1", "--save-interval", "3", "--eval-interval", "4"]

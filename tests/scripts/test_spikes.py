@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from ibp_deepspeed.commands.reporting.page import write_page
+from ibp_deepspeed.commands.training.agreement import Agreement
+from ibp_deepspeed.commands.training.loop import Run
+from ibp_deepspeed.commands.training.spikes import LEAST, Spike, SpikeWatch
 from ibp_deepspeed.data import MicroBatchLoader, open_tokens
-from scripts.reporting.page import write_page
-from scripts.training.agreement import Agreement
-from scripts.training.loop import Run
-from scripts.training.spikes import LEAST, Spike, SpikeWatch
 
 COUNT, EXITS = 3, 2
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ibp_deepspeed.commands.training.arguments import parse_arguments
+from ibp_deepspeed.commands.training.trace import batches
 from ibp_deepspeed.errors import TraceError
 from ibp_deepspeed.trace import chrome
-from scripts.training.arguments import parse_arguments
-from scripts.training.trace import batches
 from tests.commands import script
 from tests.docs.test_pages import commands
 

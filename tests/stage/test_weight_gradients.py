@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.profiler import profile
 from transformers import AutoConfig
 
+from ibp_deepspeed.models import CausalLM
 from ibp_deepspeed.stage.micro_batch import MicroBatchInFlight
 from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward
-from models import CausalLM
 from tests.toys import Layer
 
 Gradients = dict[str, Tensor]

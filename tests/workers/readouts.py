@@ -21,8 +21,8 @@ from ibp_deepspeed import (
     initialize,
 )
 from ibp_deepspeed.checkpoint import layout
-from models.build import pipeline_module, stage_objective
-from models.causal_lm import CausalLM
+from ibp_deepspeed.models.build import pipeline_module, stage_objective
+from ibp_deepspeed.models.causal_lm import CausalLM
 from tests.models.test_causal_lm import SEQUENCE, shifted, tiny
 from tests.toys import FollowingHead, Head, Layer, loss_fn, make_module, micro_batches
 from tests.workers import parity

@@ -20,7 +20,7 @@ from benchmarks.speed.harness import Row, meet, spawn
 from benchmarks.speed.language import cut_llama
 
 if TYPE_CHECKING:
-    from models import CausalLM
+    from ibp_deepspeed.models import CausalLM
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
@@ -33,7 +33,7 @@ def made(arguments: dict[str, Any]) -> CausalLM:
 def worker(arguments: dict[str, Any]) -> dict[str, dict[str, float]]:
     """One rank: each contender for some batches."""
     from ibp_deepspeed import InterlockingConfig, initialize
-    from models.build import pipeline_module
+    from ibp_deepspeed.models.build import pipeline_module
 
     torch.set_num_threads(1)
     meet()
@@ -81,10 +81,10 @@ def _counted(engine: Any, data: Any) -> dict[str, float]:
 def predicted(arguments: dict[str, Any], name: str) -> list[dict[str, float]]:
     """Of each stage, by the planner, of the cut that the engine makes."""
     from ibp_deepspeed import InterlockingConfig
+    from ibp_deepspeed.models.workload import workload
     from ibp_deepspeed.planner.hardware import Cluster, Device, Link
     from ibp_deepspeed.planner.memory import LOGITS
     from ibp_deepspeed.planner.plan import Job, outlook
-    from models.workload import workload
 
     model, stages, block = made(arguments), arguments["stages"], interlocking(name, arguments["stages"])
     config = InterlockingConfig.parse(block)

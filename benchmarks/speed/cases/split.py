@@ -98,7 +98,7 @@ class Stage:
 def _layers(kind: str, width: int, layers: int) -> nn.Sequential:
     from transformers import AutoConfig
 
-    from models import CausalLM
+    from ibp_deepspeed.models import CausalLM
 
     heads = max(1, width // 64)
     sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}

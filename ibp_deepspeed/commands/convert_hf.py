@@ -1,0 +1,137 @@
+"""Between Hugging Face folders and checkpoints.
+
+    python scripts/convert_hf.py import --model path/to/model --out runs/imported
+    python scripts/convert_hf.py export --checkpoint runs/first/checkpoint --out runs/first/hf
+    python scripts/convert_hf.py export --checkpoint runs/first/checkpoint --exit 2 --out runs/first/half
+    python scripts/convert_hf.py export --checkpoint runs/first/checkpoint --all-exits --out runs/first/family
+
+train_lm.py --init-from reads Hugging Face folders by itself; an import has a file for each layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ibp_deepspeed import cli
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("import", help="Hugging Face model → folder for train_lm.py --init-from").add_argument
+    add("--model", required=True, metavar="DIR", help="folder of save_pretrained, or a name on the hub")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    command = commands.add_parser("export", help="checkpoint → folder for from_pretrained, without the heads")
+    add = command.add_argument
+    add("--checkpoint", required=True, type=Path, metavar="DIR", help="folder written by train_lm.py, or by import")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--exit",
+        type=int,
+        metavar="K",
+        help="the first K stages with their head, as a model (default: the whole model)",
+    )
+    which.add_argument(
+        "--all-exits", action="store_true", help="one folder for each exit, with a table of what they cost"
+    )
+    add("--shard-size", default="5GB", metavar="SIZE", help="of the largest safetensors file (default: %(default)s)")
+    add("--data", type=Path, metavar="DIR", help="--all-exits: held-out text (default: of the data it was trained on)")
+    add("--batch-size", type=int, default=8, metavar="B", help="--all-exits: samples at once (default: %(default)s)")
+    add("--max-batches", type=int, metavar="N", help="--all-exits: batches to measure (default: all held-out text)")
+    return parser.parse_args()
+
+
+def check_shard_size(text: str) -> None:
+    """Of --shard-size, in Hugging Face's units.
+
+    Raises:
+        ModelError: it is none.
+    """
+    from ibp_deepspeed.models import ModelError
+
+    if re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B", text, re.IGNORECASE) is None:
+        raise ModelError(f"--shard-size {text}: write a number and its unit, like 500MB or 5GB.")
+
+
+def export(args: argparse.Namespace) -> None:
+    """One exit."""
+    from ibp_deepspeed.models.exits.exits import Exits
+    from ibp_deepspeed.models.hf.save import write
+
+    exits = Exits(args.checkpoint)
+    parameters = write(exits, args.out, args.exit, shard_size=args.shard_size)
+    report(exits, args.exit or len(exits), parameters, args.out)
+
+
+def export_all(args: argparse.Namespace) -> None:
+    """Every exit in a folder of its own, and what each costs and is worth."""
+    from ibp_deepspeed.data import HeldOut, open_tokens
+    from ibp_deepspeed.errors import OutputError
+    from ibp_deepspeed.models import ModelError
+    from ibp_deepspeed.models.exits.exits import Exits
+    from ibp_deepspeed.models.exits.table import measure, table
+    from ibp_deepspeed.models.hf.save import write
+
+    exits = Exits(args.checkpoint)
+    data = args.data or exits.description.data
+    if data is None:
+        raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")
+    if args.out.exists():
+        raise OutputError(f"{args.out} exists already: give another --out or remove it.")
+    rows: list[dict[str, Any]] = []
+    tokens = open_tokens(data, "heldout")
+    tokens.check_vocabulary(exits.model.vocab_size)
+    samples = None if args.max_batches is None else args.max_batches * args.batch_size
+    held_out = HeldOut(tokens, exits.description.sequence_length, args.batch_size, samples=samples)
+    for row in measure(exits, held_out):
+        out = args.out / f"exit-{row['exit']}"
+        results = {"held-out perplexity": f"{row['perplexity']:.3f}"}
+        row["parameters"] = write(exits, out, row["exit"], shard_size=args.shard_size, results=results)
+        rows.append(row)
+        report(exits, row["exit"], row["parameters"], out)
+    text = table(rows)
+    (args.out / "README.md").write_text(f"# All exits of {args.checkpoint}\n\n{text}", encoding="utf-8")
+    (args.out / "exits.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{text}")
+
+
+def report(exits: Any, exit_: int, parameters: int, out: Path) -> None:
+    """Say what was written."""
+    part = "the model" if exit_ == len(exits) else f"exit {exit_} of {len(exits)} with {exits.depth(exit_)} layers"
+    tokenizer = "" if exits.checkpoint.tokenizer else "; it has no tokenizer, as the checkpoint has none"
+    print(
+        f"{out}: {part}, {parameters:,} parameters, loads with AutoModelForCausalLM.from_pretrained, every key there, "
+        f"the same logits{tokenizer}"
+    )
+
+
+def main(phase: cli.SameOnAllRanks) -> None:
+    """Run a command."""
+    args = parse_arguments()
+    cli.quiet()
+    if args.command == "export":
+        check_shard_size(args.shard_size)
+    if args.command == "import":
+        from ibp_deepspeed.models.hf.importing import import_model
+
+        folder = import_model(args.model, args.out)
+        print(f"{folder}: train with scripts/train_lm.py --init-from {folder}")
+    elif args.all_exits:
+        export_all(args)
+    else:
+        export(args)
+
+
+def run() -> None:
+    """The command line."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,184 @@
+"""From a plan to a pipeline with its data: the processes meet here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ibp_deepspeed.commands.reporting.record import RunRecord, record_of
+from ibp_deepspeed.commands.training.agreement import Agreement
+from ibp_deepspeed.commands.training.arguments import EVAL_MICRO_BATCHES
+from ibp_deepspeed.commands.training.checkpoints import set_position
+from ibp_deepspeed.commands.training.report import (
+    Machine,
+    Speed,
+    end_line,
+    flops_per_token,
+    gathered_peaks,
+    on_gpu,
+    peak_memory,
+    start_lines,
+)
+from ibp_deepspeed.commands.training.throughput import Throughput
+
+if TYPE_CHECKING:
+    from ibp_deepspeed.commands.training.plan import Plan
+    from ibp_deepspeed.data import HeldOut, MicroBatchLoader
+    from ibp_deepspeed.pipeline import Pipeline
+
+
+class Data(NamedTuple):
+    """What this rank's replica reads: training data, and what is evaluated on the way and at the end."""
+
+    train: MicroBatchLoader
+    on_the_way: HeldOut
+    at_the_end: HeldOut
+
+
+def start(plan: Plan, args: argparse.Namespace) -> Pipeline:
+    """Meet the other processes and make the engine, or all stages in this process."""
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    from ibp_deepspeed import init_distributed, initialize
+    from ibp_deepspeed.models.build import pipeline_module, virtual_pipeline
+
+    options, counts = plan.interlocking.aux_head, None
+    if options is not None and options.negatives is not None and options.negatives_by == "frequency":
+        counts = torch.from_numpy(plan.train.counts(plan.model.vocab_size))
+    deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
+    with contextlib.ExitStack() as stack:
+        if not args.verbose:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        init_distributed()
+        torch.manual_seed(args.seed + int(os.environ["RANK"]))  # dropout
+        if args.one_process:
+            monitor = MonitorMaster(get_monitor_config(plan.ds_config))
+            device = get_accelerator().current_device_name()
+            about = {"device": device, "monitor": monitor, "token_counts": counts}
+            return virtual_pipeline(plan.model, plan.ds_config, plan.num_stages, plan.bounds, **about)
+        module = pipeline_module(plan.model, plan.interlocking, plan.num_stages, plan.bounds, counts)
+        return initialize(model=module, config=plan.ds_config)[0]
+
+
+def open_data(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Data:
+    """Training and held-out micro-batches of this rank's replica.
+
+    Raises:
+        DataError: less than one batch of data.
+    """
+    from ibp_deepspeed.data import HeldOut, MicroBatchLoader
+
+    size, count = pipeline.train_micro_batch_size_per_gpu(), pipeline.gradient_accumulation_steps()
+    where: dict[str, Any] = {"data_parallel_rank": pipeline.data_parallel_rank, "data_parallel_size": plan.replicas}
+    position = pipeline.global_steps * count
+    train = MicroBatchLoader(plan.train, args.sequence_length, size, **where, seed=args.seed, start=position)
+    set_position(train, plan, args)
+    train.samples.require(count * size * plan.replicas, "a batch")
+
+    def held_out(micro_batches: int | None) -> HeldOut:
+        samples = None if micro_batches is None else micro_batches * size * plan.replicas
+        return HeldOut(plan.held_out, args.sequence_length, size, **where, samples=samples)
+
+    return Data(
+        train, held_out(args.eval_micro_batches or EVAL_MICRO_BATCHES), held_out(args.eval_micro_batches or None)
+    )
+
+
+def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data) -> list[str]:
+    """Say on rank 0 what is going to be trained, and what of the data is left out; returns these lines."""
+    options, micro_batches = plan.interlocking.aux_head, pipeline.gradient_accumulation_steps()
+    exits = plan.interlocking.exits_for(plan.num_stages)
+    if len(exits) == 1:
+        options = None  # no head is left
+    head_parameters = plan.model.aux_head_parameters(options) if options else 0
+    lines = [
+        f"{plan.num_stages} stages × {plan.replicas} replicas, layers {plan.bounds}, "
+        f"{sum(plan.model.parameter_counts()):,} parameters and {head_parameters:,} a head, strategy "
+        f"{plan.interlocking.strategy} ({plan.interlocking.mode}), {micro_batches} micro-batches of "
+        f"{pipeline.train_micro_batch_size_per_gpu()} samples, learning rate {_learning_rate(plan)}",
+        *_few_exits(exits, plan.num_stages),
+    ]
+    if args.init_from and not plan.resume:
+        heads = "at random" if args.init_heads == "fresh" else "as its final norm and LM head"
+        lines.append(f"begins with the weights of {args.init_from}" + (f", heads {heads}" if options else ""))
+    if options and options.readout == "shared":
+        size = "" if args.one_process else f" ({pipeline.refresh_bytes:,} bytes)"
+        lines.append(
+            f"the last stage's LM head{size} goes to all heads every {options.refresh_interval} batches and is used "
+            f"{options.delay(plan.num_stages, micro_batches)} batches later"
+        )
+    if plan.interlocking.compile:
+        lines.append("decoder layers are compiled in the first batch, which may take minutes")
+    if plan.model.was_tied:
+        lines.append("the LM head is not tied to the embedding: they live on different stages.")
+    lines += [*data.train.samples.remarks(), *data.at_the_end.remarks()]
+    if args.eval_interval:
+        lines.append(f"held-out losses every {args.eval_interval} batches on {data.on_the_way.describe()}")
+    lines = [*start_lines(Machine.here(on_gpu())), *lines]
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+def agreement(pipeline: Pipeline, args: argparse.Namespace) -> Agreement:
+    """Of all ranks about what is done after a batch."""
+    import torch.distributed as dist
+
+    store = None
+    if not args.one_process:
+        store = dist.PrefixStore("ibp_agreement", dist.distributed_c10d._get_default_store())
+    return Agreement(store, pipeline.global_rank)
+
+
+def throughput(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Throughput:
+    """What turns times of batches into tokens/s and MFU."""
+    from ibp_deepspeed.models.devices import peak_flops
+
+    machine, tokens = Machine.here(on_gpu()), pipeline.train_batch_size() * args.sequence_length
+    peak = peak_flops(machine.card) if machine.card else None
+    return Throughput(tokens, machine, flops_per_token(plan, args.sequence_length), peak)
+
+
+def begin_record(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, about: list[str]) -> RunRecord:
+    """On rank 0, before the first batch: run.json, so that a run that is not finished can be reported too."""
+    record = record_of(plan, args, about, pipeline.global_steps, pipeline.train_batch_size())
+    record.write(args.output)
+    return record
+
+
+def end_record(record: RunRecord | None, output: Path, summary: str, interrupted: int) -> Path:
+    """On rank 0, when all is done, or was interrupted after a batch: the page of the run; returns its path."""
+    from ibp_deepspeed.commands.reporting.page import write_page
+
+    assert record is not None
+    record.ended, record.interrupted, record.summary = time.time(), interrupted, [summary]
+    record.write(output)
+    return write_page(output)
+
+
+def summarise(speed: Speed, plan: Plan, args: argparse.Namespace) -> str:
+    """All ranks together, at the end: memory, speed and MFU in words, for rank 0 to show."""
+    peaks = gathered_peaks(peak_memory())
+    return end_line(Machine.here(on_gpu()), speed, flops_per_token(plan, args.sequence_length), peaks) if peaks else ""
+
+
+def _few_exits(exits: Sequence[int], stages: int) -> list[str]:
+    """Which exits there are, by their numbers, where not every stage is one."""
+    if len(exits) == stages:
+        return []
+    if len(exits) == 1:
+        return [f"the last of the {stages} stages is the only exit: this is backpropagation"]
+    return [f"exits {', '.join(str(k + 1) for k in exits)} of {stages} have a loss"]
+
+
+def _learning_rate(plan: Plan) -> str:
+    return f"{plan.ds_config.get('optimizer', {}).get('params', {}).get('lr', 'its default')}"

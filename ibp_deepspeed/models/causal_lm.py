@@ -1,0 +1,254 @@
+"""Hugging Face causal language models cut into pipeline layers: embedding, decoder layers, head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from deepspeed.pipe import LayerSpec
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.models.costs import head_operations, layer_operations
+from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.kinds import first_of_kind
+from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
+from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
+from ibp_deepspeed.models.recorder import Recorder
+from ibp_deepspeed.models.shell import Shell
+from ibp_deepspeed.strategy.head_placement import HeadPlacement
+
+if TYPE_CHECKING:
+    from ibp_deepspeed.planner.workload import Workload
+
+PRIVATE = AuxHeadConfig()
+_NANOSECONDS = 1e9  # partitions are of whole numbers
+
+
+class Weights(Protocol):
+    """Where the weights of pipeline layers are read from."""
+
+    def layer(self, index: int, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Those of ``names`` in the state dict of layer ``index`` of a cut model.
+
+        Raises:
+            ModelError: one is missing or can't be read.
+        """
+
+
+class CausalLM:
+    """How one Hugging Face causal language model is cut into pipeline layers.
+
+    Layers are built one at a time, on the CPU, with random weights that depend on the seed and the layer's index
+    alone: not on the number of stages, nor on what else was built; or with given weights. The LM head has its own
+    weights even where the model's config ties it to the embedding, which would tie the first stage to the last;
+    ``was_tied`` tells.
+
+    Args:
+        hf_config: of a type in ``ibp_deepspeed.models.shell.PROVEN``; it is copied.
+        seed: of all initial weights.
+        dtype: of all parameters; initial values are drawn in fp32 and rounded to it.
+        weights: of the layers, instead of random ones.
+        fresh_heads: draw auxiliary heads at random all the same; otherwise they begin with the given weights' final
+            norm and LM head, and blocks as the decoder layers that the model has next.
+
+    Attributes:
+        num_layers: decoder layers + 2.
+        vocab_size, hidden_size: V and H.
+        was_tied: whether the config ties the LM head to the embedding.
+
+    Raises:
+        ModelError: a model that cannot be cut, by name and with the reason.
+    """
+
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        weights: Weights | None = None,
+        fresh_heads: bool = False,
+    ) -> None:
+        self._shell = Shell(hf_config)
+        self._recorder = Recorder(self._shell)
+        self._seed = seed
+        self._dtype = dtype
+        self._weights = weights
+        self._fresh_heads = fresh_heads or weights is None
+        self.num_layers = len(self._shell.layers) + 2
+        self.vocab_size: int = self._shell.hf_config.vocab_size
+        self.hidden_size: int = self._shell.hf_config.hidden_size
+        self.was_tied = self._shell.was_tied
+        self.hf_config: PretrainedConfig = self._shell.hf_config
+
+    def layer_specs(self) -> list[LayerSpec]:
+        """[embedding, decoder layers, head] for ``PipelineModule``; each builds its layer with real weights."""
+        return [_CutLayerSpec(self, index) for index in range(self.num_layers)]
+
+    def build_layer(self, index: int) -> nn.Module:
+        """Layer ``index`` of ``layer_specs`` with real weights on the CPU.
+
+        Raises:
+            ModelError: the given weights lack one, or have one of another shape.
+        """
+        module = self._meta_layer(index)
+        values = self._weights.layer(index, list(module.state_dict())) if self._weights is not None else {}
+        return self._initialised(module, f"layer {index}", values)
+
+    def empty_layer(self, index: int) -> nn.Module:
+        """Layer ``index`` on the CPU with weights of no value, which takes no time."""
+        return self._meta_layer(index).to_empty(device="cpu")
+
+    def layer_class(self, index: int) -> type[nn.Module]:
+        """The class of layer ``index``."""
+        ends = {0: EmbeddingLayer, self.num_layers - 1: HeadLayer}
+        return ends.get(index, DecoderLayer)
+
+    def aux_head(self, stage_id: int, options: AuxHeadConfig = PRIVATE, after: int = 0) -> AuxiliaryHead:
+        """The auxiliary head of a stage, hidden states [B, S, H] → LazyLogits, on the CPU.
+
+        A norm and an LM head of the model's kinds, with decoder blocks before them if the options say so; random ones
+        depend on seed and stage alone. An LM head that is not private starts as the model's own.
+
+        Args:
+            stage_id: the stage that the head ends.
+            options: kind of LM head, number of blocks.
+            after: decoder layers of the model before the head, which decides the kind of its blocks.
+        """
+        head = self._meta_head(options, after)
+        sources = head.sources()
+        if self._fresh_heads:
+            kept = "readout." if options.readout != "private" else None
+            sources = {name: source for name, source in sources.items() if kept and name.startswith(kept)}
+        self._initialised(head, f"auxiliary head {stage_id}", self._from_layers(sources))
+        return head
+
+    def parameter_counts(self) -> list[int]:
+        """Parameters of every layer of ``layer_specs``; nothing is materialised."""
+        return [_count(self._meta_layer(index)) for index in range(self.num_layers)]
+
+    def matrix_parameters(self) -> list[int]:
+        """Elements of the matrices that a token is multiplied with in every layer of ``layer_specs``.
+
+        Embeddings are looked up, and of experts (all in one parameter) a token passes those that it is sent to.
+        """
+        chosen = getattr(self.hf_config, "num_experts_per_tok", None)
+        return [_matrices(self._meta_layer(index), chosen) for index in range(self.num_layers)]
+
+    def layer_kinds(self) -> list[int]:
+        """For every layer of ``layer_specs`` the first one that is like it, see :mod:`ibp_deepspeed.models.kinds`."""
+        last = self.num_layers - 1
+        return [0, *(1 + first for first in first_of_kind(list(self._shell.layers), self.hf_config)), last]
+
+    def aux_head_parameters(self, options: AuxHeadConfig = PRIVATE) -> int:
+        """Parameters of one auxiliary head, copied ones included."""
+        return _count(self._meta_head(options, self.num_layers))
+
+    def partition(
+        self,
+        num_stages: int,
+        *,
+        aux_heads: AuxHeadConfig | None = PRIVATE,
+        exits: Sequence[int] | None = None,
+        manual: Sequence[int] | None = None,
+        sequence_length: int = 0,
+        measured: Workload | None = None,
+    ) -> list[int]:
+        """Bounds of the stages in ``layer_specs``: stage k has the layers bounds[k] … bounds[k+1]-1.
+
+        The slowest stage is as fast as it can be, counted in operations (``costs.py``) or in measured seconds, with an
+        auxiliary head for all exits but the last (on the stage behind, if heads stand behind layers of the next one)
+        unless ``aux_heads`` is None; of such partitions the most even one is taken. Every stage has a decoder layer.
+
+        Args:
+            num_stages: K, from 1 to the number of decoder layers.
+            aux_heads: options of the auxiliary heads that count.
+            exits: the stages that have a loss; None: all.
+            manual: instead, K numbers of decoder layers, or K+1 bounds.
+            sequence_length: S, for attention's share of a layer; 0 leaves it out.
+            measured: seconds of this model's layers and of such a head, in the place of operations.
+
+        Returns:
+            K+1 numbers from 0 to ``num_layers``.
+
+        Raises:
+            ModelError: more stages than decoder layers, or a manual partition that does not fit.
+        """
+        decoder_layers = self.num_layers - 2
+        if not 1 <= num_stages <= decoder_layers:
+            raise ModelError(
+                f"{num_stages} stages do not fit a model with {decoder_layers} decoder layers: every stage needs "
+                f"at least one, so choose 1 to {decoder_layers} stages"
+            )
+        if manual is not None:
+            return manual_bounds(manual, num_stages, decoder_layers)
+        if measured is None:
+            layers = [layer.total for layer in layer_operations(self, sequence_length)]
+            head = head_operations(self, aux_heads, sequence_length).total if aux_heads else 0.0
+        else:
+            layers = [_NANOSECONDS * layer.total for layer in measured.layers]
+            head = _NANOSECONDS * measured.head.total if aux_heads and measured.head else 0.0
+        embedding, *costs, readout = map(round, layers)
+        costs[0] += embedding
+        costs[-1] += readout
+        placed = None if exits is None else tuple(exits)
+        placement = HeadPlacement(num_stages, aux_heads.borrow if aux_heads else 0, placed)
+        heads = [0 if placement.head_at(stage) is None else round(head) for stage in range(num_stages)]
+        return sizes_to_bounds(balanced_sizes(costs, heads))
+
+    def _meta_layer(self, index: int) -> nn.Module:
+        if self.layer_class(index) is DecoderLayer:
+            return DecoderLayer(self._shell, index - 1, self._recorder)
+        return self.layer_class(index)(self._shell)
+
+    def _meta_head(self, options: AuxHeadConfig, after: int) -> AuxiliaryHead:
+        kind = AuxiliaryHead if options.readout == "private" else FollowingHead
+        return kind(self._shell, self._recorder, options, after)
+
+    def _from_layers(self, sources: Mapping[str, str]) -> dict[str, Tensor]:
+        """Name → the value of the "layer.parameter" that it names; each layer is read once, or drawn."""
+        wanted: dict[int, dict[str, str]] = {}
+        for name, source in sources.items():
+            layer, _, parameter = source.partition(".")
+            wanted.setdefault(int(layer), {})[name] = parameter
+        values = {}
+        for index, names in wanted.items():
+            found = self._weights.layer(index, list(names.values())) if self._weights else self._drawn(index)
+            values.update({name: found[parameter] for name, parameter in names.items()})
+        return values
+
+    def _drawn(self, index: int) -> dict[str, Tensor]:
+        return self._initialised(self._meta_layer(index), f"layer {index}").state_dict()
+
+    def _initialised(self, module: nn.Module, part: str, values: Mapping[str, Tensor] | None = None) -> nn.Module:
+        self._shell.initialise(module, part, self._seed, self._dtype, values or {})
+        return module
+
+    def __repr__(self) -> str:
+        return f"CausalLM({self._shell.hf_config.model_type})"
+
+
+class _CutLayerSpec(LayerSpec):  # type: ignore[misc]
+    """One layer of a cut model, built by the model that knows the whole."""
+
+    def __init__(self, model: CausalLM, index: int) -> None:
+        super().__init__(model.layer_class(index), model, index)
+
+    def build(self, log: bool = False) -> nn.Module:
+        model, index = self.module_args
+        return model.build_layer(index)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _matrices(module: nn.Module, chosen_experts: int | None) -> int:
+    looked_up = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    parameters = [p for p in module.parameters() if p.dim() > 1 and id(p) not in looked_up]
+    experts = [p for p in parameters if p.dim() == 3 and chosen_experts is not None]  # [experts, …]
+    passed = sum(p.numel() for p in parameters) - sum(p.numel() for p in experts)
+    return passed + sum(p.numel() // p.shape[0] * (chosen_experts or 0) for p in experts)

@@ -1,0 +1,78 @@
+"""Operations of a language model's layers and heads, from their sizes: multiply-adds of matrix products, for a token.
+
+Embeddings are looked up. Attention looks at half of a sequence on average: scores and values, S·H each over half of the
+positions, forward, and twice that backward.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+
+if TYPE_CHECKING:
+    from ibp_deepspeed.models.causal_lm import CausalLM
+
+
+class Operations(NamedTuple):
+    """Multiply-adds a token.
+
+    Attributes:
+        forward, input_gradient, weight_gradient: of F, B and W.
+    """
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+
+    @property
+    def total(self) -> float:
+        """Of all three."""
+        return sum(self)
+
+
+def layer_operations(model: CausalLM, sequence_length: int) -> list[Operations]:
+    """Of every layer of ``layer_specs``.
+
+    Args:
+        model: the cut model.
+        sequence_length: S; 0 leaves attention out.
+    """
+    attention = sequence_length * model.hidden_size
+    embedding, *layers, readout = model.matrix_parameters()
+    decoder = [Operations(layer + attention, layer + 2 * attention, layer) for layer in layers]
+    return [Operations(*[embedding] * 3), *decoder, Operations(*[readout] * 3)]
+
+
+def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> Operations:
+    """Of an auxiliary head; its blocks are taken to be like the mean decoder layer.
+
+    An LM head that copies the last stage's has no weight gradient; one of low rank is two small products; it reads only
+    the positions that it takes its loss on, and only the tokens that stand for the vocabulary.
+    """
+    product = options.aux_tokens * _readout_products(model, options)
+    of_readout = Operations(product, product, product if options.readout == "private" else 0.0)
+    layers = layer_operations(model, sequence_length)[1:-1]
+    of_block = (sum(piece) / len(layers) for piece in zip(*layers, strict=True))
+    return Operations(*(a + options.blocks * b for a, b in zip(of_readout, of_block, strict=True)))
+
+
+def training_flops(model: CausalLM, options: AuxHeadConfig | None, heads: int, sequence_length: int) -> float:
+    """Floating-point operations that training on one token needs: 6·P + 6·L·S·H, as MFU is usually counted.
+
+    P: elements of the matrices that a token passes (2 operations each forward, 4 backward): those of decoder layers, of
+    experts those that it is sent to, of the model's LM head, and of each auxiliary head.
+
+    What a method does beyond that is not counted: recomputation, and the further input gradients of N > 1.
+    """
+    trunk = sum(layer.total for layer in layer_operations(model, sequence_length))
+    of_heads = 0.0 if options is None or heads == 0 else heads * head_operations(model, options, sequence_length).total
+    return 2 * (trunk + of_heads)
+
+
+def _readout_products(model: CausalLM, options: AuxHeadConfig) -> int:
+    """Multiply-adds of a head's LM head for a token that it takes its loss on, forward."""
+    size = model.hidden_size, model.vocab_size
+    if options.rank is not None:
+        return options.rank * sum(size)
+    return size[0] * (size[1] if options.negatives is None else options.negatives)

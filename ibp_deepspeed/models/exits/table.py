@@ -1,0 +1,53 @@
+"""What each exit of a trained model costs and is worth: parameters, perplexity, tokens per second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ibp_deepspeed.data import HeldOut
+from ibp_deepspeed.models.exits.evaluation import evaluate
+from ibp_deepspeed.models.exits.exits import Exits
+
+_TIMED_MICRO_BATCHES = 16
+
+
+def measure(exits: Exits, held_out: HeldOut) -> Iterator[dict[str, Any]]:
+    """For each exit, the number, held-out loss in nats per token, perplexity and tokens/s of a forward pass with loss.
+
+    Args:
+        exits: of a checkpoint.
+        held_out: what the losses are measured on; speed is on its first micro-batches.
+    """
+    for row in evaluate(exits, held_out, show=True).rows():
+        yield {**row, "layers": exits.depth(row["exit"]), "tokens_per_second": _speed(exits, row["exit"], held_out)}
+
+
+@torch.no_grad()
+def _speed(exits: Exits, exit_: int, held_out: HeldOut) -> float:
+    tokens, seconds = 0, 0.0
+    for input_ids, labels, _ in islice(held_out, _TIMED_MICRO_BATCHES):
+        began = time.perf_counter()
+        exits.objectives[exit_].measure(exits.lazy_logits(input_ids, exit_), labels.to(exits.device)).item()
+        seconds += time.perf_counter() - began
+        tokens += input_ids.numel()
+    return tokens / seconds
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown, with ``parameters`` of each."""
+    lines = [
+        "| exit | decoder layers | parameters | held-out perplexity | tokens/s (forward pass and loss) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        layers = row["layers"]
+        lines.append(
+            f"| {row['exit']} | {layers} | {row['parameters']:,} | {row['perplexity']:.3f} | "
+            f"{row['tokens_per_second']:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"

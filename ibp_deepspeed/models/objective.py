@@ -1,0 +1,22 @@
+"""The objective of a stage of a language model: next tokens, read out as the model itself does."""
+
+from __future__ import annotations
+
+from ibp_deepspeed.models.layers import AuxiliaryHead
+from ibp_deepspeed.objectives.head import ExitLayers, Objective
+
+
+class LanguageModelObjective(Objective):
+    """Cross-entropy behind a head that is made of layers of the model's kinds, and so can be exported as some."""
+
+    module: AuxiliaryHead
+
+    @property
+    def inner_layers(self) -> int:
+        """Decoder blocks in the head."""
+        return len(self.module.kinds)
+
+    def as_layers(self) -> ExitLayers:
+        """Its blocks are decoder layers, its norm and LM head the model's last layer."""
+        head = self.module
+        return ExitLayers(head.kinds, [*(block.state_dict() for block in head.blocks), head.as_last_layer()])

@@ -1,0 +1,96 @@
+"""What a model hands to its decoder layers besides hidden states, made again on every stage.
+
+Rotary tables, masks and positions follow from the shape of the input alone when nothing is padded. Rather than
+know them for each architecture, the model's own decoder is run with layers that only note what they are given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.shell import Shell
+
+LayerInputs = dict[str, Any]
+_SHAPES_KEPT = 4  # training and evaluation, with one spare each
+
+
+class Recorder:
+    """Keyword arguments of every decoder layer for hidden states of a given shape, dtype and device.
+
+    It is no module: casting a model to bf16 must not reach its rotary frequencies, which would be off by a third
+    of a turn at 2000 tokens.
+    """
+
+    def __init__(self, shell: Shell) -> None:
+        self._notes = [_Note(layer) for layer in shell.layers]
+        self._decoder = shell.copy_of(shell.decoder, (shell.layers, nn.ModuleList(self._notes)))
+        _remove_weights(self._decoder, keep=shell.layers_name)
+        self._decoder.eval()
+        self._is_eager = shell.hf_config._attn_implementation == "eager"
+        self._cache: dict[tuple[torch.Size, torch.dtype, torch.device], list[LayerInputs]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        return self  # a cache of values that follow from the key, so copies of layers share it
+
+    def inputs_for(self, index: int, hidden: Tensor) -> LayerInputs:
+        """The keyword arguments of decoder layer ``index`` for hidden states [B, S, H]."""
+        key = (hidden.shape, hidden.dtype, hidden.device)
+        if key not in self._cache:
+            if len(self._cache) == _SHAPES_KEPT:
+                del self._cache[next(iter(self._cache))]
+            self._cache[key] = self._record(*key)
+        return self._cache[key][index]
+
+    def _record(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> list[LayerInputs]:
+        # what is made in inference mode could not be saved for a backward pass later
+        with torch.inference_mode(False), torch.no_grad():
+            self._decoder.to(device)
+            self._decoder(inputs_embeds=torch.zeros(shape, dtype=dtype, device=device), use_cache=False)
+            recorded = [note.take() for note in self._notes]
+        if self._is_eager and any(inputs.get("attention_mask") is None for inputs in recorded):
+            raise ModelError("eager attention got no mask, so it would not be causal: use attn_implementation sdpa")
+        return recorded
+
+
+class _Note(nn.Module):
+    """Stands where a decoder layer stood and notes its arguments by name."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._signature = inspect.signature(layer.forward)
+        self._inputs: LayerInputs | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        bound = self._signature.bind(*args, **kwargs)
+        hidden, *rest = bound.arguments.items()
+        self._inputs = {}
+        for name, value in rest:
+            is_keywords = self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            self._inputs.update(value if is_keywords else {name: value})
+        return hidden[1]
+
+    def take(self) -> LayerInputs:
+        if self._inputs is None:
+            raise ModelError("the decoder left out one of its layers, so what that layer is given is not known")
+        inputs, self._inputs = self._inputs, None
+        return inputs
+
+
+class _Zero(nn.Module):
+    """Stands where an embedding stood: its values do not matter, only that they can be added."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        return torch.zeros((), device=tensors[0].device)
+
+
+def _remove_weights(decoder: nn.Module, keep: str) -> None:
+    """Replace whatever has parameters, so that the decoder runs on any device without any."""
+    for name, child in list(decoder.named_children()):
+        if name != keep and any(True for _ in child.parameters()):
+            setattr(decoder, name, _Zero() if isinstance(child, nn.Embedding) else nn.Identity())

@@ -1,0 +1,73 @@
+"""What goes beside a checkpoint's files: enough to build the model again in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from transformers import AutoConfig, PretrainedConfig
+
+from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.checkpoint.manifest import Bounds
+from ibp_deepspeed.errors import first_line
+from ibp_deepspeed.json_text import small_text
+from ibp_deepspeed.models.config import check_depth
+from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.runs.conditions import Conditions
+
+
+class Description(BaseModel):
+    """What a checkpoint holds, beside DeepSpeed's files: enough to rebuild the model in one process."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: dict[str, Any]
+    """The Hugging Face config."""
+    bounds: Bounds
+    """Stage k has layers bounds[k] … bounds[k+1]-1 of embedding, decoder layers, head."""
+    interlocking: dict[str, Any]
+    sequence_length: int
+    data: str | None = None
+    """Folder of the prepared data, with the tokenizer; None: nothing was trained, the weights are ``init_from``'s."""
+    source: str | None = None
+    """What text that is."""
+    init_from: str | None = None
+    """Folder or hub name of the weights that the training began with; None: random ones."""
+    settings: dict[str, Any] = {}
+    """The DeepSpeed configuration, but for the interlocking block."""
+    conditions: Conditions | None = None
+    """Seed, data and batches; None: nothing was trained, or an earlier version wrote it."""
+
+    def hf_config(self) -> PretrainedConfig:
+        """The Hugging Face config as an object.
+
+        Raises:
+            ModelError: the values make none.
+        """
+        values = dict(self.model)
+        check_depth(values)
+        try:
+            return AutoConfig.for_model(values.pop("model_type"), **values)
+        except Exception as error:  # a config class may refuse its values with any kind of error
+            raise ModelError(f"the config in {layout.DESCRIPTION} can't be used: {first_line(error)}.") from error
+
+    def files(self) -> dict[str, str]:
+        """What goes beside a checkpoint's files, by name."""
+        return {layout.DESCRIPTION: json.dumps(self.model_dump(), indent=1) + "\n"}
+
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """Read from a checkpoint's folder.
+
+        Raises:
+            ModelError: it is missing or not readable.
+        """
+        path = folder / layout.DESCRIPTION
+        try:
+            return cls.model_validate_json(small_text(path))
+        except FileNotFoundError:
+            raise ModelError(f"{folder} is no checkpoint of train_lm.py: it has no {layout.DESCRIPTION}.") from None
+        except ValueError as error:
+            raise ModelError(f"{path} is damaged: {first_line(error)}.") from None
