@@ -16,6 +16,7 @@ from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.kinds import first_of_kind
 from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
+from ibp_deepspeed.models.proofs.first_use import require_proof
 from ibp_deepspeed.models.recorder import Recorder
 from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
@@ -47,7 +48,7 @@ class CausalLM:
     ``was_tied`` tells.
 
     Args:
-        hf_config: of a type in ``ibp_deepspeed.models.shell.PROVEN``; it is copied.
+        hf_config: of any causal model whose cut is proved, see :mod:`ibp_deepspeed.models.proofs`; it is copied.
         seed: of all initial weights.
         dtype: of all parameters; initial values are drawn in fp32 and rounded to it.
         weights: of the layers, instead of random ones.
@@ -73,6 +74,7 @@ class CausalLM:
         fresh_heads: bool = False,
     ) -> None:
         self._shell = Shell(hf_config)
+        require_proof(hf_config)
         self._recorder = Recorder(self._shell)
         self._seed = seed
         self._dtype = dtype

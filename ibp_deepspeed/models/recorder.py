@@ -31,7 +31,8 @@ class Recorder:
         self._decoder = shell.copy_of(shell.decoder, (shell.layers, nn.ModuleList(self._notes)))
         _remove_weights(self._decoder, keep=shell.layers_name)
         self._decoder.eval()
-        self._is_eager = shell.hf_config._attn_implementation == "eager"
+        attends = any("Attention" in type(module).__name__ for module in shell.layers.modules())
+        self._is_eager = attends and shell.hf_config._attn_implementation == "eager"
         self._cache: dict[tuple[torch.Size, torch.dtype, torch.device], list[LayerInputs]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
@@ -50,33 +51,67 @@ class Recorder:
         # what is made in inference mode could not be saved for a backward pass later
         with torch.inference_mode(False), torch.no_grad():
             self._decoder.to(device)
-            self._decoder(inputs_embeds=torch.zeros(shape, dtype=dtype, device=device), use_cache=False)
-            recorded = [note.take() for note in self._notes]
+            recorded = self._run(torch.zeros(shape, dtype=dtype, device=device))
         if self._is_eager and any(inputs.get("attention_mask") is None for inputs in recorded):
             raise ModelError("eager attention got no mask, so it would not be causal: use attn_implementation sdpa")
         return recorded
 
+    def _run(self, hidden: Tensor) -> list[LayerInputs]:
+        """Some decoders take a layer's output as it is, others the first of a tuple: what goes through tells."""
+        try:
+            return self._run_once(hidden)
+        except Exception:  # taking the first row of a batch fails somewhere, with any kind of error
+            if any(note.in_tuple for note in self._notes):
+                raise
+            for note in self._notes:
+                note.in_tuple = True
+            return self._run_once(hidden)
+
+    def _run_once(self, hidden: Tensor) -> list[LayerInputs]:
+        output = self._decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        recorded = [note.take(hidden.shape) for note in self._notes]
+        if output.shape != hidden.shape:
+            raise ModelError("the decoder gives hidden states of another shape than its layers")
+        return recorded
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Numbers, texts and switches that a module has by name: models ask their parts for them."""
+    own = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    return {name: value for name, value in own.items() if not name.startswith("_") and name != "training"}
+
 
 class _Note(nn.Module):
-    """Stands where a decoder layer stood and notes its arguments by name."""
+    """Stands where a decoder layer stood and notes its arguments by name.
+
+    Attributes:
+        in_tuple: whether it returns its hidden states in a tuple.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        for name, value in plain_attributes(layer).items():
+            setattr(self, name, value)
         self._signature = inspect.signature(layer.forward)
         self._inputs: LayerInputs | None = None
+        self._shape: torch.Size | None = None
+        self.in_tuple = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         bound = self._signature.bind(*args, **kwargs)
         hidden, *rest = bound.arguments.items()
         self._inputs = {}
         for name, value in rest:
             is_keywords = self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             self._inputs.update(value if is_keywords else {name: value})
-        return hidden[1]
+        self._shape = hidden[1].shape
+        return (hidden[1],) if self.in_tuple else hidden[1]
 
-    def take(self) -> LayerInputs:
+    def take(self, shape: torch.Size) -> LayerInputs:
         if self._inputs is None:
             raise ModelError("the decoder left out one of its layers, so what that layer is given is not known")
+        if self._shape != shape:
+            raise ModelError("the decoder gives its layers hidden states of different shapes")
         inputs, self._inputs = self._inputs, None
         return inputs
 

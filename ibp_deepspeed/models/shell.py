@@ -15,18 +15,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ibp_deepspeed.models.errors import ModelError
 
-# Those that tests/models/test_causal_lm.py compares with the uncut model. Another may work: add it there first.
-PROVEN = (
-    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
-    "mistral", "mixtral", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
-    "stablelm", "starcoder2",
-)  # fmt: skip
-_LAYERS = ("layers", "h")
-_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+_LAYERS = ("layers", "h", "blocks")
+_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "embedding_norm", "final_norm", "ln_out", "out_norm")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,7 +46,7 @@ class Shell:
         self.was_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
         self.model = meta_model(untied(hf_config))
         self.hf_config = self.model.config
-        self.decoder: PreTrainedModel = self.model.get_decoder()
+        self.decoder = self._decoder()
         self.decoder_name = next(name for name, m in self.model.named_modules() if m is self.decoder)
         self.layers_name, self.layers = self._part(_LAYERS, nn.ModuleList, "list of decoder layers")
         self.norm_name, self.norm = self._part(_NORMS, nn.Module, "final norm")
@@ -116,6 +110,12 @@ class Shell:
                 )
             state[name].copy_(value)
 
+    def _decoder(self) -> PreTrainedModel:
+        """Where the layers are; what some models call their decoder is the whole, or something else."""
+        found = [self.model.get_decoder(), self.model.base_model, getattr(self.model, "model", None)]
+        has_layers = (m for m in found if any(isinstance(getattr(m, name, None), nn.ModuleList) for name in _LAYERS))
+        return next(has_layers, found[0])
+
     def _part(self, names: tuple[str, ...], kind: type[M], what: str) -> tuple[str, M]:
         for name in names:
             part = getattr(self.decoder, name, None)
@@ -149,10 +149,12 @@ def meta_model(hf_config: PretrainedConfig) -> PreTrainedModel:
 
 def _refuse(hf_config: PretrainedConfig) -> None:
     kind = hf_config.model_type
-    if kind not in PROVEN:
+    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"model type '{kind}' has no causal language model in transformers, so it cannot be cut")
+    if hf_config.get_text_config() is not hf_config:
         raise ModelError(
-            f"model type '{kind}' has not been proven to give the same logits cut and uncut; "
-            f"proven are {', '.join(PROVEN)}"
+            f"model type '{kind}' is of more than text: give the config of its text model alone "
+            f"('{hf_config.get_text_config().model_type}')"
         )
     wrong = {
         "layerdrop": "training that skips whole layers",

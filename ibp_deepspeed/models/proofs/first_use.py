@@ -1,0 +1,154 @@
+"""Whether models of a config may be cut: known from the package, or from the user's cache, or proved now."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.proofs.kind import kind_of
+
+TABLE = Path(__file__).parent / "proven.json"
+"""Kinds of configs that the package was proved with; written by ``python -m ibp_deepspeed.models.proofs.table``."""
+_PATIENCE = 60.0  # seconds for another process that proves the same
+_MODELS = Path(__file__).parents[1]
+_proving: ContextVar[bool] = ContextVar("proving", default=False)
+_known: set[tuple[str, str]] = set()
+"""Of this process: model types and kinds."""
+
+
+def require_proof(config: PretrainedConfig) -> None:
+    """Let a config pass whose models, cut, have been proved to be the uncut ones, or prove it now.
+
+    A kind of config in ``TABLE`` costs nothing where the version of transformers is the table's. Another one is
+    proved once on a host, by the first process that needs it, and the others wait for that.
+
+    Raises:
+        ModelError: it differs, by name of the check and with the difference.
+    """
+    key = (config.model_type, kind_of(config))
+    if _proving.get() or key in _known:
+        return
+    if not in_table(*key):
+        refusal = _refusal(config, key)
+        if refusal is not None:
+            raise ModelError(refusal)
+    _known.add(key)
+
+
+def in_table(model_type: str, kind: str) -> bool:
+    """Whether the package was proved with this kind of config and the transformers that is installed."""
+    found = _table()
+    return bool(found["transformers"] == transformers.__version__ and kind in found["types"].get(model_type, {}))
+
+
+@contextmanager
+def proving() -> Iterator[None]:
+    """In it models are cut without a proof: they are its subject."""
+    before = _proving.set(True)
+    try:
+        yield
+    finally:
+        _proving.reset(before)
+
+
+def cache_folder() -> Path:
+    """Where proofs of this user are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibp_deepspeed" / "proofs"
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the files that cut models."""
+    found = hashlib.sha256()
+    for path in sorted(_MODELS.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    if not TABLE.exists():
+        return {"transformers": None, "types": {}}
+    found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return found
+
+
+def _refusal(config: PretrainedConfig, key: tuple[str, str]) -> str | None:
+    """Why a config is refused; None: it is not. A proof in the cache counts for the same versions and code alone."""
+    state = json.dumps([*key, transformers.__version__, torch.__version__, code_digest()])
+    path = cache_folder() / f"{key[0]}-{hashlib.sha256(state.encode()).hexdigest()[:24]}.json"
+    with _alone(path.with_suffix(".lock")):
+        found = _read(path)
+        if found is None:
+            found = _proved(config)
+            _write(path, found)
+    refusal = found["refusal"]
+    return None if refusal is None else str(refusal)
+
+
+def _proved(config: PretrainedConfig) -> dict[str, Any]:
+    from ibp_deepspeed.models.proofs.proof import prove  # cuts models, which asks here
+
+    try:
+        with proving():
+            return prove(config).to_dict()
+    except OSError as error:
+        raise ModelError(
+            f"the cut of model type '{config.model_type}' has to be proved with a small model, which can't be written "
+            f"to {tempfile.gettempdir()}: {error.strerror or error}"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A proof of the cache; one that is damaged is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("refusal", 0), str | None) else None
+
+
+def _write(path: Path, proof: dict[str, Any]) -> None:
+    """Complete or not at all; without a place for it every process proves for itself."""
+    with suppress(OSError):
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".new", delete=False) as file:
+            json.dump(proof, file, indent=1)
+        os.replace(file.name, path)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process of a host at a time; after a while, or where files can't be locked, all the same."""
+    import fcntl
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w", encoding="utf-8")
+    except OSError:
+        yield
+        return
+    with file:
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:
+                break
+        yield
