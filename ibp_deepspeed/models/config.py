@@ -120,7 +120,8 @@ def with_layers(config: PretrainedConfig, kinds: Sequence[int]) -> PretrainedCon
             values[name] = [index for index, kind in enumerate(kinds) if kind in values[name]]
     if isinstance(values.get("attention_types"), list):  # runs of layers, of which the list of layers is made
         values["attention_types"] = [[[kind], 1] for kind in values["attention_layers"]]
-    for name in {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"), "decoder_layers"} & values.keys():
+    names = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"), "decoder_layers"} & values.keys()
+    for name in names or {"num_layers"}:
         values[name] = len(kinds)
     changed = type(config).from_dict(values)
     changed._attn_implementation = config._attn_implementation
@@ -129,7 +130,7 @@ def with_layers(config: PretrainedConfig, kinds: Sequence[int]) -> PretrainedCon
 
 def per_layer_lists(config: PretrainedConfig) -> list[str]:
     """Names of the config's lists that have an entry for each decoder layer."""
-    layers = getattr(config, "num_hidden_layers", None)
+    layers = config.num_hidden_layers
     lists = {name: value for name, value in config.to_dict().items() if isinstance(value, list) and name not in _OTHERS}
     return [
         name

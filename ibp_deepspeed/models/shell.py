@@ -17,10 +17,21 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.errors import ModelError, in_words
 
 _LAYERS = ("layers", "h", "blocks")
-_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "embedding_norm", "final_norm", "ln_out", "out_norm")
+_NORMS = (
+    "norm",
+    "ln_f",
+    "final_layer_norm",
+    "final_layernorm",
+    "norm_f",
+    "layer_norm",
+    "embedding_norm",
+    "final_norm",
+    "ln_out",
+    "out_norm",
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,13 +55,15 @@ class Shell:
     def __init__(self, hf_config: PretrainedConfig) -> None:
         _refuse(hf_config)
         self.was_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
-        self.model = meta_model(untied(hf_config))
+        self.model = _model(hf_config)
         self.hf_config = self.model.config
         self.decoder = self._decoder()
         self.decoder_name = next(name for name, m in self.model.named_modules() if m is self.decoder)
         self.layers_name, self.layers = self._part(_LAYERS, nn.ModuleList, "list of decoder layers")
         self.norm_name, self.norm = self._part(_NORMS, nn.Module, "final norm")
         self.readout: nn.Linear = self.model.get_output_embeddings()
+        if self.readout is None:
+            raise ModelError(f"a model of type '{hf_config.model_type}' has no linear map to logits")
         self.readout_name = next(name for name, m in self.model.named_modules() if m is self.readout)
         projection = getattr(self.decoder, "project_out", None)
         self.projection = projection if isinstance(projection, nn.Module) else None
@@ -145,6 +158,15 @@ def meta_model(hf_config: PretrainedConfig) -> PreTrainedModel:
     """
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+
+
+def _model(hf_config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        return meta_model(untied(hf_config))
+    except Exception as error:  # sizes that don't fit each other, a package that is missing: any kind of error
+        raise ModelError(
+            f"no model of type '{hf_config.model_type}' can be made of this config: {in_words(error)}"
+        ) from error
 
 
 def _refuse(hf_config: PretrainedConfig) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +93,20 @@ class Pair:
             for name, parameter in layer.named_parameters():
                 key = model_key(shell, index, name)
                 if shell.was_tied and key == f"{shell.readout_name}.weight":
-                    key = next(n for n, p in self.uncut.named_parameters() if p is self.uncut.get_input_embeddings().weight)
+                    key = next(
+                        n for n, p in self.uncut.named_parameters() if p is self.uncut.get_input_embeddings().weight
+                    )
                 gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
                 ours[key] = ours[key] + gradient if key in ours else gradient
-        theirs = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.uncut.named_parameters()}
+        theirs = {
+            name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.uncut.named_parameters()
+        }
         if ours.keys() != theirs.keys():
             raise ModelError(f"the cut model has other parameters: {sorted(ours.keys() ^ theirs.keys())}")
         largest = max(gradient.norm().item() for gradient in theirs.values())
         return max(
-            ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-3 * largest)).item() for name in theirs
+            ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-3 * largest)).item()
+            for name in theirs
         )
 
     @torch.no_grad()

@@ -10,18 +10,39 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ibp_deepspeed.models.config import DEPTHS, LAYER_NUMBERS, per_layer_lists
+from ibp_deepspeed.models.errors import ModelError, in_words
 from ibp_deepspeed.models.proofs.sizes import small_sizes
 
 _MANY = 64  # a larger number is a size, whatever its name
 _DIGITS = 16
-_NO_MATTER = {*DEPTHS, "decoder_layers", "encoder_layers", "use_cache", "return_dict", "attention_types", "initializer_range"}
+_NO_MATTER = {
+    *DEPTHS,
+    "decoder_layers",
+    "encoder_layers",
+    "use_cache",
+    "return_dict",
+    "attention_types",
+    "initializer_range",
+}
 
 
 def kind_of(config: PretrainedConfig) -> str:
     """A digest of a config's switches, of the kinds of its layers, and of its attention; sizes don't count.
 
     Of numbers counts whether they are 0, 1 or another, of small whole ones which they are.
+
+    Raises:
+        ModelError: a config whose values can't be read as one model's.
     """
+    try:
+        return _digest(config)
+    except Exception as error:  # configs whose layers have values of their own, by any kind of error
+        raise ModelError(
+            f"configs of model type '{config.model_type}' can't be told apart: {in_words(error)}"
+        ) from error
+
+
+def _digest(config: PretrainedConfig) -> str:
     values = small_sizes(config)
     lists = [values.pop(name) for name in per_layer_lists(config) if isinstance(values.get(name), list)]
     layers = sorted({repr([entries[index] for entries in lists]) for index in range(min(map(len, lists), default=0))})

@@ -13,9 +13,9 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.errors import ModelError, in_words
 from ibp_deepspeed.models.proofs.checks import Pair
-from ibp_deepspeed.models.proofs.small import in_words, small_config
+from ibp_deepspeed.models.proofs.small import small_config
 
 LIMITS = {"logits": 1e-5, "causality": 1e-5, "gradients": 1e-4, "padding": 1e-5, "export": 1e-5, "exits": 1e-5}
 """Check → the most that may differ in fp32: of the largest logit, or of a gradient's norm."""
@@ -68,8 +68,10 @@ def prove(config: PretrainedConfig) -> Proof:
             small = small_config(config)
             with tempfile.TemporaryDirectory(prefix="ibp_proof_") as folder:
                 return _compared(config.model_type, small, Path(folder))
-    except ModelError as error:
-        return Proof(config.model_type, refusal=str(error))
+    except OSError:
+        raise
+    except Exception as error:  # configs that are unlike any other, by any kind of error
+        return Proof(config.model_type, refusal=in_words(error))
 
 
 def _compared(model_type: str, small: PretrainedConfig, folder: Path) -> Proof:
@@ -100,7 +102,9 @@ def _compared(model_type: str, small: PretrainedConfig, folder: Path) -> Proof:
 
 
 def _sentence(model_type: str, what: str) -> str:
-    return f"a model of type '{model_type}' with this config is not cut, because a small one like it fails in its {what}"
+    return (
+        f"a model of type '{model_type}' with this config is not cut, because a small one like it fails in its {what}"
+    )
 
 
 def _asked(check: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ _HEAD_SIZES = (8, 16, 20, 40)  # the first of which the part that rotates is eve
 _WINDOW = 4
 # Common names of sizes, and those that single architectures have: what they become, at most.
 _SIZES = {
-    "vocab_size": VOCABULARY,
+    "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
     "max_position_embeddings": POSITIONS, "n_ctx": POSITIONS, "model_max_length": POSITIONS,
     "original_max_position_embeddings": LENGTH - 4,
     "intermediate_size": 48, "ffn_dim": 48, "ffn_hidden_size": 48, "decoder_ffn_dim": 48, "n_inner": 48,
@@ -22,7 +22,7 @@ _SIZES = {
     "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
     "shared_experts_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
     "num_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "n_routed_experts": 4, "zero_expert_num": 2,
-    "num_experts_per_tok": 2, "moe_topk": 2, "n_group": 2, "topk_group": 1,
+    "num_experts_per_tok": 2, "moe_topk": 2, "moe_top_k": 2, "n_group": 2, "topk_group": 1,
     "sliding_window": _WINDOW, "window_size": _WINDOW, "attention_chunk_size": _WINDOW, "local_attention": _WINDOW,
     "keep_window_size": _WINDOW, "floor_scale": _WINDOW, "index_topk": _WINDOW, "attention_window_size": _WINDOW,
     "q_lora_rank": 12, "kv_lora_rank": 12, "o_lora_rank": 12, "router_hidden_size": 16, "adapter_rank": 4,
@@ -49,8 +49,9 @@ def small_sizes(config: PretrainedConfig) -> dict[str, Any]:
     """
     values = {name: value for name, value in config.to_dict().items() if name not in _NAMELESS}
     common = {own: name for name, own in config.attribute_map.items()}
-    head = _head_size(config)
-    sizes = {**_SIZES, **_attention(config, head)}
+    by_common_name = {common.get(name, name): value for name, value in values.items()}
+    head = _head_size(by_common_name)
+    sizes = {**_SIZES, **_attention(by_common_name, head)}
     small = dict(_shrunk(values, common, sizes, head))
     for index, name in enumerate(_TOKENS):
         if values.get(name) is not None:
@@ -79,37 +80,31 @@ def _shrunk(
             yield name, min(value, size) if isinstance(value, int) and value > 0 else value
 
 
-def _head_size(config: PretrainedConfig) -> int:
+def _head_size(values: Mapping[str, Any]) -> int:
     """Of attention heads, so that the rotating part of it is an even number."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = values.get("rope_parameters") or {}
     each = rope.values() if rope and all(isinstance(part, dict) for part in rope.values()) else [rope]
     parts = [part.get("partial_rotary_factor") for part in each if isinstance(part, dict)]
-    parts += [getattr(config, name, None) for name in ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")]
+    parts += [values.get(name) for name in ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")]
     factors = [float(part) for part in parts if isinstance(part, float | int)]
     fitting = (size for size in _HEAD_SIZES if all(int(size * f) % 2 == 0 and int(size * f) > 0 for f in factors))
     return next(fitting, _HEAD_SIZES[0])
 
 
-def _attention(config: PretrainedConfig, head: int) -> dict[str, int]:
+def _attention(values: Mapping[str, Any], head: int) -> dict[str, int]:
     """Widths that have to fit each other; heads that fill the hidden size, or not, still do, or don't."""
-    hidden, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 0)
-    own_head = getattr(config, "head_dim", None)
+    hidden, heads, keys = (values.get(n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    own_head = values.get("head_dim")
     fills = not isinstance(own_head, int) or not isinstance(heads, int) or own_head * heads == hidden
-    keys = getattr(config, "num_key_value_heads", None)
-    projected = getattr(config, "word_embed_proj_dim", hidden)
-    width = _HEADS * head
     few = 2 if isinstance(keys, int) and isinstance(heads, int) and 1 < keys < heads else _HEADS
+    width = _HEADS * head
     return {
         "hidden_size": width,
         **dict.fromkeys(("num_attention_heads", "decoder_attention_heads", "encoder_attention_heads"), _HEADS),
-        "num_key_value_heads": few,
-        "num_kv_heads": few,
-        "head_dim": head if fills or own_head == getattr(config, "qk_rope_head_dim", None) else 2 * head,
-        "word_embed_proj_dim": width if projected == hidden else width // 2,
-        "mamba_d_head": width // 4,
-        "mamba_head_dim": width // 4,
-        "mamba_headdim": width // 4,
-        "mamba_d_ssm": 2 * width,
+        **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "kv_n_heads"), few),
+        "head_dim": head if fills or own_head == values.get("qk_rope_head_dim") else 2 * head,
+        "word_embed_proj_dim": width if values.get("word_embed_proj_dim", hidden) == hidden else width // 2,
+        **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), width // 4),
+        **dict.fromkeys(("mamba_d_ssm", "attention_hidden_size"), 2 * width),
         "lru_width": width,
-        "attention_hidden_size": 2 * width,
     }

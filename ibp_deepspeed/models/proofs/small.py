@@ -10,11 +10,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ibp_deepspeed.models.config import per_layer_lists, with_layers
-from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.errors import ModelError, in_words
 from ibp_deepspeed.models.proofs.sizes import small_sizes
 from ibp_deepspeed.models.shell import Shell
 
-_LONGEST = 200  # characters of another's error
 _FEWEST = 2  # so that the order of layers matters
 _MOST = 2_000_000  # parameters a layer
 _NUMBER_OF_LAYER = re.compile(r"(layer|block).*(idx|id|index|number|num)|^(idx|index)$")
@@ -31,12 +30,14 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         narrow._attn_implementation = config._attn_implementation
     except Exception as error:  # a config class may refuse its values with any kind of error
         raise _no_small_model(config, error) from error
-    shell = _shell(narrow, config)
+    shell = Shell(narrow)
     elements = sum(parameter.numel() for parameter in shell.layers[:1].parameters())
     elements += sum(parameter.numel() for parameter in shell.model.parameters()) // len(shell.layers)
     if elements > _MOST:
         raise _no_small_model(config, ModelError(f"it would have {elements:,} parameters a layer"))
-    kinds = [_kind(layer, entries) for layer, entries in zip(shell.layers, _entries(narrow, len(shell.layers)), strict=True)]
+    kinds = [
+        _kind(layer, entries) for layer, entries in zip(shell.layers, _entries(narrow, len(shell.layers)), strict=True)
+    ]
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     while len(firsts) < min(_FEWEST, len(kinds)):
         firsts.append(next(index for index in range(len(kinds)) if index not in firsts))
@@ -56,16 +57,8 @@ def _with(narrow: PretrainedConfig, layers: Sequence[int], kinds: list[Any]) -> 
     except Exception:  # its class may refuse other numbers of layers with any kind of error; then all are kept
         return None
     found = [_kind(layer, entries) for layer, entries in zip(made, _entries(config, len(made)), strict=True)]
-    return config if found == kinds else None
-
-
-def _shell(narrow: PretrainedConfig, config: PretrainedConfig) -> Shell:
-    try:
-        return Shell(narrow)
-    except ModelError:
-        raise
-    except Exception as error:  # a model whose sizes don't fit each other may say so with any kind of error
-        raise _no_small_model(config, error) from error
+    same = [kind[:-1] for kind in found] == [kind[:-1] for kind in kinds]  # entries of lists are chosen, or a pattern
+    return config if same else None
 
 
 def _no_small_model(config: PretrainedConfig, error: Exception) -> ModelError:
@@ -73,12 +66,6 @@ def _no_small_model(config: PretrainedConfig, error: Exception) -> ModelError:
         f"the cut of model type '{config.model_type}' can't be proved, because no small model of this config can be "
         f"made: {in_words(error)}"
     )
-
-
-def in_words(error: Exception) -> str:
-    """An error of any kind in one line."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ModelError) else f"{type(error).__name__}: {text[:_LONGEST]}"
 
 
 def _entries(config: PretrainedConfig, layers: int) -> list[list[Any]]:
