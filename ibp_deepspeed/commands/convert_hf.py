@@ -27,10 +27,9 @@ def parse_arguments() -> argparse.Namespace:
     add = commands.add_parser("import", help="Hugging Face model → folder for train_lm.py --init-from").add_argument
     add("--model", required=True, metavar="DIR", help="folder of save_pretrained, or a name on the hub")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write")
-    add = commands.add_parser(
-        "check", help="prove with a small model of its config that a model can be cut"
-    ).add_argument
-    add("--model", required=True, metavar="NAME", help="name of a config, config file, folder with one, or hub name")
+    command = commands.add_parser("check", help="prove with a small model of its config that a model can be cut")
+    add = command.add_argument
+    add("--model", required=True, metavar="NAME", help="shipped config, config file, folder or hub name")
     command = commands.add_parser("export", help="checkpoint → folder for from_pretrained, without the heads")
     add = command.add_argument
     add("--checkpoint", required=True, type=Path, metavar="DIR", help="folder written by train_lm.py, or by import")

@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parent / "configs"
 # The number of decoder layers, as the model types call it.
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _DEEPEST = 10_000
-# Lists with one entry per decoder layer, which have to follow a changed number of layers; so have those of as many words.
+# Lists with one entry per decoder layer, which have to follow a changed number of layers, as have those of words.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta", "num_attention_heads_per_layer")
 _OTHERS = ("architectures",)
 # Lists of numbers of layers.

@@ -21,17 +21,8 @@ from ibp_deepspeed.models.errors import ModelError, in_words
 
 _LAYERS = ("layers", "h", "blocks")
 _NORMS = (
-    "norm",
-    "ln_f",
-    "final_layer_norm",
-    "final_layernorm",
-    "norm_f",
-    "layer_norm",
-    "embedding_norm",
-    "final_norm",
-    "ln_out",
-    "out_norm",
-)
+    "norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "layer_norm", "embedding_norm",
+)  # fmt: skip
 
 M = TypeVar("M", bound=nn.Module)
 

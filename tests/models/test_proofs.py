@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from ibp_deepspeed.errors import OutputError
 from ibp_deepspeed.models import CausalLM, ModelError, load_config
 from ibp_deepspeed.models.proofs import checks, first_use
 from ibp_deepspeed.models.proofs.first_use import TABLE, in_table, proving, require_proof
@@ -25,6 +26,7 @@ from ibp_deepspeed.models.proofs.small import small_config
 from ibp_deepspeed.models.proofs.table import configs, default_config
 from ibp_deepspeed.models.recorder import Recorder
 from ibp_deepspeed.models.shell import Shell
+from tests.checkpoint.test_store import full_device
 from tests.commands import assert_one_sentence, script
 from tests.forks import ROOT
 
@@ -102,9 +104,9 @@ def test_sizes_are_no_kind_and_switches_are() -> None:
     assert kind() == kind(**wide) == kind(vocab_size=128_256, max_position_embeddings=131_072, rms_norm_eps=1e-5)
     others = [
         kind(attention_bias=True), kind(tie_word_embeddings=True), kind(num_key_value_heads=8), kind(hidden_act="gelu"),
-        kind(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), kind(pad_token_id=0),
+        kind(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
     ]  # fmt: skip
-    assert len({kind(), *others}) == 7
+    assert len({kind(), *others}) == 6
 
 
 def without_mask(recorder: Recorder, index: int, hidden: Tensor) -> dict[str, Any]:
@@ -275,3 +277,11 @@ def test_the_command_shows_the_figures_and_the_refusal(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nanochat"}')
     done = script("convert_hf.py", "check", "--model", tmp_path)
     assert_one_sentence(done, "'nanochat' with this config is not cut, because a small one like it fails in its logits")
+
+
+def test_a_full_device_is_no_refusal(unusual: PretrainedConfig) -> None:
+    """It is said, and the next use proves again."""
+    with full_device(), pytest.raises(OutputError, match="to prove the cut with can't be written"):
+        require_proof(unusual)
+    assert not list(first_use.cache_folder().glob("*.json"))
+    require_proof(unusual)

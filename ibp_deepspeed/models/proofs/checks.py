@@ -20,9 +20,8 @@ from ibp_deepspeed.models.proofs.sizes import LENGTH
 from ibp_deepspeed.models.runs.description import Description
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss, LazyLogits
 
-TOLERANCE = 1e-5
-"""Of the largest logit, or of a gradient's norm, in fp32."""
 _SEEN = 1e-3  # less than what another token changes, or else a comparison would show nothing
+_LEAST = 1e-3  # of the largest gradient's norm: smaller ones are rounding errors' own
 _LENGTHS = (LENGTH, 9, 5, 2)  # of padded rows
 
 
@@ -88,26 +87,20 @@ class Pair:
         return self._gradient_difference()
 
     def _gradient_difference(self) -> float:
-        shell, ours = self.cut._shell, {}
+        shell, ours, embedding = self.cut._shell, dict[str, Tensor](), self.uncut.get_input_embeddings().weight
+        parameters = dict(self.uncut.named_parameters())
         for index, layer in enumerate(self.layers):
             for name, parameter in layer.named_parameters():
                 key = model_key(shell, index, name)
                 if shell.was_tied and key == f"{shell.readout_name}.weight":
-                    key = next(
-                        n for n, p in self.uncut.named_parameters() if p is self.uncut.get_input_embeddings().weight
-                    )
-                gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                    key = next(name for name, whole in parameters.items() if whole is embedding)
+                gradient = _gradient(parameter)
                 ours[key] = ours[key] + gradient if key in ours else gradient
-        theirs = {
-            name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.uncut.named_parameters()
-        }
+        theirs = {name: _gradient(parameter) for name, parameter in parameters.items()}
         if ours.keys() != theirs.keys():
             raise ModelError(f"the cut model has other parameters: {sorted(ours.keys() ^ theirs.keys())}")
-        largest = max(gradient.norm().item() for gradient in theirs.values())
-        return max(
-            ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-3 * largest)).item()
-            for name in theirs
-        )
+        least = _LEAST * max(gradient.norm().item() for gradient in theirs.values())
+        return max(((ours[name] - want).norm() / want.norm().clamp(min=least)).item() for name, want in theirs.items())
 
     @torch.no_grad()
     def padding(self) -> float:
@@ -151,6 +144,10 @@ class Pair:
 
     def _uncut_logits(self, ids: Tensor, **more: Any) -> Tensor:
         return self.uncut(input_ids=ids, use_cache=False, **more).logits
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _difference(got: Tensor, want: Tensor) -> float:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
+from ibp_deepspeed.errors import first_line
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.proofs.kind import kind_of
 
@@ -101,15 +101,15 @@ def _refusal(config: PretrainedConfig, key: tuple[str, str]) -> str | None:
 
 
 def _proved(config: PretrainedConfig) -> dict[str, Any]:
-    from ibp_deepspeed.models.proofs.proof import prove  # cuts models, which asks here
-
     try:
+        from ibp_deepspeed.models.proofs.proof import prove  # cuts models, which asks here
+
         with proving():
             return prove(config).to_dict()
-    except OSError as error:
+    except ImportError as error:
         raise ModelError(
-            f"the cut of model type '{config.model_type}' has to be proved with a small model, which can't be written "
-            f"to {tempfile.gettempdir()}: {error.strerror or error}"
+            f"the cut of model type '{config.model_type}' can't be proved, because transformers "
+            f"{transformers.__version__} has other internals: {first_line(error)}"
         ) from error
 
 
@@ -124,10 +124,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _write(path: Path, proof: dict[str, Any]) -> None:
     """Complete or not at all; without a place for it every process proves for itself."""
-    with suppress(OSError):
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".new", delete=False) as file:
-            json.dump(proof, file, indent=1)
-        os.replace(file.name, path)
+    new = path.with_suffix(f".{os.getpid()}.new")
+    try:
+        new.write_text(json.dumps(proof, indent=1), encoding="utf-8")
+        os.replace(new, path)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
 
 
 @contextmanager

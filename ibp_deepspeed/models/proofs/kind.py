@@ -15,15 +15,8 @@ from ibp_deepspeed.models.proofs.sizes import small_sizes
 
 _MANY = 64  # a larger number is a size, whatever its name
 _DIGITS = 16
-_NO_MATTER = {
-    *DEPTHS,
-    "decoder_layers",
-    "encoder_layers",
-    "use_cache",
-    "return_dict",
-    "attention_types",
-    "initializer_range",
-}
+_NO_MATTER = {*DEPTHS, "decoder_layers", "encoder_layers", "attention_types"}
+_NO_MATTER |= {"use_cache", "return_dict", "initializer_range"}
 
 
 def kind_of(config: PretrainedConfig) -> str:
@@ -38,7 +31,7 @@ def kind_of(config: PretrainedConfig) -> str:
         return _digest(config)
     except Exception as error:  # configs whose layers have values of their own, by any kind of error
         raise ModelError(
-            f"configs of model type '{config.model_type}' can't be told apart: {in_words(error)}"
+            f"a config of model type '{config.model_type}' has no values of a whole model: {in_words(error)}"
         ) from error
 
 
@@ -49,7 +42,8 @@ def _digest(config: PretrainedConfig) -> str:
     for name in LAYER_NUMBERS & values.keys():
         values[name] = bool(values[name])
     kept = {name: value for name, value in values.items() if name not in _NO_MATTER and not name.endswith("_token_id")}
-    described = {"layers": layers, "attention": str(config._attn_implementation), **_plain(kept)}
+    attention = config._attn_implementation or "sdpa"  # which is taken where nothing is said and the model has it
+    described = {"layers": layers, "attention": str(attention), **_plain(kept)}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 

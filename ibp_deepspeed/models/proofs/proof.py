@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from ibp_deepspeed.errors import OutputError
 from ibp_deepspeed.models.errors import ModelError, in_words
 from ibp_deepspeed.models.proofs.checks import Pair
 from ibp_deepspeed.models.proofs.small import small_config
@@ -29,7 +31,8 @@ MEANINGS = {
 }
 T = TypeVar("T")
 _MAY_LACK = ("padding", "exits")
-"""What a model may be unable to do: it is cut all the same, and refuses what needs it."""
+"""Checks that a model may be unable to take: without masks, or if its first layers are no smaller model, which the
+export then refuses."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Proof:
     Attributes:
         model_type: of the config.
         layers: of the small model.
-        differences: check → how much differs, see ``LIMITS``.
+        differences: check → how much differs, see ``LIMITS``; of a refusal, the last is what is refused.
         lacks: check that the model can't take → why, in words.
         refusal: why the model is not cut, as one sentence; None: it is.
     """
@@ -61,16 +64,16 @@ def prove(config: PretrainedConfig) -> Proof:
     The generators of the caller are as before afterwards.
 
     Raises:
-        OSError: its files can't be written.
+        OutputError: its files can't be written.
     """
     try:
         with _undisturbed():
             small = small_config(config)
             with tempfile.TemporaryDirectory(prefix="ibp_proof_") as folder:
                 return _compared(config.model_type, small, Path(folder))
-    except OSError:
-        raise
     except Exception as error:  # configs that are unlike any other, by any kind of error
+        if _of_the_host(error):
+            raise OutputError(f"a small model to prove the cut with can't be written: {in_words(error)}") from error
         return Proof(config.model_type, refusal=in_words(error))
 
 
@@ -91,29 +94,41 @@ def _compared(model_type: str, small: PretrainedConfig, folder: Path) -> Proof:
     for name, check in checks.items():
         try:
             difference = _asked(check)
-            if not difference <= LIMITS[name]:
-                raise ModelError(f"differ by {difference:.1e} (at most {LIMITS[name]:.0e})")
-            proof.differences[name] = difference
         except ModelError as error:
-            if name not in _MAY_LACK:
-                return replace(proof, refusal=_sentence(model_type, f"{name}: {MEANINGS[name]} {error}"))
-            proof.lacks[name] = str(error)
+            failure = str(error)
+            refused = name not in _MAY_LACK
+        else:
+            proof.differences[name] = difference
+            if difference <= LIMITS[name]:
+                continue
+            failure = f"differ by {difference:.1e} (at most {LIMITS[name]:.0e})"
+            refused = name != "exits"
+        if refused:
+            return replace(proof, refusal=_sentence(model_type, f"{name}: {MEANINGS[name]} {failure}"))
+        proof.differences.pop(name, None)
+        proof.lacks[name] = failure
     return proof
 
 
+def _of_the_host(error: Exception) -> bool:
+    """Whether an error says nothing of the model: a full device, no permission. Transformers' own have no number."""
+    return isinstance(error, OutputError | SafetensorError) or (isinstance(error, OSError) and error.errno is not None)
+
+
 def _sentence(model_type: str, what: str) -> str:
-    return (
-        f"a model of type '{model_type}' with this config is not cut, because a small one like it fails in its {what}"
-    )
+    why = f"because a small one like it fails in its {what}"
+    return f"a model of type '{model_type}' with this config is not cut, {why}"
 
 
 def _asked(check: Callable[[], T]) -> T:
     """The result of a check, or in words why there is none."""
     try:
         return check()
-    except (OSError, ModelError):
+    except ModelError:
         raise
     except Exception as error:  # a model that can't be cut may say so with any kind of error
+        if _of_the_host(error):
+            raise
         raise ModelError(f"can't be had: {in_words(error)}") from error
 
 

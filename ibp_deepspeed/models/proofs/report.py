@@ -14,4 +14,4 @@ def lines(proof: Proof) -> Iterator[str]:
     for name, difference in proof.differences.items():
         yield f"  {name}: {difference:.1e}, at most {LIMITS[name]:.0e} ({MEANINGS[name].rstrip(',')})"
     for name, reason in proof.lacks.items():
-        yield f"  {name}: not to be had, and refused where it is asked for: {reason}"
+        yield f"  {name}: not to be had: {reason}"

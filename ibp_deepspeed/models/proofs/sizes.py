@@ -1,4 +1,4 @@
-"""The same config with small sizes: every switch as it was, every width, count and window so small that it takes no time."""
+"""The same config with small sizes: every switch as it was, and widths, counts and windows so small that it is fast."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _SIZES = {
     "linear_num_heads": 2, "linear_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "mamba_d_state": 8, "state_size": 8, "ssm_state_size": 8, "mamba_dt_rank": 4, "time_step_rank": 4,
-    "mamba_n_heads": 8, "mamba_num_heads": 8, "num_heads": 8, "mamba_chunk_size": _WINDOW, "chunk_size": _WINDOW, "block_size": _WINDOW,
+    "mamba_n_heads": 8, "mamba_num_heads": 8, "num_heads": 8, "mamba_chunk_size": _WINDOW, "chunk_size": _WINDOW,
+    "block_size": _WINDOW,
     "mamba_n_groups": 2, "n_groups": 2, "mamba_ngroups": 2,
 }  # fmt: skip
 _NAMELESS = {
@@ -56,6 +57,8 @@ def small_sizes(config: PretrainedConfig) -> dict[str, Any]:
     for index, name in enumerate(_TOKENS):
         if values.get(name) is not None:
             small[name] = index
+    if "pad_token_id" in values:
+        small["pad_token_id"] = 0  # so that what a model does with such a token shows
     return small
 
 

@@ -25,6 +25,8 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     Raises:
         ModelError: it can't be made smaller, or cut.
     """
+    if config.to_dict().get("per_layer_config"):
+        raise _no_small_model(config, ModelError("its layers have sizes of their own (per_layer_config)"))
     try:
         narrow = type(config).from_dict(small_sizes(config))
         narrow._attn_implementation = config._attn_implementation
@@ -35,9 +37,7 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     elements += sum(parameter.numel() for parameter in shell.model.parameters()) // len(shell.layers)
     if elements > _MOST:
         raise _no_small_model(config, ModelError(f"it would have {elements:,} parameters a layer"))
-    kinds = [
-        _kind(layer, entries) for layer, entries in zip(shell.layers, _entries(narrow, len(shell.layers)), strict=True)
-    ]
+    kinds = _kinds(shell.layers, narrow)
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     while len(firsts) < min(_FEWEST, len(kinds)):
         firsts.append(next(index for index in range(len(kinds)) if index not in firsts))
@@ -56,8 +56,9 @@ def _with(narrow: PretrainedConfig, layers: Sequence[int], kinds: list[Any]) -> 
         made = Shell(config).layers
     except Exception:  # its class may refuse other numbers of layers with any kind of error; then all are kept
         return None
-    found = [_kind(layer, entries) for layer, entries in zip(made, _entries(config, len(made)), strict=True)]
-    same = [kind[:-1] for kind in found] == [kind[:-1] for kind in kinds]  # entries of lists are chosen, or a pattern
+    same = [kind[:-1] for kind in _kinds(made, config)] == [
+        kind[:-1] for kind in kinds
+    ]  # entries of lists are chosen, or a pattern
     return config if same else None
 
 
@@ -66,6 +67,10 @@ def _no_small_model(config: PretrainedConfig, error: Exception) -> ModelError:
         f"the cut of model type '{config.model_type}' can't be proved, because no small model of this config can be "
         f"made: {in_words(error)}"
     )
+
+
+def _kinds(layers: nn.ModuleList, config: PretrainedConfig) -> list[tuple[Any, ...]]:
+    return [_kind(layer, entries) for layer, entries in zip(layers, _entries(config, len(layers)), strict=True)]
 
 
 def _entries(config: PretrainedConfig, layers: int) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""Write the table of what needs no proof at first use: every causal model type of transformers, in the kinds that people have.
+"""Write the table of what needs no proof at first use: transformers' causal model types, in the kinds that people have.
 
 python -m ibp_deepspeed.models.proofs.table
 """
@@ -6,7 +6,6 @@ python -m ibp_deepspeed.models.proofs.table
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -42,8 +41,8 @@ _COMPLETED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Types whose default config makes no model → what those of released models have in its place."""
 _COMMON = (
-    "cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
-    "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+    "cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite",
+    "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
 )  # fmt: skip
 """Types of which released models have other switches than the default: they are proved with these too."""
 _LLAMA3 = {
@@ -119,7 +118,7 @@ def main() -> None:
     torch.set_num_threads(1)
     types: dict[str, dict[str, dict[str, float]]] = {}
     refused: dict[str, str] = {}
-    for model_type in tqdm(TYPES, desc="types", disable=None):
+    for model_type in tqdm(TYPES, desc="types"):
         try:
             proofs = proved(model_type)
         except ModelError as error:
@@ -153,4 +152,4 @@ def as_text(versions: dict[str, str], types: dict[str, dict[str, dict[str, float
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
