@@ -21,7 +21,8 @@ from ibp_deepspeed.models.errors import ModelError, in_words
 
 _LAYERS = ("layers", "h", "blocks")
 _NORMS = (
-    "norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "layer_norm", "embedding_norm",
+    "norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "layer_norm", "layernorm",
+    "embedding_norm",
 )  # fmt: skip
 
 M = TypeVar("M", bound=nn.Module)
@@ -164,10 +165,10 @@ def _refuse(hf_config: PretrainedConfig) -> None:
     kind = hf_config.model_type
     if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"model type '{kind}' has no causal language model in transformers, so it cannot be cut")
-    if hf_config.get_text_config() is not hf_config:
+    text = hf_config.get_text_config(decoder=True)
+    if text is not hf_config:
         raise ModelError(
-            f"model type '{kind}' is of more than text: give the config of its text model alone "
-            f"('{hf_config.get_text_config().model_type}')"
+            f"model type '{kind}' is of more than text: give the config of its text model alone ('{text.model_type}')"
         )
     wrong = {
         "layerdrop": "training that skips whole layers",

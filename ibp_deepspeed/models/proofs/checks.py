@@ -165,3 +165,8 @@ def _perturb(model: nn.Module) -> None:
     for tensor in [*model.parameters(), *buffers]:
         if tensor.is_floating_point():
             tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = (
+                0.0  # as it is and stays in training; some classes set it when they load
+            )
