@@ -176,7 +176,8 @@ def _processes(args: argparse.Namespace) -> tuple[int, int]:
         return args.stages, 1
     if "RANK" not in os.environ:
         raise ModelError(
-            "train_lm.py needs a launcher (deepspeed --num_accelerators 4 scripts/train_lm.py …) or --one-process."
+            "train_lm.py needs a launcher (deepspeed --num_accelerators 4 scripts/train_lm.py …; where the package is "
+            "installed: deepspeed --num_accelerators 4 --module ibp_deepspeed.commands.train_lm …) or --one-process."
         )
     world = int(os.environ["WORLD_SIZE"])
     num_stages = world if args.stages is None else args.stages
