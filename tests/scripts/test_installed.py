@@ -50,7 +50,8 @@ def anywhere(installed: Path, *words: object) -> str:
     inside = os.pathsep.join([str(installed / "site/bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     with rendezvous() as meeting:
         environment = {**os.environ, **meeting, "PATH": inside, "PYTHONPATH": str(installed / "site")}
-        command = [str(word) for word in words]
+        port = ("--master_port", meeting["MASTER_PORT"]) if words[0] == "deepspeed" else ()
+        command = [str(word) for word in (words[0], *port, *words[1:])]
         done = subprocess.run(command, cwd=installed, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
