@@ -134,8 +134,9 @@ class ExecutingEngine(CheckpointingEngine):
         where = {"batch": self.global_steps, "micro_batch": micro_batch, "index": loss}
         value = objective.training_loss(outputs, micro.labels, **where)
         self._losses.add(loss, value)
-        with self._accumulating():
-            (value / self.micro_batches).backward()
+        if value.requires_grad:  # else neither the head is trained nor a trunk by it
+            with self._accumulating():
+                (value / self.micro_batches).backward()
         if hidden.grad is not None:
             gradients[loss] = hidden.grad
         if loss not in table.crosses:
@@ -180,9 +181,17 @@ class ExecutingEngine(CheckpointingEngine):
         if self._in_flight(buffer_id) in self._due:  # else gaps were filled with it
             self._work_off(lambda: False)
 
+    def _exec_backward_through(self, buffer_id: int, micro_batch: int) -> None:
+        self._exec_backward_pass(buffer_id, micro_batch)  # autograd finds the input alone
+
+    def _exec_release(self, buffer_id: int, micro_batch: int) -> None:
+        self._in_flight(buffer_id).free()
+        self._meters.micro_batch_ends()
+
     def _update(self, micro: MicroBatchInFlight, table: StageStrategy) -> None:
         both = table.update_gives_input_gradient
-        self._reporting.before_update(micro, table.terms)
+        if table.trains:
+            self._reporting.before_update(micro, table.terms)
         with self._accumulating():
             micro.update(table.terms, None if both else self._trunk_parameters or None, table.borrowed_share)
         if both:
@@ -247,6 +256,8 @@ class ExecutingEngine(CheckpointingEngine):
         instructions.BackwardInput: _exec_backward_input,
         instructions.SendGrad: _exec_send_grads,
         instructions.BackwardPass: _exec_backward_pass,
+        instructions.BackwardThrough: _exec_backward_through,
+        instructions.Release: _exec_release,
         instructions.UpdateInput: _exec_update_input,
         instructions.BackwardWeight: _exec_backward_weight,
         instructions.ReduceGrads: _exec_reduce_grads,

@@ -236,7 +236,8 @@ class VirtualPipeline:
         if "betas" in kept:
             kept["betas"] = tuple(kept["betas"])
         defaults = {} if name.lower() == "sgd" else {"weight_decay": 0.01 if name.lower() == "adamw" else 0.0}
-        groups = parameter_groups(self.reference.masters(stage), self.reference.interlocking.decay)
+        trained = self.reference.masters(stage) or [nn.Parameter(torch.zeros(1, device=self.device))]  # as the engine's
+        groups = parameter_groups(trained, self.reference.interlocking.decay)
         return _OPTIMIZERS[name.lower()](groups, **{**defaults, **kept})
 
     def _clip(self) -> None:
