@@ -18,6 +18,7 @@ from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLa
 from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
 from ibp_deepspeed.models.recorder import Recorder
 from ibp_deepspeed.models.shell import Shell
+from ibp_deepspeed.models.tuning import EVERYTHING, Tuning
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
 if TYPE_CHECKING:
@@ -53,14 +54,16 @@ class CausalLM:
         weights: of the layers, instead of random ones.
         fresh_heads: draw auxiliary heads at random all the same; otherwise they begin with the given weights' final
             norm and LM head, and blocks as the decoder layers that the model has next.
+        tuning: what of the layers is trained (default: everything).
 
     Attributes:
         num_layers: decoder layers + 2.
         vocab_size, hidden_size: V and H.
         was_tied: whether the config ties the LM head to the embedding.
+        tuning: with LoRA's targets named.
 
     Raises:
-        ModelError: a model that cannot be cut, by name and with the reason.
+        ModelError: a model that cannot be cut, by name and with the reason; targets that it does not have.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class CausalLM:
         dtype: torch.dtype = torch.float32,
         weights: Weights | None = None,
         fresh_heads: bool = False,
+        tuning: Tuning = EVERYTHING,
     ) -> None:
         self._shell = Shell(hf_config)
         self._recorder = Recorder(self._shell)
@@ -78,6 +82,9 @@ class CausalLM:
         self._dtype = dtype
         self._weights = weights
         self._fresh_heads = fresh_heads or weights is None
+        self.tuning = tuning
+        if tuning.lora is not None:
+            self.tuning = tuning.model_copy(update={"lora": tuning.lora.for_model(self._shell)})
         self.num_layers = len(self._shell.layers) + 2
         self.vocab_size: int = self._shell.hf_config.vocab_size
         self.hidden_size: int = self._shell.hf_config.hidden_size
@@ -96,7 +103,7 @@ class CausalLM:
         """
         module = self._meta_layer(index)
         values = self._weights.layer(index, list(module.state_dict())) if self._weights is not None else {}
-        return self._initialised(module, f"layer {index}", values)
+        return self.tuning.apply(self._initialised(module, f"layer {index}", values), index, self._seed)
 
     def empty_layer(self, index: int) -> nn.Module:
         """Layer ``index`` on the CPU with weights of no value, which takes no time."""
@@ -129,6 +136,11 @@ class CausalLM:
     def parameter_counts(self) -> list[int]:
         """Parameters of every layer of ``layer_specs``; nothing is materialised."""
         return [_count(self._meta_layer(index)) for index in range(self.num_layers)]
+
+    def trained_parameters(self) -> int:
+        """Of all layers together those that are trained; nothing is materialised."""
+        layers = (self.tuning.apply(self._meta_layer(index), index, self._seed) for index in range(self.num_layers))
+        return sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
 
     def matrix_parameters(self) -> list[int]:
         """Elements of the matrices that a token is multiplied with in every layer of ``layer_specs``.

@@ -32,7 +32,8 @@ class Operations(NamedTuple):
 
 
 def layer_operations(model: CausalLM, sequence_length: int) -> list[Operations]:
-    """Of every layer of ``layer_specs``.
+    """Of every layer of ``layer_specs``; one that is not trained has no W, and no B where none before it is either.
+    Adapters count as nothing.
 
     Args:
         model: the cut model.
@@ -41,7 +42,14 @@ def layer_operations(model: CausalLM, sequence_length: int) -> list[Operations]:
     attention = sequence_length * model.hidden_size
     embedding, *layers, readout = model.matrix_parameters()
     decoder = [Operations(layer + attention, layer + 2 * attention, layer) for layer in layers]
-    return [Operations(*[embedding] * 3), *decoder, Operations(*[readout] * 3)]
+    whole = [Operations(*[embedding] * 3), *decoder, Operations(*[readout] * 3)]
+    trained = [model.tuning.trains(index, len(whole)) for index in range(len(whole))]
+    lowest = trained.index(True) if any(trained) else len(whole)
+    weights = [is_trained and model.tuning.lora is None for is_trained in trained]
+    return [
+        Operations(each.forward, each.input_gradient * (index >= lowest), each.weight_gradient * weights[index])
+        for index, each in enumerate(whole)
+    ]
 
 
 def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> Operations:
