@@ -88,7 +88,9 @@ class ExecutingEngine(CheckpointingEngine):
             layers, borrowed = self.module.remaining_layers, self.module.borrowed_layers
             micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute)
         else:
-            micro = MicroBatchInFlight(self.module.trunk, recompute=recompute)
+            side = self.module.side_loss_of_layers if self.module.side_loss is not None else None
+            share = 1 / self.micro_batches
+            micro = MicroBatchInFlight(self.module.trunk, recompute=recompute, side_loss=side, side_share=share)
         micro.number = micro_batch
         micro.inputs, micro.labels, micro.sample_checksum = self.load_micro_batch()
         self.pipe_buffers["in_flight"][buffer_id] = micro
@@ -109,6 +111,8 @@ class ExecutingEngine(CheckpointingEngine):
                 self.links.wait_for_credit()
             self.position.awaits_credit = False
         micro.forward(input_gradient_follows=self._schedule.tables[micro_batch].input_gradient_follows)
+        if micro.side is not None:
+            self._reporting.side_loss(micro.side)
         if self.is_last_stage():
             micro.outputs = self.module.objectives[self.stage_id].loss(micro.outputs, micro.labels)
             self._losses.add(self.stage_id, micro.outputs)
@@ -193,7 +197,8 @@ class ExecutingEngine(CheckpointingEngine):
         if table.trains:
             self._reporting.before_update(micro, table.terms)
         with self._accumulating():
-            micro.update(table.terms, None if both else self._trunk_parameters or None, table.borrowed_share)
+            own = None if both else self._trunk_parameters or None
+            micro.update(table.terms, own, table.borrowed_share, table.side_weight)
         if both:
             micro.input_gradients[table.reach] = micro.input_gradient(table.input_weight)
         self.recomputations += micro.recomputations

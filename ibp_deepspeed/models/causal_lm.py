@@ -17,6 +17,7 @@ from ibp_deepspeed.models.kinds import first_of_kind
 from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
 from ibp_deepspeed.models.recorder import Recorder
+from ibp_deepspeed.models.routers import RouterBalance
 from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.models.tuning import EVERYTHING, Tuning
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
@@ -90,6 +91,19 @@ class CausalLM:
         self.hidden_size: int = self._shell.hf_config.hidden_size
         self.was_tied = self._shell.was_tied
         self.hf_config: PretrainedConfig = self._shell.hf_config
+
+    @property
+    def balances_experts(self) -> bool:
+        """Whether the config asks for the loss of its routers."""
+        return self._shell.balances_experts
+
+    def router_balance(self) -> RouterBalance | None:
+        """The loss of the routers of a stage; None: the config does not ask for it.
+
+        Raises:
+            ModelError: it does, and the architecture has none.
+        """
+        return RouterBalance(self._shell) if self.balances_experts else None
 
     def layer_specs(self) -> list[LayerSpec]:
         """[embedding, decoder layers, head] for ``PipelineModule``; each builds its layer with real weights."""

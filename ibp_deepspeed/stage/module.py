@@ -19,6 +19,7 @@ from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.errors import ModuleError
 from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
+from ibp_deepspeed.objectives.side_loss import MakeSideLoss, SideLoss
 from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
@@ -40,6 +41,7 @@ class InterlockedPipelineModule(PipelineModule):
             built on the next stage, and applied to what that stage's first ``borrow`` layers give.
         interlocking: the configuration, here or in the DeepSpeed JSON.
         partition_method: one of PipelineModule's names, or the K+1 layer indices at which stages begin and end.
+        side_loss: a loss of a stage's own layers, a part of all exits' losses behind it.
         kwargs: PipelineModule's.
 
     Attributes:
@@ -63,6 +65,7 @@ class InterlockedPipelineModule(PipelineModule):
         aux_head: Callable[[int], nn.Module | Objective] | None,
         interlocking: InterlockingConfig | Mapping[str, Any] | None = None,
         partition_method: str | Sequence[int] = "parameters",
+        side_loss: MakeSideLoss | None = None,
         **kwargs: Any,
     ) -> None:
         layers = list(layers)
@@ -82,6 +85,7 @@ class InterlockedPipelineModule(PipelineModule):
         self.aux_head: nn.Module | None = None
         self.objectives: dict[int, Objective] = {}
         self.frozen_stages: tuple[int, ...] = ()
+        self.side_loss = side_loss
         provisional = config or InterlockingConfig()
         self._place_heads(HeadPlacement.from_config(provisional, self.num_stages, self.has_aux_heads))
         self.configure(provisional)
@@ -127,6 +131,10 @@ class InterlockedPipelineModule(PipelineModule):
         if self.seed_layers:
             return PipelineModule.forward(self, inputs)
         return self.remaining_layers(self.borrowed_layers(inputs))
+
+    def side_loss_of_layers(self) -> SideLoss | None:
+        """That of this stage's layers, right after their forward pass."""
+        return None if self.side_loss is None else self.side_loss(self.forward_funcs)
 
     def borrowed_layers(self, inputs: Any) -> Any:
         """The layers that stand before the head of the stage before, if any: h_{k-1} → what that head reads."""
@@ -206,6 +214,8 @@ class InterlockedPipelineModule(PipelineModule):
     def _check_borrow(self, placement: HeadPlacement) -> None:
         if not placement.borrow:
             return
+        if self.side_loss is not None:
+            raise ModuleError('a side_loss does not go together with "interlocking.aux_head.borrow".')
         for stage, (low, high) in enumerate(pairwise(self.parts)):
             if high - low <= placement.borrowed_from(stage):
                 raise ModuleError(

@@ -147,6 +147,10 @@ class Strategy:
         own = {stage: weights[stage]} if stage in weights else {}
         return {**own, self.stages - 1: 1.0}
 
+    def side_weight(self, stage: int) -> float:
+        """Factor of a trunk's own side loss in its update, which is a part of each of the losses that train it."""
+        return sum(self.weights(stage).values()) if self.trains(stage) or self.mode == "sum" else 1.0
+
     def users(self, loss: int) -> list[int]:
         """The trunks that loss ``loss`` trains, rising (empty if there is none)."""
         return self._users.get(loss, [])
@@ -251,6 +255,7 @@ class StageStrategy:
             for a weighted sum.
         update_gives_input_gradient: see :meth:`Strategy.update_gives_input_gradient`.
         borrowed_share: see :meth:`Strategy.borrowed_share`.
+        side_weight: see :meth:`Strategy.side_weight`.
     """
 
     stage: int
@@ -267,6 +272,7 @@ class StageStrategy:
     input_weight: float
     update_gives_input_gradient: bool
     borrowed_share: float
+    side_weight: float
 
     @classmethod
     def of(cls, strategy: Strategy, stage: int) -> StageStrategy:
@@ -290,4 +296,5 @@ class StageStrategy:
             input_weight=strategy.weights(stage).get(reach, 1.0) if one_loss else 1.0,
             update_gives_input_gradient=strategy.update_gives_input_gradient(stage),
             borrowed_share=strategy.borrowed_share(stage),
+            side_weight=strategy.side_weight(stage),
         )

@@ -79,6 +79,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from ibp_deepspeed.config.deepspeed import load_ds_config, resolve_interlocking
     from ibp_deepspeed.data import open_tokens
     from ibp_deepspeed.models import CausalLM
+    from ibp_deepspeed.models.build import router_loss
     from ibp_deepspeed.models.runs.checkpoint import tokenizer_texts
     from ibp_deepspeed.models.runs.conditions import Conditions
     from ibp_deepspeed.models.runs.resume import checkpoint_to_resume
@@ -104,6 +105,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     micro_batches = ds_config["gradient_accumulation_steps"]
     heads = interlocking.exits_for(num_stages)[:-1] if interlocking.aux_head is not None else ()
     check_something_is_trained(tuning, model.num_layers, heads)
+    router_loss(model, interlocking)  # refuses what it does not go with
     Timeline(interlocking, num_stages, micro_batches, interlocking.aux_head is not None).channel_depth()
     if first:
         _check_amount(args, ds_config, replicas, train, held_out)
@@ -162,11 +164,12 @@ def _description(
     train: TokenFile,
     conditions: Conditions,
 ) -> Description:
+    from ibp_deepspeed.models.routers import SWITCH
     from ibp_deepspeed.models.runs.description import Description
     from ibp_deepspeed.models.tuning import EVERYTHING
 
     return Description(
-        model=model.hf_config.to_dict(),
+        model=model.hf_config.to_dict() | ({SWITCH: True} if model.balances_experts else {}),
         bounds=bounds,
         interlocking=interlocking.model_dump(exclude_unset=True),
         sequence_length=args.sequence_length,

@@ -112,6 +112,7 @@ def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Dat
         heads = "at random" if args.init_heads == "fresh" else "as its final norm and LM head"
         lines.append(f"begins with the weights of {args.init_from}" + (f", heads {heads}" if options else ""))
     lines += _tuned(plan)
+    lines += _experts(plan)
     if options and options.readout == "shared":
         size = "" if args.one_process else f" ({pipeline.refresh_bytes:,} bytes)"
         lines.append(
@@ -184,6 +185,20 @@ def _tuned(plan: Plan) -> list[str]:
         who = f"stage {named} has" if len(stages) == 1 else f"stages {named} have"
         lines.append(f"{who} nothing to train but a head: no weight gradients, and no gradients sent for them")
     return lines
+
+
+def _experts(plan: Plan) -> list[str]:
+    """Whether experts are held in balance, where there are some."""
+    from ibp_deepspeed.models.routers import SWITCH, has_experts
+
+    config = plan.model.hf_config
+    if not has_experts(config):
+        return []
+    if plan.model.balances_experts:
+        return [
+            f"each stage adds the loss of its own routers, {config.router_aux_loss_coef} times that of Hugging Face"
+        ]
+    return [f"nothing holds the experts in balance: --set {SWITCH}=true adds Hugging Face's loss of their routers"]
 
 
 def _few_exits(exits: Sequence[int], stages: int) -> list[str]:
