@@ -195,9 +195,7 @@ def _experts(plan: Plan) -> list[str]:
     if not has_experts(config):
         return []
     if plan.model.balances_experts:
-        return [
-            f"each stage adds the loss of its own routers, {config.router_aux_loss_coef} times that of Hugging Face"
-        ]
+        return [f"each stage adds the loss of its own routers, with the coefficient {config.router_aux_loss_coef}"]
     return [f"nothing holds the experts in balance: --set {SWITCH}=true adds Hugging Face's loss of their routers"]
 
 
