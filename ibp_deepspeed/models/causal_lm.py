@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.models.costs import head_operations, layer_operations
+from ibp_deepspeed.models.costs import backward_passes, head_operations, layer_operations
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.kinds import first_of_kind
 from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
@@ -215,7 +215,11 @@ class CausalLM:
             layers = [layer.total for layer in layer_operations(self, sequence_length)]
             head = head_operations(self, aux_heads, sequence_length).total if aux_heads else 0.0
         else:
-            layers = [_NANOSECONDS * layer.total for layer in measured.layers]
+            layers = [
+                _NANOSECONDS
+                * (layer.forward + has_b * layer.input_gradient + has_w * (layer.weight_gradient + layer.at_once))
+                for layer, (has_b, has_w) in zip(measured.layers, backward_passes(self), strict=True)
+            ]
             head = _NANOSECONDS * measured.head.total if aux_heads and measured.head else 0.0
         embedding, *costs, readout = map(round, layers)
         costs[0] += embedding

@@ -43,13 +43,17 @@ def layer_operations(model: CausalLM, sequence_length: int) -> list[Operations]:
     embedding, *layers, readout = model.matrix_parameters()
     decoder = [Operations(layer + attention, layer + 2 * attention, layer) for layer in layers]
     whole = [Operations(*[embedding] * 3), *decoder, Operations(*[readout] * 3)]
-    trained = [model.tuning.trains(index, len(whole)) for index in range(len(whole))]
-    lowest = trained.index(True) if any(trained) else len(whole)
-    weights = [is_trained and model.tuning.lora is None for is_trained in trained]
     return [
-        Operations(each.forward, each.input_gradient * (index >= lowest), each.weight_gradient * weights[index])
-        for index, each in enumerate(whole)
+        Operations(each.forward, each.input_gradient * has_b, each.weight_gradient * has_w)
+        for each, (has_b, has_w) in zip(whole, backward_passes(model), strict=True)
     ]
+
+
+def backward_passes(model: CausalLM) -> list[tuple[bool, bool]]:
+    """For every layer whether it has a B, and whether a W of its weights: what is trained decides."""
+    trained = [model.tuning.trains(index, model.num_layers) for index in range(model.num_layers)]
+    lowest = trained.index(True) if any(trained) else model.num_layers
+    return [(index >= lowest, each and model.tuning.lora is None) for index, each in enumerate(trained)]
 
 
 def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> Operations:

@@ -160,6 +160,70 @@ def test_frozen_layers_stay_as_they_are(data: Path, base: Path, tmp_path: Path) 
         assert all(same) if index < 2 else not any(same), index
 
 
+def test_a_stage_with_nothing_at_all_to_train_saves_and_resumes(data: Path, base: Path, tmp_path: Path) -> None:
+    """Backpropagation without heads, the first of two stages frozen, with ZeRO 1 and without; goes on in processes, in
+    one, and with a stage more, as if it had never stopped."""
+    settings = json.loads(config(tmp_path, 0.02).read_text())
+    settings["interlocking"] = {"strategy": "global", "aux_head": None}
+    settings["gradient_clipping"] = 0.0  # which is by stage
+    (tmp_path / "plain.json").write_text(json.dumps(settings))
+    settings["zero_optimization"] = {"stage": 1}
+    (tmp_path / "zero.json").write_text(json.dumps(settings))
+
+    def run(out: str, steps: int, *more: object, name: str = "plain.json", processes: int = 1) -> None:
+        words = ["--deepspeed_config", tmp_path / name, "--freeze", "2", *more, "--steps", steps]
+        if "--stages" not in more:
+            words += ["--partition", "2,2"]
+        done = train(data, base, tmp_path / out, *words, processes=processes)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run("whole", 3)
+    run("zero", 2, name="zero.json", processes=2)
+    run("zero", 3, "--resume", name="zero.json", processes=2)
+    run("parts", 2, processes=2)
+    shutil.copytree(tmp_path / "parts", tmp_path / "deeper")
+    run("parts", 3, "--resume")
+    run("deeper", 3, "--resume", "--stages", "3")
+    wanted = Exits(tmp_path / "whole" / "checkpoint").checkpoint
+    for resumed in ("zero", "parts", "deeper"):
+        found = Exits(tmp_path / resumed / "checkpoint").checkpoint
+        for index in range(6):
+            ours = found.layer_state(index)
+            for key, value in wanted.layer_state(index).items():
+                assert (ours[key] - value).norm() <= 1e-4 * value.norm(), (resumed, index, key)
+
+
+def test_adapters_in_bf16_with_zero(data: Path, base: Path, tmp_path: Path) -> None:
+    """Two processes; peft's folder and the merged model have the checkpoint's logits, as export checks."""
+    settings = json.loads(config(tmp_path, 0.02).read_text())
+    settings |= {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    (tmp_path / "bf16.json").write_text(json.dumps(settings))
+    done = train(data, base, tmp_path / "run", "--deepspeed_config", tmp_path / "bf16.json", *LORA, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for more in (("--adapter",), ()):
+        where = ("--checkpoint", tmp_path / "run" / "checkpoint", "--out", tmp_path / f"out{len(more)}")
+        done = script("convert_hf.py", "export", *where, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_loss_of_routers_from_the_command_line(data: Path, tmp_path: Path) -> None:
+    """Reported by each stage, and a part of what a checkpoint is resumed with."""
+    values = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    values |= {"num_hidden_layers": 2, "num_local_experts": 4, "max_position_embeddings": 64}
+    (tmp_path / "moe.json").write_text(json.dumps({"model_type": "mixtral", **values}))
+    where = ["--deepspeed_config", config(tmp_path, 0.01), "--output", tmp_path / "run", "--data", data]
+    words = ["--one-process", "--stages", "2", *where, "--model", tmp_path / "moe.json", *SHORT]
+    switch = ("--set", "output_router_logits=true", "router_aux_loss_coef=0.05")
+    done = script("train_lm.py", *words, *switch, "--steps", "10")
+    assert done.returncode == 0, done.stderr
+    assert "each stage adds the loss of its own routers, with the coefficient 0.05" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    (stages,) = [row["stages"] for row in rows if "stages" in row]
+    assert all(2.0 <= stage["router loss"] < 4.0 for stage in stages), "two experts a token"
+    again = script("train_lm.py", *words, *switch[:1], switch[2], "--steps", "12", "--resume")
+    assert_one_sentence(again, "was trained with model's output_router_logits True, not False")
+
+
 def test_what_does_not_fit_is_one_sentence(trained: Path, data: Path, base: Path, tmp_path: Path) -> None:
     def refused(sentence: str, *more: object, start: Path = base) -> None:
         assert_one_sentence(train(data, start, tmp_path / "out", *more), sentence)
