@@ -22,8 +22,8 @@ from ibp_deepspeed.models.errors import ModelError
 # Those that tests/models/test_causal_lm.py compares with the uncut model. Another may work: add it there first.
 PROVEN = (
     "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
-    "mistral", "mixtral", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
-    "stablelm", "starcoder2",
+    "mistral", "mixtral", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _LAYERS = ("layers", "h")
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -37,6 +37,7 @@ class Shell:
     Attributes:
         hf_config: an own copy of the config: LM head untied from the embedding, no cache.
         was_tied: whether the config given tied them.
+        balances_experts: whether it asked for the routers' loss, which the layers of each stage then have.
         model, decoder: the model and its decoder; decoder_name is the latter's path in the former.
         layers, layers_name: the ModuleList of decoder layers and its name in the decoder.
         norm, norm_name: the final norm and its name in the decoder.
@@ -50,6 +51,7 @@ class Shell:
     def __init__(self, hf_config: PretrainedConfig) -> None:
         _refuse(hf_config)
         self.was_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
+        self.balances_experts = bool(getattr(hf_config, "output_router_logits", False))
         self.model = meta_model(untied(hf_config))
         self.hf_config = self.model.config
         self.decoder: PreTrainedModel = self.model.get_decoder()
@@ -92,7 +94,7 @@ class Shell:
                 filled = torch.full(parameter.shape, torch.nan, dtype=torch.float32, device="cpu")
                 setattr(owner, name, nn.Parameter(filled, requires_grad=parameter.requires_grad))
         if not module.state_dict().keys() <= values.keys():
-            with torch.no_grad(), _seeded(f"{seed}/{part}"):
+            with torch.no_grad(), seeded(f"{seed}/{part}"):
                 for child in reversed(list(module.modules())):  # parents last: gpt2's rescale what children drew
                     self.model._init_weights(child)
         self._fill(module, part, values)
@@ -134,6 +136,8 @@ def untied(hf_config: PretrainedConfig) -> PretrainedConfig:
     hf_config.use_cache = False
     hf_config.output_hidden_states = False
     hf_config.output_attentions = False
+    if hasattr(hf_config, "output_router_logits"):
+        hf_config.output_router_logits = False
     return hf_config
 
 
@@ -156,7 +160,6 @@ def _refuse(hf_config: PretrainedConfig) -> None:
         )
     wrong = {
         "layerdrop": "training that skips whole layers",
-        "output_router_logits": "a router loss, which would need every stage's router logits at the last stage",
         "add_cross_attention": "cross attention",
     }
     for name, meaning in wrong.items():
@@ -176,7 +179,7 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Para
 
 
 @contextmanager
-def _seeded(text: str) -> Iterator[None]:
+def seeded(text: str) -> Iterator[None]:
     """Draw from a seed made of a text; the generators of the caller are as before afterwards."""
     state = torch.random.default_generator.get_state()
     try:

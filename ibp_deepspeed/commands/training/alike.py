@@ -32,6 +32,7 @@ def alike(plan: Plan, args: argparse.Namespace) -> dict[str, str]:
         "the data's manifest": _digest((args.data / MANIFEST).read_bytes()),
         "the DeepSpeed configuration": _digest_of(about.settings, about.interlocking),
         "the model's configuration": _digest_of(about.model),
+        "what is trained of it": "" if about.tuning is None else about.tuning.model_dump_json(),
         "layers of the stages": str(plan.bounds),
         "the checkpoint to resume from": str(plan.resume),
     }

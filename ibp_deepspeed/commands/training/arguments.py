@@ -66,6 +66,21 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override values of the model's config (default: none)",
     )
+    add(
+        "--freeze",
+        metavar="WHAT",
+        help="layers that are not trained: N, the embedding and the first N decoder layers, or names such as "
+        "embedding,layers.0-5,head (default: none)",
+    )
+    add(
+        "--lora",
+        nargs="?",
+        const="",
+        metavar="KEY=VALUE,…",
+        help="train low-rank adapters (peft) of the weights of --init-from, which stay as they are: rank=8,alpha=16,"
+        "dropout=0,targets=q_proj+v_proj, of which any can be left out: rank 8, alpha twice the rank, no dropout, the "
+        "targets that peft knows for the model type; or targets=all-linear (default: train the weights)",
+    )
     add("--stages", type=int, metavar="K", help="pipeline stages (default: the number of processes)")
     add("--one-process", action="store_true", help="all stages in this process, on one device; needs --stages")
     add(
@@ -88,7 +103,7 @@ def _add_hyperparameters(parser: argparse.ArgumentParser) -> None:
         "--learning-rate",
         type=float,
         metavar="X",
-        help="the highest of the schedule (default: 0.25 / hidden size, a tenth of that with --init-from)",
+        help="the highest of the schedule (default: 0.25 / hidden size, a tenth of that with --init-from but --lora)",
     )
     add("--warmup-steps", type=int, metavar="N", help="batches of rising rate (default: a 20th, at most 500)")
 
@@ -173,7 +188,8 @@ def given_hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
 
 def default_hyperparameters(args: argparse.Namespace, hidden_size: int) -> dict[str, Any]:
     """Option → value where none was given. Wide models, and weights that have been trained, need smaller rates."""
-    rate = 0.25 / hidden_size / (1 if args.init_from is None else 10)
+    tenth = args.init_from is not None and args.lora is None
+    rate = 0.25 / hidden_size / (10 if tenth else 1)
     return {
         "--steps": args.steps,
         "--micro-batch-size": 8,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ibp_deepspeed.models.runs.conditions import Changes, Conditions
     from ibp_deepspeed.models.runs.description import Description
     from ibp_deepspeed.models.runs.start import StartingPoint
+    from ibp_deepspeed.models.tuning import Tuning
 
 
 @dataclass
@@ -61,6 +62,11 @@ class Plan:
     files: dict[str, str]
     changes: Changes | None = None
 
+    @property
+    def frozen_stages(self) -> tuple[int, ...]:
+        """Those with nothing to train but a head."""
+        return self.model.tuning.frozen_stages(self.bounds)
+
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check everything that can be checked alone, before the processes meet.
@@ -73,9 +79,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from ibp_deepspeed.config.deepspeed import load_ds_config, resolve_interlocking
     from ibp_deepspeed.data import open_tokens
     from ibp_deepspeed.models import CausalLM
+    from ibp_deepspeed.models.build import router_loss
     from ibp_deepspeed.models.runs.checkpoint import tokenizer_texts
     from ibp_deepspeed.models.runs.conditions import Conditions
     from ibp_deepspeed.models.runs.resume import checkpoint_to_resume
+    from ibp_deepspeed.models.tuning import check_something_is_trained
     from ibp_deepspeed.strategy.timeline import Timeline
 
     check_output(args)
@@ -88,12 +96,16 @@ def make_plan(args: argparse.Namespace) -> Plan:
     held_out = open_tokens(args.data, "heldout", verify=reads)
     begin = _starting_point(args, train.manifest.vocabulary_size)
     _check_lengths(args, begin.hf_config)
-    model = CausalLM(begin.hf_config, seed=args.seed)
+    tuning = _tuning(args, begin)
+    model = CausalLM(begin.hf_config, seed=args.seed, tuning=tuning)
     train.check_vocabulary(model.vocab_size)
     _check_heads(interlocking, model.vocab_size)
     defaults = default_hyperparameters(args, model.hidden_size)
     ds_config = _checked(fill_auto(ds_config, given_hyperparameters(args), defaults, replicas), replicas)
     micro_batches = ds_config["gradient_accumulation_steps"]
+    heads = interlocking.exits_for(num_stages)[:-1] if interlocking.aux_head is not None else ()
+    check_something_is_trained(tuning, model.num_layers, heads)
+    router_loss(model, interlocking)  # refuses what it does not go with
     Timeline(interlocking, num_stages, micro_batches, interlocking.aux_head is not None).channel_depth()
     if first:
         _check_amount(args, ds_config, replicas, train, held_out)
@@ -107,9 +119,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     folder, allowed = args.output / "checkpoint", args.allow_changed or ()
     resumption = checkpoint_to_resume(folder, args.resume, description, args.steps, allowed)
     resume, changes = resumption or (None, None)
-    if resume is None and begin.weights is not None:
+    if begin.weights is not None and (resume is None or tuning.lora is not None):  # a checkpoint has adapters alone
         fresh = args.init_heads == "fresh"
-        model = CausalLM(begin.hf_config, seed=args.seed, weights=begin.weights, fresh_heads=fresh)
+        model = CausalLM(begin.hf_config, seed=args.seed, weights=begin.weights, fresh_heads=fresh, tuning=tuning)
     ds_config = monitors_under(args.output, ds_config)
     return Plan(
         ds_config,
@@ -152,16 +164,19 @@ def _description(
     train: TokenFile,
     conditions: Conditions,
 ) -> Description:
+    from ibp_deepspeed.models.routers import SWITCH
     from ibp_deepspeed.models.runs.description import Description
+    from ibp_deepspeed.models.tuning import EVERYTHING
 
     return Description(
-        model=model.hf_config.to_dict(),
+        model=model.hf_config.to_dict() | ({SWITCH: True} if model.balances_experts else {}),
         bounds=bounds,
         interlocking=interlocking.model_dump(exclude_unset=True),
         sequence_length=args.sequence_length,
         data=str(args.data),
         source=train.manifest.source,
         init_from=args.init_from,
+        tuning=None if model.tuning == EVERYTHING else model.tuning,
         settings={key: value for key, value in ds_config.items() if key != "interlocking"},
         conditions=conditions,
     )
@@ -215,6 +230,24 @@ def _starting_point(args: argparse.Namespace, vocabulary_size: int) -> StartingP
         return random_start(args.model, {"vocab_size": vocabulary_size, **overrides})
     first = os.environ["RANK"] == "0"
     return pretrained_start(args.init_from, overrides, args.data / layout.TOKENIZER if first else None)
+
+
+def _tuning(args: argparse.Namespace, begin: StartingPoint) -> Tuning:
+    """What --freeze and --lora mean for a model, before peft's targets are known.
+
+    Raises:
+        ModelError: they can't be read, or there are no weights for adapters.
+    """
+    from ibp_deepspeed.models.errors import ModelError
+    from ibp_deepspeed.models.runs.base import weights_digest
+    from ibp_deepspeed.models.tuning import Lora, Tuning, parse_freeze
+
+    frozen = () if args.freeze is None else parse_freeze(args.freeze, begin.hf_config.num_hidden_layers)
+    if args.lora is None:
+        return Tuning(frozen=frozen)
+    if begin.folder is None:
+        raise ModelError("--lora trains adapters of a model's weights: say which with --init-from.")
+    return Tuning(frozen=frozen, lora=Lora.parse(args.lora), base=weights_digest(begin.folder))
 
 
 def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> None:

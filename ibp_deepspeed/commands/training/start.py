@@ -111,6 +111,8 @@ def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Dat
     if args.init_from and not plan.resume:
         heads = "at random" if args.init_heads == "fresh" else "as its final norm and LM head"
         lines.append(f"begins with the weights of {args.init_from}" + (f", heads {heads}" if options else ""))
+    lines += _tuned(plan)
+    lines += _experts(plan)
     if options and options.readout == "shared":
         size = "" if args.one_process else f" ({pipeline.refresh_bytes:,} bytes)"
         lines.append(
@@ -169,6 +171,32 @@ def summarise(speed: Speed, plan: Plan, args: argparse.Namespace) -> str:
     """All ranks together, at the end: memory, speed and MFU in words, for rank 0 to show."""
     peaks = gathered_peaks(peak_memory())
     return end_line(Machine.here(on_gpu()), speed, flops_per_token(plan, args.sequence_length), peaks) if peaks else ""
+
+
+def _tuned(plan: Plan) -> list[str]:
+    """What is trained, where that is not everything."""
+    tuning, stages = plan.model.tuning, plan.frozen_stages
+    if plan.description.tuning is None:
+        return []
+    counts = f"{plan.model.trained_parameters():,} of {sum(plan.model.parameter_counts()):,} parameters"
+    lines = [f"{counts} are trained, and heads: {tuning}"]
+    if stages:
+        named = ", ".join(map(str, stages))
+        who = f"stage {named} has" if len(stages) == 1 else f"stages {named} have"
+        lines.append(f"{who} nothing to train but a head: no weight gradients, and no gradients sent for them")
+    return lines
+
+
+def _experts(plan: Plan) -> list[str]:
+    """Whether experts are held in balance, where there are some."""
+    from ibp_deepspeed.models.routers import SWITCH, has_experts
+
+    config = plan.model.hf_config
+    if not has_experts(config):
+        return []
+    if plan.model.balances_experts:
+        return [f"each stage adds the loss of its own routers, with the coefficient {config.router_aux_loss_coef}"]
+    return [f"nothing holds the experts in balance: --set {SWITCH}=true adds Hugging Face's loss of their routers"]
 
 
 def _few_exits(exits: Sequence[int], stages: int) -> list[str]:

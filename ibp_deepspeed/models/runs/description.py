@@ -16,6 +16,7 @@ from ibp_deepspeed.json_text import small_text
 from ibp_deepspeed.models.config import check_depth
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.runs.conditions import Conditions
+from ibp_deepspeed.models.tuning import Tuning
 
 
 class Description(BaseModel):
@@ -35,6 +36,8 @@ class Description(BaseModel):
     """What text that is."""
     init_from: str | None = None
     """Folder or hub name of the weights that the training began with; None: random ones."""
+    tuning: Tuning | None = None
+    """What was trained; None: everything. With adapters the layers' files hold these alone."""
     settings: dict[str, Any] = {}
     """The DeepSpeed configuration, but for the interlocking block."""
     conditions: Conditions | None = None
