@@ -30,7 +30,7 @@ class Asynchronous(Optimized):
         super().__init__(*args, **more)
         self._older: deque[list[Tensor]] = deque(maxlen=delay + 1)
 
-    def _accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
+    def _accumulate(self, micro_batches: Sequence[Sample]) -> Tensor:
         """Overrides VirtualPipeline's: at the weights of ``delay`` batches ago."""
         parameters = self.reference.parameters(0)
         today = [parameter.detach().clone() for parameter in parameters]

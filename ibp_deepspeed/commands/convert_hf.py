@@ -88,7 +88,8 @@ def export_all(args: argparse.Namespace) -> None:
     tokens = open_tokens(data, "heldout")
     tokens.check_vocabulary(exits.model.vocab_size)
     samples = None if args.max_batches is None else args.max_batches * args.batch_size
-    held_out = HeldOut(tokens, exits.description.sequence_length, args.batch_size, samples=samples)
+    length, masks = exits.description.sequence_length, exits.description.document_masks
+    held_out = HeldOut(tokens, length, args.batch_size, samples=samples, document_masks=masks)
     for row in measure(exits, held_out):
         out = args.out / f"exit-{row['exit']}"
         results = {"held-out perplexity": f"{row['perplexity']:.3f}"}

@@ -61,7 +61,8 @@ def evaluate_exits(args: argparse.Namespace) -> tuple[Evaluation, Predictions, f
     tokens = open_tokens(data, args.split)
     tokens.check_vocabulary(exits.model.vocab_size)
     samples = None if args.max_batches is None else args.max_batches * args.batch_size
-    held_out = HeldOut(tokens, exits.description.sequence_length, args.batch_size, samples=samples)
+    length, masks = exits.description.sequence_length, exits.description.document_masks
+    held_out = HeldOut(tokens, length, args.batch_size, samples=samples, document_masks=masks)
     watched = WatchedExits(exits)
     evaluation = evaluate(watched, held_out, show=True)
     return evaluation, watched.predictions(), tokens.manifest.unigram_entropy_nats

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.errors import BoundaryError
 from ibp_deepspeed.rng import RandomState
 
@@ -26,6 +27,7 @@ class MicroBatchInFlight:
         inputs: h_{k-1}, a leaf; on the first stage what the data loader gave.
         labels: for this stage's loss.
         sample_checksum: of the samples that the labels belong to.
+        documents: of its rows, where they hold several.
         cut: what the borrowed layers give, a leaf; None if nothing is borrowed here.
         outputs: h_k, on the last stage its loss, undivided; with its graph while that is kept.
         output_gradients: loss index → dL/dh_k, on the last stage dL/d(its undivided loss).
@@ -48,6 +50,7 @@ class MicroBatchInFlight:
         self.inputs: Any = None
         self.labels: Any = None
         self.sample_checksum = 0
+        self.documents: Documents | None = None
         self.cut: Tensor | None = None
         self.outputs: Any = None
         self.output_gradients: dict[int, Tensor] = {}
@@ -137,7 +140,7 @@ class MicroBatchInFlight:
 
     def free(self) -> None:
         """Give everything back, but what weight gradients that were put off are made of."""
-        self.inputs = self.labels = self.outputs = self.cut = self._behind_borrowed = None
+        self.inputs = self.labels = self.outputs = self.cut = self._behind_borrowed = self.documents = None
         self.output_gradients.clear()
         self.borrowed_gradients.clear()
 
@@ -158,10 +161,11 @@ class MicroBatchInFlight:
 
     def _run(self) -> None:
         hidden = self.inputs
-        if self.borrowed is not None:
-            self._behind_borrowed = self.borrowed(hidden)
-            hidden = self.cut = self._behind_borrowed.detach().requires_grad_(self._behind_borrowed.requires_grad)
-        self.outputs = self.trunk(hidden)
+        with reading(self.documents):
+            if self.borrowed is not None:
+                self._behind_borrowed = self.borrowed(hidden)
+                hidden = self.cut = self._behind_borrowed.detach().requires_grad_(self._behind_borrowed.requires_grad)
+            self.outputs = self.trunk(hidden)
 
     def _through_borrowed(self, gradient: Tensor) -> Tensor:
         assert self._behind_borrowed is not None

@@ -74,6 +74,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="decoder layers of each stage, or profile:FILE: balanced by what profile_stage.py measured "
         "(default: balanced by operations, heads counted)",
     )
+    add(
+        "--document-masks",
+        action=argparse.BooleanOptionalAction,
+        help="pack whole documents into samples, and keep them from seeing each other; otherwise samples are cut from "
+        "the text wherever they end (default: on, if the data have the bounds of their documents)",
+    )
     add("--sequence-length", type=int, default=256, metavar="S", help="tokens of a sample (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="initial weights and order of data (default: %(default)s)")
 
@@ -143,12 +149,12 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
     add(
         "--allow-changed",
         nargs="+",
-        choices=["seed", "data", "tokenizer", "sequence-length", "batch-size"],
+        choices=["seed", "data", "tokenizer", "sequence-length", "document-masks", "batch-size"],
         metavar="WHAT",
         help="with --resume, go on although this differs from the checkpoint's training, which is refused otherwise. "
         "seed: the rest of the epoch comes in another order, some samples twice, others not at all; data, "
-        "sequence-length: the epoch begins again, with other samples; tokenizer: token ids may mean other words; "
-        "batch-size: the order stays, samples that fill no whole micro-batch are passed over (default: nothing)",
+        "sequence-length, document-masks: the epoch begins again, with other samples; tokenizer: token ids may mean "
+        "other words; batch-size: the order stays, samples that fill no whole micro-batch are passed over (default: nothing)",
     )
 
 

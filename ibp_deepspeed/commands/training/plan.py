@@ -42,6 +42,7 @@ class Plan:
         bounds: stage k has layers bounds[k] … bounds[k+1]-1.
         replicas: data-parallel ranks.
         train, held_out: the two splits of the data.
+        document_masks: whether documents are kept apart.
         description: what goes beside a checkpoint's files.
         resume: the tag of the checkpoint to resume from.
         files: texts that go into every checkpoint, by file name.
@@ -56,6 +57,7 @@ class Plan:
     replicas: int
     train: TokenFile
     held_out: TokenFile
+    document_masks: bool
     description: Description
     resume: str | None
     files: dict[str, str]
@@ -90,18 +92,19 @@ def make_plan(args: argparse.Namespace) -> Plan:
     _check_lengths(args, begin.hf_config)
     model = CausalLM(begin.hf_config, seed=args.seed)
     train.check_vocabulary(model.vocab_size)
+    document_masks = _keeps_documents_apart(args, train, held_out, model)
     _check_heads(interlocking, model.vocab_size)
     defaults = default_hyperparameters(args, model.hidden_size)
     ds_config = _checked(fill_auto(ds_config, given_hyperparameters(args), defaults, replicas), replicas)
     micro_batches = ds_config["gradient_accumulation_steps"]
     Timeline(interlocking, num_stages, micro_batches, interlocking.aux_head is not None).channel_depth()
     if first:
-        _check_amount(args, ds_config, replicas, train, held_out)
+        _check_amount(args, ds_config, replicas, train, held_out, document_masks)
         _warn_of_unknown_keys(ds_config)
         _warn_of_schedule(ds_config, args.steps)
         _warn_of_mode(interlocking, num_stages)
     bounds = stage_bounds(args, model, interlocking, num_stages, ds_config)
-    conditions = Conditions.of(train, args.seed, ds_config, replicas)
+    conditions = Conditions.of(train, args.seed, ds_config, replicas, document_masks)
     description = _description(args, ds_config, model, bounds, interlocking, train, conditions)
     files = {**description.files(), **begin.files, **tokenizer_texts(args.data / layout.TOKENIZER)}
     folder, allowed = args.output / "checkpoint", args.allow_changed or ()
@@ -120,6 +123,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         replicas,
         train,
         held_out,
+        document_masks,
         description,
         resume,
         files,
@@ -232,15 +236,31 @@ def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> Non
             raise ModelError(f"--{name.replace('_', '-')} is {getattr(args, name):g}: give 0 or more.")
 
 
+def _keeps_documents_apart(args: argparse.Namespace, train: TokenFile, held_out: TokenFile, model: CausalLM) -> bool:
+    """Whether --document-masks is on, by itself if both splits can, and the model can."""
+    from ibp_deepspeed.data.samples import keeps_documents_apart
+
+    apart = all(keeps_documents_apart(split, args.document_masks) for split in (train, held_out))
+    if apart:
+        model.check_document_masks()
+    return apart
+
+
 def _check_amount(
-    args: argparse.Namespace, ds_config: dict[str, Any], replicas: int, train: TokenFile, held_out: TokenFile
+    args: argparse.Namespace,
+    ds_config: dict[str, Any],
+    replicas: int,
+    train: TokenFile,
+    held_out: TokenFile,
+    document_masks: bool,
 ) -> None:
     """That there is a batch to train on and something to evaluate."""
     from ibp_deepspeed.data import HeldOut
     from ibp_deepspeed.data.samples import samples_of
 
-    HeldOut(held_out, args.sequence_length, ds_config["train_micro_batch_size_per_gpu"], data_parallel_size=replicas)
-    samples_of(train, args.sequence_length).require(ds_config["train_batch_size"], "a batch")
+    size, masks = ds_config["train_micro_batch_size_per_gpu"], document_masks
+    HeldOut(held_out, args.sequence_length, size, data_parallel_size=replicas, document_masks=masks)
+    samples_of(train, args.sequence_length, masks).require(ds_config["train_batch_size"], "a batch")
 
 
 def _check_heads(interlocking: InterlockingConfig, vocabulary: int) -> None:

@@ -81,6 +81,7 @@ def open_data(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Data:
     size, count = pipeline.train_micro_batch_size_per_gpu(), pipeline.gradient_accumulation_steps()
     where: dict[str, Any] = {"data_parallel_rank": pipeline.data_parallel_rank, "data_parallel_size": plan.replicas}
     position = pipeline.global_steps * count
+    where["document_masks"] = plan.document_masks
     train = MicroBatchLoader(plan.train, args.sequence_length, size, **where, seed=args.seed, start=position)
     set_position(train, plan, args)
     train.samples.require(count * size * plan.replicas, "a batch")

@@ -24,10 +24,11 @@ EFFECTS = {
     "data": "this epoch begins again, with other samples",
     "tokenizer": "token ids may mean other words",
     "sequence-length": "this epoch begins again, with other samples",
+    "document-masks": "this epoch begins again, with other samples",
     "batch-size": "the order of the samples stays, and those that fill no whole micro-batch are passed over",
 }
 """What may be allowed to change → what that does to the order of the data."""
-_OTHER_SAMPLES = {"data", "sequence-length"}
+_OTHER_SAMPLES = {"data", "sequence-length", "document-masks"}
 _NOT_OF_THE_TRAINING = {"steps_per_print", "wall_clock_breakdown", "tensorboard", "wandb", "csv_monitor", "comet"}
 _DIGITS = 12  # of a checksum that a message shows
 
@@ -50,9 +51,13 @@ class Conditions(BaseModel):
     micro_batches: int
     """M."""
     replicas: int
+    documents: str | None = None
+    """Of the bounds of the documents that samples keep apart; None: samples cross them, as with earlier versions."""
 
     @classmethod
-    def of(cls, train: TokenFile, seed: int, ds_config: Mapping[str, Any], replicas: int) -> Conditions:
+    def of(
+        cls, train: TokenFile, seed: int, ds_config: Mapping[str, Any], replicas: int, document_masks: bool = False
+    ) -> Conditions:
         """Those of a training.
 
         Args:
@@ -60,7 +65,9 @@ class Conditions(BaseModel):
             seed: of the command line.
             ds_config: without "auto".
             replicas: data-parallel ranks.
+            document_masks: whether documents are kept apart, by the bounds that the data then have.
         """
+        bounds = train.manifest.train.bounds if document_masks else None
         manifest = train.manifest
         sizes = with_batch_sizes(ds_config, replicas)
         tokenizer = train.path.parent / manifest.tokenizer_file
@@ -72,6 +79,7 @@ class Conditions(BaseModel):
             micro_batch_size=sizes[SIZE],
             micro_batches=sizes[COUNT],
             replicas=replicas,
+            documents=None if bounds is None else bounds.sha256,
         )
 
     @property
@@ -147,8 +155,14 @@ def _conditions(saved: Description, planned: Description) -> Iterator[tuple[str,
         ours, theirs = getattr(new, name), getattr(old, name)
         if ours != theirs:
             yield name, f"of checksum {theirs[:_DIGITS]}", f"{ours[:_DIGITS]}"
+    if old.documents != new.documents:
+        yield "document-masks", _documents(old), _documents(new)
     if old.batch_size != new.batch_size:
         yield "batch-size", f"{old.batch_size} ({old.batch()})", f"{new.batch_size} ({new.batch()})"
+
+
+def _documents(conditions: Conditions) -> str:
+    return "off" if conditions.documents is None else f"on (bounds of checksum {conditions.documents[:_DIGITS]})"
 
 
 def _remarks(tag: str, old: Conditions | None, new: Conditions | None) -> Iterator[str]:

@@ -40,6 +40,14 @@ class Description(BaseModel):
     conditions: Conditions | None = None
     """Seed, data and batches; None: nothing was trained, or an earlier version wrote it."""
 
+    @property
+    def document_masks(self) -> bool | None:
+        """How its samples are to be read: False: it was trained on samples that cross documents; None: with documents
+        apart where the data have their bounds."""
+        if self.data is None or (self.conditions is not None and self.conditions.documents is not None):
+            return None
+        return False
+
     def hf_config(self) -> PretrainedConfig:
         """The Hugging Face config as an object.
 
