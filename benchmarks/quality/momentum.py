@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.optimizers import Optimized
+from ibp_deepspeed.single_process.reference import Sample
 
 INTERVAL = 10
 BETA = 0.95

@@ -49,7 +49,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     for batch in range(BATCHES):
         now = rows[batch * COUNT : (batch + 1) * COUNT]
         loss = engine.train_batch(iter(now))
-        crossing, apart = reference.losses(*now[0][:2])[stage], reference.losses(*sample(now[0]))[stage]
+        crossing, apart = reference.losses(now[0][0], now[0][1])[stage], reference.losses(*sample(now[0]))[stage]
         worst["difference"] = max(worst["difference"], abs(crossing.item() - apart.item()))
         losses = reference.accumulate([sample(row) for row in now])
         if reported is not None:

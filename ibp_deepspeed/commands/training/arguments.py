@@ -154,7 +154,8 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
         help="with --resume, go on although this differs from the checkpoint's training, which is refused otherwise. "
         "seed: the rest of the epoch comes in another order, some samples twice, others not at all; data, "
         "sequence-length, document-masks: the epoch begins again, with other samples; tokenizer: token ids may mean "
-        "other words; batch-size: the order stays, samples that fill no whole micro-batch are passed over (default: nothing)",
+        "other words; batch-size: the order stays, samples that fill no whole micro-batch are passed over "
+        "(default: nothing)",
     )
 
 
