@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from ibp_deepspeed.commands.prepare_data import main
+from ibp_deepspeed.commands import prepare_data
 from ibp_deepspeed.data.corpus import standard_library
 from ibp_deepspeed.data.token_file import read_manifest
 from ibp_deepspeed.data.tokenizer import TextTokenizer
@@ -32,7 +32,7 @@ def source(tmp_path: Path) -> Path:
 def _main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Runs the command in this process, which saves the seconds of its imports."""
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
-    return int(main())
+    return int(prepare_data.main())
 
 
 def _run(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
