@@ -1,11 +1,12 @@
 """What an evaluation reads: samples spread evenly over a split, each once, in micro-batches of one shape."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from ibp_deepspeed.data.joined import Joined
 from ibp_deepspeed.data.loader import MicroBatch, micro_batch
 from ibp_deepspeed.data.samples import IGNORED, PackedWindows, Samples, samples_of
 from ibp_deepspeed.data.share import Share, at_least
@@ -22,7 +23,7 @@ class HeldOut:
     the last micro-batches are not full they are filled up with samples without labels that count.
 
     Args:
-        token_file: the split.
+        token_file: the split, or those of several sources made with one tokenizer, which are joined.
         sequence_length: S.
         micro_batch_size: B.
         data_parallel_rank, data_parallel_size: whose part of each global micro-batch this is.
@@ -35,7 +36,7 @@ class HeldOut:
 
     def __init__(
         self,
-        token_file: TokenFile,
+        token_file: TokenFile | Sequence[TokenFile],
         sequence_length: int,
         micro_batch_size: int,
         *,
@@ -48,7 +49,11 @@ class HeldOut:
         if samples is not None and samples < 1:
             raise DataError(f"an evaluation on {samples} samples: give 1 or more")
         self._share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
-        self._samples: Samples = samples_of(token_file, sequence_length, document_masks)
+        self._samples: Samples
+        if isinstance(token_file, TokenFile):
+            self._samples = samples_of(token_file, sequence_length, document_masks)
+        else:
+            self._samples = Joined(token_file, sequence_length, document_masks)
         self._samples.require(1, "an evaluation", ", or hold more out: prepare_data.py --held-out-fraction")
         self.available = len(self._samples)
         self.samples = self.available if samples is None else min(samples, self.available)
@@ -76,7 +81,8 @@ class HeldOut:
         """How much of the split that is, in words."""
         part = "all" if self.samples == self.available else f"{self.samples:,} of"
         spread = "" if self.samples == self.available else " spread over the split"
-        apart = ", documents apart" if isinstance(self._samples, PackedWindows) else ""
+        parts = self._samples.parts if isinstance(self._samples, Joined) else [self._samples]
+        apart = ", documents apart" if any(isinstance(part, PackedWindows) for part in parts) else ""
         return f"{part} {self.available:,} samples{spread}, {self.tokens:,} tokens{apart}"
 
     def _micro_batch(self, ids: npt.NDArray[np.int64]) -> MicroBatch:

@@ -67,8 +67,8 @@ class Packing:
 
     def filled(self, windows: Numbers) -> Numbers:
         """Positions of some windows that are no padding."""
-        totals = np.append(0, np.cumsum(self.lengths))
-        return totals[self.firsts[windows + 1]] - totals[self.firsts[windows]]
+        rows = zip(self.firsts[windows].tolist(), self.firsts[windows + 1].tolist(), strict=True)
+        return np.array([self.lengths[first:end].sum() for first, end in rows], dtype=np.int64)
 
 
 def best_fit(lengths: Numbers, capacity: int) -> Numbers:

@@ -29,6 +29,10 @@ class Samples(Protocol):
         """Positions of the inputs in their documents, [B, S], where a sample may have several; None: it has one."""
         ...
 
+    def filled(self, indices: Indices) -> Indices:
+        """How many inputs of each sample are no padding, [B]."""
+        ...
+
     def require(self, count: int, what: str, way: str = "") -> None:
         """Raises DataError when there are fewer than `count` samples, which `what` needs; `way` is one more way out."""
         ...
@@ -99,6 +103,9 @@ class PackedWindows:
             found[row, at:] = np.arange(self._length - at)
         return found
 
+    def filled(self, indices: Indices) -> Indices:
+        return self.packing.filled(indices)
+
     def require(self, count: int, what: str, way: str = "") -> None:
         if len(self) < count:
             raise DataError(
@@ -141,6 +148,9 @@ class Windows:
 
     def positions(self, indices: Indices) -> None:
         return None
+
+    def filled(self, indices: Indices) -> Indices:
+        return np.full(len(indices), self._length, dtype=np.int64)
 
     def require(self, count: int, what: str, way: str = "") -> None:
         if len(self) < count:
@@ -203,6 +213,9 @@ class Dialogues:
 
     def positions(self, indices: Indices) -> None:
         return None
+
+    def filled(self, indices: Indices) -> Indices:
+        return np.minimum(self._ends[indices] - self._starts[indices], self._length)
 
     def require(self, count: int, what: str, way: str = "") -> None:
         if len(self) < count:
