@@ -28,12 +28,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[TokenFile]:
     """Documents packed and masked, a text without bounds, and packed ones again; all of one tokenizer."""
     folder = tmp_path_factory.mktemp("sources")
     made = [document_file([3, 9, 2, 5] * 6), token_file(np.arange(40)), document_file([6] * 3)]
-    for name, file in zip(NAMES, made, strict=True):
+    for name in NAMES:
         (folder / name).mkdir()
         (folder / name / "none").write_text("tokenizer")
-    return [
-        dataclasses.replace(file, path=folder / name / "train.bin") for name, file in zip(NAMES, made, strict=True)
-    ]
+    return [dataclasses.replace(file, path=folder / name / "train.bin") for name, file in zip(NAMES, made, strict=True)]
 
 
 def loader(files: list[TokenFile], size: int = 2, weights: Any = (0.5, 0.3, 0.2), **more: Any) -> MixtureLoader:
@@ -76,7 +74,9 @@ def test_a_sample_follows_from_seed_and_number_alone(
         loader(files, size, seed=seed, start=start, data_parallel_rank=rank, data_parallel_size=ranks)
         for rank in range(ranks)
     ]
-    ids = [i for rows in zip(*(islice(part, 3) for part in parts), strict=True) for row in rows for i in row[2].tolist()]
+    ids = [
+        i for rows in zip(*(islice(part, 3) for part in parts), strict=True) for row in rows for i in row[2].tolist()
+    ]
     alone = loader(files, 1, seed=seed)
     alone.load_state_dict(loader(files, size, seed=seed, start=start, data_parallel_size=ranks).state_dict())
     assert ids == [int(row[2]) for row in islice(alone, len(ids))]

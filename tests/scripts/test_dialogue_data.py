@@ -135,6 +135,7 @@ def test_too_few_rows_for_a_batch_are_counted_as_rows(data: Path) -> None:
         replicas=1,
         resume=None,
         document_masks=False,
+        mixture=None,
     )
     args = argparse.Namespace(sequence_length=SEQUENCE, seed=0)
     with pytest.raises(DataError, match=r"has \d+ rows with a response in their first 33 tokens, a batch needs 64: "):

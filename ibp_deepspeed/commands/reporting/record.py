@@ -128,7 +128,7 @@ def record_of(
         model=plan.model.hf_config.to_diff_dict(),
         options=vars(args),
         processes=1 if args.one_process else plan.num_stages * plan.replicas,
-        unigram_entropy=plan.train.manifest.unigram_entropy_nats,
+        unigram_entropy=plan.unigram_entropy,
     )
 
 

@@ -31,6 +31,8 @@ class Description(BaseModel):
     sequence_length: int
     data: str | None = None
     """Folder of the prepared data, with the tokenizer; None: nothing was trained, the weights are ``init_from``'s."""
+    mixture: dict[str, float] | None = None
+    """Where the data were several: their folders and shares. ``data`` is the first of them."""
     source: str | None = None
     """What text that is."""
     init_from: str | None = None
@@ -39,6 +41,11 @@ class Description(BaseModel):
     """The DeepSpeed configuration, but for the interlocking block."""
     conditions: Conditions | None = None
     """Seed, data and batches; None: nothing was trained, or an earlier version wrote it."""
+
+    @property
+    def folders(self) -> list[str]:
+        """Of the prepared data."""
+        return list(self.mixture or ([] if self.data is None else [self.data]))
 
     @property
     def document_masks(self) -> bool | None:
