@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ibp_deepspeed import InterlockedPipelineModule, InterlockingConfig
 from ibp_deepspeed.config.deepspeed import resolve_interlocking
 from ibp_deepspeed.models.causal_lm import CausalLM
+from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.objective import LanguageModelObjective
+from ibp_deepspeed.models.routers import SWITCH, RouterBalance
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
@@ -40,6 +42,27 @@ def stage_objective(
     objective = LanguageModelObjective(model.aux_head(stage, interlocking.aux_head, after=decoder_layers))
     objective.token_counts = token_counts
     return objective
+
+
+def router_loss(model: CausalLM, interlocking: InterlockingConfig) -> RouterBalance | None:
+    """The side loss of a stage's experts; None: the model's config does not ask for it.
+
+    Raises:
+        ModelError: it does, and that can't be done with these settings.
+    """
+    options = interlocking.aux_head
+    if model.balances_experts:
+        why = {
+            "compile": interlocking.compile,
+            "aux_head.blocks": options is not None and options.blocks > 0,
+            "aux_head.borrow": options is not None and options.borrow > 0,
+        }
+        for name in (name for name, given in why.items() if given):
+            raise ModelError(
+                f'"interlocking.{name}" does not go together with the loss of a router ({SWITCH}=True in the model\'s '
+                "config): leave one of them out."
+            )
+    return model.router_balance()
 
 
 def pipeline_module(
@@ -71,6 +94,7 @@ def pipeline_module(
         aux_head=aux_head if options else None,
         interlocking=interlocking,
         partition_method=bounds,
+        side_loss=router_loss(model, interlocking),
     )
 
 
@@ -108,4 +132,5 @@ def virtual_pipeline(
             for stage in range(num_stages - 1)
         ]
     loss_fn = CausalLMLoss(options.chunk_tokens if options else None)
-    return kind(stages, heads, loss_fn, ds_config, device, monitor)
+    side_loss = router_loss(model, interlocking)
+    return kind(stages, heads, loss_fn, ds_config, device, monitor, side_loss)

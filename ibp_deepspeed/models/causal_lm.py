@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.models.costs import head_operations, layer_operations
+from ibp_deepspeed.models.costs import backward_passes, head_operations, layer_operations
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.kinds import first_of_kind
 from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
 from ibp_deepspeed.models.proofs.first_use import require_proof
-from ibp_deepspeed.models.recorder import Recorder
+from ibp_deepspeed.models.recorder import MASKED_ATTENTION, Recorder
+from ibp_deepspeed.models.routers import RouterBalance
 from ibp_deepspeed.models.shell import Shell
+from ibp_deepspeed.models.tuning import EVERYTHING, Tuning
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
 if TYPE_CHECKING:
@@ -54,14 +56,16 @@ class CausalLM:
         weights: of the layers, instead of random ones.
         fresh_heads: draw auxiliary heads at random all the same; otherwise they begin with the given weights' final
             norm and LM head, and blocks as the decoder layers that the model has next.
+        tuning: what of the layers is trained (default: everything).
 
     Attributes:
         num_layers: decoder layers + 2.
         vocab_size, hidden_size: V and H.
         was_tied: whether the config ties the LM head to the embedding.
+        tuning: with LoRA's targets named.
 
     Raises:
-        ModelError: a model that cannot be cut, by name and with the reason.
+        ModelError: a model that cannot be cut, by name and with the reason; targets that it does not have.
     """
 
     def __init__(
@@ -72,19 +76,36 @@ class CausalLM:
         dtype: torch.dtype = torch.float32,
         weights: Weights | None = None,
         fresh_heads: bool = False,
+        tuning: Tuning = EVERYTHING,
     ) -> None:
         self._shell = Shell(hf_config)
-        require_proof(hf_config)
+        self._proved = require_proof(hf_config)
         self._recorder = Recorder(self._shell)
         self._seed = seed
         self._dtype = dtype
         self._weights = weights
         self._fresh_heads = fresh_heads or weights is None
+        self.tuning = tuning
+        if tuning.lora is not None:
+            self.tuning = tuning.model_copy(update={"lora": tuning.lora.for_model(self._shell)})
         self.num_layers = len(self._shell.layers) + 2
         self.vocab_size: int = self._shell.hf_config.vocab_size
         self.hidden_size: int = self._shell.hf_config.hidden_size
         self.was_tied = self._shell.was_tied
         self.hf_config: PretrainedConfig = self._shell.hf_config
+
+    @property
+    def balances_experts(self) -> bool:
+        """Whether the config asks for the loss of its routers."""
+        return self._shell.balances_experts
+
+    def router_balance(self) -> RouterBalance | None:
+        """The loss of the routers of a stage; None: the config does not ask for it.
+
+        Raises:
+            ModelError: it does, and the architecture has none.
+        """
+        return RouterBalance(self._shell) if self.balances_experts else None
 
     def layer_specs(self) -> list[LayerSpec]:
         """[embedding, decoder layers, head] for ``PipelineModule``; each builds its layer with real weights."""
@@ -98,7 +119,7 @@ class CausalLM:
         """
         module = self._meta_layer(index)
         values = self._weights.layer(index, list(module.state_dict())) if self._weights is not None else {}
-        return self._initialised(module, f"layer {index}", values)
+        return self.tuning.apply(self._initialised(module, f"layer {index}", values), index, self._seed)
 
     def empty_layer(self, index: int) -> nn.Module:
         """Layer ``index`` on the CPU with weights of no value, which takes no time."""
@@ -128,9 +149,32 @@ class CausalLM:
         self._initialised(head, f"auxiliary head {stage_id}", self._from_layers(sources))
         return head
 
+    def check_document_masks(self) -> None:
+        """That documents in one row can be kept apart.
+
+        Raises:
+            ModelError: the attention takes no mask as a tensor, or something else in the layers crosses documents.
+        """
+        kind = self.hf_config._attn_implementation
+        if kind not in MASKED_ATTENTION:
+            raise ModelError(
+                f"attention '{kind}' of the model's config takes no mask that keeps documents apart: use "
+                f"{' or '.join(MASKED_ATTENTION)}, or train with --no-document-masks"
+            )
+        if "documents" not in self._proved:
+            raise ModelError(
+                f"a model of type '{self.hf_config.model_type}' with this config can't keep documents in one row apart "
+                "(convert_hf.py check says why): train with --no-document-masks"
+            )
+
     def parameter_counts(self) -> list[int]:
         """Parameters of every layer of ``layer_specs``; nothing is materialised."""
         return [_count(self._meta_layer(index)) for index in range(self.num_layers)]
+
+    def trained_parameters(self) -> int:
+        """Of all layers together those that are trained; nothing is materialised."""
+        layers = (self.tuning.apply(self._meta_layer(index), index, self._seed) for index in range(self.num_layers))
+        return sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
 
     def matrix_parameters(self) -> list[int]:
         """Elements of the matrices that a token is multiplied with in every layer of ``layer_specs``.
@@ -191,7 +235,11 @@ class CausalLM:
             layers = [layer.total for layer in layer_operations(self, sequence_length)]
             head = head_operations(self, aux_heads, sequence_length).total if aux_heads else 0.0
         else:
-            layers = [_NANOSECONDS * layer.total for layer in measured.layers]
+            layers = [
+                _NANOSECONDS
+                * (layer.forward + has_b * layer.input_gradient + has_w * (layer.weight_gradient + layer.at_once))
+                for layer, (has_b, has_w) in zip(measured.layers, backward_passes(self), strict=True)
+            ]
             head = _NANOSECONDS * measured.head.total if aux_heads and measured.head else 0.0
         embedding, *costs, readout = map(round, layers)
         costs[0] += embedding

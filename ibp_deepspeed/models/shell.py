@@ -34,6 +34,7 @@ class Shell:
     Attributes:
         hf_config: an own copy of the config: LM head untied from the embedding, no cache.
         was_tied: whether the config given tied them.
+        balances_experts: whether it asked for the routers' loss, which the layers of each stage then have.
         model, decoder: the model and its decoder; decoder_name is the latter's path in the former.
         layers, layers_name: the ModuleList of decoder layers and its name in the decoder.
         norm, norm_name: the final norm and its name in the decoder.
@@ -47,6 +48,7 @@ class Shell:
     def __init__(self, hf_config: PretrainedConfig) -> None:
         _refuse(hf_config)
         self.was_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
+        self.balances_experts = bool(getattr(hf_config, "output_router_logits", False))
         self.model = _model(hf_config)
         self.hf_config = self.model.config
         self.decoder = self._decoder()
@@ -91,7 +93,7 @@ class Shell:
                 filled = torch.full(parameter.shape, torch.nan, dtype=torch.float32, device="cpu")
                 setattr(owner, name, nn.Parameter(filled, requires_grad=parameter.requires_grad))
         if not module.state_dict().keys() <= values.keys():
-            with torch.no_grad(), _seeded(f"{seed}/{part}"):
+            with torch.no_grad(), seeded(f"{seed}/{part}"):
                 for child in reversed(list(module.modules())):  # parents last: gpt2's rescale what children drew
                     self.model._init_weights(child)
         self._fill(module, part, values)
@@ -139,6 +141,8 @@ def untied(hf_config: PretrainedConfig) -> PretrainedConfig:
     hf_config.use_cache = False
     hf_config.output_hidden_states = False
     hf_config.output_attentions = False
+    if hasattr(hf_config, "output_router_logits"):
+        hf_config.output_router_logits = False
     return hf_config
 
 
@@ -165,14 +169,16 @@ def _refuse(hf_config: PretrainedConfig) -> None:
     kind = hf_config.model_type
     if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"model type '{kind}' has no causal language model in transformers, so it cannot be cut")
-    text = hf_config.get_text_config(decoder=True)
+    try:
+        text = hf_config.get_text_config()
+    except ValueError as error:  # it has several
+        raise ModelError(f"model type '{kind}' is of more than one model: {in_words(error)}") from error
     if text is not hf_config:
         raise ModelError(
             f"model type '{kind}' is of more than text: give the config of its text model alone ('{text.model_type}')"
         )
     wrong = {
         "layerdrop": "training that skips whole layers",
-        "output_router_logits": "a router loss, which would need every stage's router logits at the last stage",
         "add_cross_attention": "cross attention",
     }
     for name, meaning in wrong.items():
@@ -192,7 +198,7 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Para
 
 
 @contextmanager
-def _seeded(text: str) -> Iterator[None]:
+def seeded(text: str) -> Iterator[None]:
     """Draw from a seed made of a text; the generators of the caller are as before afterwards."""
     state = torch.random.default_generator.get_state()
     try:

@@ -185,6 +185,13 @@ def test_what_a_model_lacks_is_no_refusal() -> None:
     assert "exits" not in proof.differences and proof.differences["export"] <= 1e-5
 
 
+def test_documents_that_a_model_cannot_keep_apart_are_refused_where_they_are_asked_for() -> None:
+    """A recurrent state goes on from one to the next."""
+    CausalLM(default_config("llama")).check_document_masks()
+    with pytest.raises(ModelError, match="'mamba' with this config can't keep documents in one row apart"):
+        CausalLM(default_config("mamba")).check_document_masks()
+
+
 def test_the_callers_state_is_as_before() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -197,7 +204,7 @@ def test_the_callers_state_is_as_before() -> None:
 def unusual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretrainedConfig:
     """A config that the table lacks, for a user without proofs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(first_use, "_known", set())
+    monkeypatch.setattr(first_use, "_known", {})
     return AutoConfig.for_model("llama", hidden_act="tanh", mlp_bias=True)
 
 
@@ -227,11 +234,11 @@ def test_processes_of_a_host_prove_once(unusual: PretrainedConfig, monkeypatch: 
     done = counted(monkeypatch)
     key = (unusual.model_type, kind_of(unusual))
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: first_use._refusal(unusual, key), range(4)))
+        list(pool.map(lambda _: first_use._first_use(unusual, key), range(4)))
     assert done == ["llama"]
     require_proof(unusual)
     assert done == ["llama"]
-    monkeypatch.setattr(first_use, "_known", set())
+    monkeypatch.setattr(first_use, "_known", {})
     monkeypatch.setattr(first_use, "code_digest", lambda: "other code")
     require_proof(unusual)
     assert done == ["llama"] * 2
@@ -262,7 +269,7 @@ def test_another_transformers_proves_again(unusual: PretrainedConfig, monkeypatc
     done = counted(monkeypatch)
     require_proof(AutoConfig.for_model("llama"))
     assert not done
-    monkeypatch.setattr(first_use, "_known", set())
+    monkeypatch.setattr(first_use, "_known", {})
     monkeypatch.setattr(first_use.transformers, "__version__", "5.22.2")
     require_proof(AutoConfig.for_model("llama"))
     assert done == ["llama"]

@@ -45,6 +45,7 @@ class RunRecord:
         processes: 1 with --one-process.
         unigram_entropy: of the data, nats per token.
         interrupted: the batch after which a signal ended it; 0: none did.
+        frozen: stages with nothing to train but a head.
         summary: what was printed at the end.
     """
 
@@ -65,6 +66,7 @@ class RunRecord:
     unigram_entropy: float
     ended: float | None = None
     interrupted: int = 0
+    frozen: list[int] = field(default_factory=list)
     summary: list[str] = field(default_factory=list)
 
     @property
@@ -128,7 +130,8 @@ def record_of(
         model=plan.model.hf_config.to_diff_dict(),
         options=vars(args),
         processes=1 if args.one_process else plan.num_stages * plan.replicas,
-        unigram_entropy=plan.train.manifest.unigram_entropy_nats,
+        frozen=list(plan.frozen_stages),
+        unigram_entropy=plan.unigram_entropy,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.models.causal_lm import CausalLM
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.exits.exits import Exits
@@ -111,6 +112,20 @@ class Pair:
         ids = self.ids.masked_fill(mask == 0, 2)
         want = self._uncut_logits(ids, attention_mask=mask)
         return _difference(self.cut_logits(ids).materialize()[mask.bool()], want[mask.bool()])
+
+    @torch.no_grad()
+    def documents(self) -> float:
+        """How much logits differ between rows of two documents and each of these alone, uncut."""
+        ends = torch.tensor([7, 5, 1, 9])
+        counted = torch.arange(LENGTH).expand_as(self.ids)
+        positions = torch.where(counted < ends[:, None], counted, counted - ends[:, None])
+        with reading(Documents.of(positions, self.ids.device)):
+            got = self.cut_logits(self.ids).materialize()
+        alone = [
+            torch.cat([self._uncut_logits(row[None, :end]), self._uncut_logits(row[None, end:])], dim=1)
+            for row, end in zip(self.ids, ends.tolist(), strict=True)
+        ]
+        return _difference(got, torch.cat(alone))
 
     @torch.no_grad()
     def export(self, folder: Path, exit_: int) -> float:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -26,33 +26,38 @@ TABLE = Path(__file__).parent / "proven.json"
 _PATIENCE = 60.0  # seconds for another process that proves the same
 _MODELS = Path(__file__).parents[1]
 _proving: ContextVar[bool] = ContextVar("proving", default=False)
-_known: set[tuple[str, str]] = set()
-"""Of this process: model types and kinds."""
+_known: dict[tuple[str, str], Mapping[str, float]] = {}
+"""Of this process, by model type and kind."""
 
 
-def require_proof(config: PretrainedConfig) -> None:
+def require_proof(config: PretrainedConfig) -> Mapping[str, float]:
     """Let a config pass whose models, cut, have been proved to be the uncut ones, or prove it now.
 
     A kind of config in ``TABLE`` costs nothing where the version of transformers is the table's. Another one is
     proved once on a host, by the first process that needs it, and the others wait for that.
 
+    Returns:
+        check → difference, of those that such a model can take.
+
     Raises:
         ModelError: it differs, by name of the check and with the difference.
     """
     key = (config.model_type, kind_of(config))
-    if _proving.get() or key in _known:
-        return
-    if not in_table(*key):
-        refusal = _refusal(config, key)
-        if refusal is not None:
-            raise ModelError(refusal)
-    _known.add(key)
+    if _proving.get():
+        return {}
+    if key not in _known:
+        _known[key] = _in_table(*key) or _first_use(config, key)
+    return _known[key]
 
 
 def in_table(model_type: str, kind: str) -> bool:
     """Whether the package was proved with this kind of config and the transformers that is installed."""
-    found = _table()
-    return bool(found["transformers"] == transformers.__version__ and kind in found["types"].get(model_type, {}))
+    return _in_table(model_type, kind) is not None
+
+
+def _in_table(model_type: str, kind: str) -> Mapping[str, float] | None:
+    found: Mapping[str, float] | None = _table()["types"].get(model_type, {}).get(kind)
+    return found if _table()["transformers"] == transformers.__version__ else None
 
 
 @contextmanager
@@ -87,8 +92,8 @@ def _table() -> dict[str, Any]:
     return found
 
 
-def _refusal(config: PretrainedConfig, key: tuple[str, str]) -> str | None:
-    """Why a config is refused; None: it is not. A proof in the cache counts for the same versions and code alone."""
+def _first_use(config: PretrainedConfig, key: tuple[str, str]) -> Mapping[str, float]:
+    """From the cache, where a proof counts for the same versions and code alone, or proved now."""
     state = json.dumps([*key, transformers.__version__, torch.__version__, code_digest()])
     path = cache_folder() / f"{key[0]}-{hashlib.sha256(state.encode()).hexdigest()[:24]}.json"
     with _alone(path.with_suffix(".lock")):
@@ -96,8 +101,10 @@ def _refusal(config: PretrainedConfig, key: tuple[str, str]) -> str | None:
         if found is None:
             found = _proved(config)
             _write(path, found)
-    refusal = found["refusal"]
-    return None if refusal is None else str(refusal)
+    if found["refusal"] is not None:
+        raise ModelError(str(found["refusal"]))
+    differences: Mapping[str, float] = found["differences"]
+    return differences
 
 
 def _proved(config: PretrainedConfig) -> dict[str, Any]:
@@ -119,7 +126,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("refusal", 0), str | None) else None
+    is_whole = isinstance(found, dict) and isinstance(found.get("refusal", 0), str | None)
+    return found if is_whole and isinstance(found.get("differences"), dict) else None
 
 
 def _write(path: Path, proof: dict[str, Any]) -> None:

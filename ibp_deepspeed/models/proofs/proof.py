@@ -19,20 +19,29 @@ from ibp_deepspeed.models.errors import ModelError, in_words
 from ibp_deepspeed.models.proofs.checks import Pair
 from ibp_deepspeed.models.proofs.small import small_config
 
-LIMITS = {"logits": 1e-5, "causality": 1e-5, "gradients": 1e-4, "padding": 1e-5, "export": 1e-5, "exits": 1e-5}
+LIMITS = {
+    "logits": 1e-5,
+    "causality": 1e-5,
+    "gradients": 1e-4,
+    "padding": 1e-5,
+    "documents": 1e-5,
+    "export": 1e-5,
+    "exits": 1e-5,
+}
 """Check → the most that may differ in fp32: of the largest logit, or of a gradient's norm."""
 MEANINGS = {
     "logits": "those of the cut model and the uncut one, from whose folder its layers were read,",
     "causality": "logits of earlier tokens, before and after the last one has changed,",
     "gradients": "those of all parameters in training, cut and uncut,",
     "padding": "logits of real tokens in rows padded on the right, without and with a mask,",
+    "documents": "logits of rows that hold several documents, and of each document alone,",
     "export": "logits of the layers and of their export, loaded with from_pretrained,",
     "exits": "the same of the first layers with a head",
 }
 T = TypeVar("T")
-_MAY_LACK = ("padding", "exits")
-"""Checks that a model may be unable to take: without masks, or if its first layers are no smaller model, which the
-export then refuses."""
+_MAY_LACK = ("padding", "documents", "exits")
+"""Checks that a model may be unable to take: without masks; where a state crosses documents, so that document masks are
+refused; where first layers are no smaller model, which the export refuses."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ def _compared(model_type: str, small: PretrainedConfig, folder: Path) -> Proof:
         "causality": pair.causality,
         "gradients": pair.gradients,
         "padding": pair.padding,
+        "documents": pair.documents,
         "export": lambda: pair.export(folder / "whole", len(pair.bounds) - 1),
         "exits": lambda: pair.export(folder / "first", 1),
     }
@@ -102,7 +112,7 @@ def _compared(model_type: str, small: PretrainedConfig, folder: Path) -> Proof:
             if difference <= LIMITS[name]:
                 continue
             failure = f"differ by {difference:.1e} (at most {LIMITS[name]:.0e})"
-            refused = name != "exits"
+            refused = name not in ("documents", "exits")
         if refused:
             return replace(proof, refusal=_sentence(model_type, f"{name}: {MEANINGS[name]} {failure}"))
         proof.differences.pop(name, None)
