@@ -98,16 +98,20 @@ def export_all(args: argparse.Namespace) -> None:
     from ibp_deepspeed.models.hf.save import write
 
     exits = Exits(args.checkpoint)
-    data = args.data or exits.description.data
-    if data is None:
+    folders = exits.description.folders if args.data is None else [args.data]
+    if not folders:
         raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")
     if args.out.exists():
         raise OutputError(f"{args.out} exists already: give another --out or remove it.")
     rows: list[dict[str, Any]] = []
-    tokens = open_tokens(data, "heldout")
-    tokens.check_vocabulary(exits.model.vocab_size)
+    tokens = [open_tokens(folder, "heldout") for folder in folders]
+    for each in tokens:
+        each.check_vocabulary(exits.model.vocab_size)
     samples = None if args.max_batches is None else args.max_batches * args.batch_size
-    held_out = HeldOut(tokens, exits.description.sequence_length, args.batch_size, samples=samples)
+    length, masks = exits.description.sequence_length, exits.description.document_masks
+    held_out = HeldOut(
+        tokens[0] if len(tokens) == 1 else tokens, length, args.batch_size, samples=samples, document_masks=masks
+    )
     for row in measure(exits, held_out):
         out = args.out / folder_of(row["exit"])
         results = {"held-out perplexity": f"{row['perplexity']:.3f}"}

@@ -96,7 +96,7 @@ def main(phase: cli.SameOnAllRanks) -> int:
         from ibp_deepspeed.models.exits.text import text_table
 
         if evaluation is not None and not run.stopped:
-            print(text_table(evaluation, plan.train.manifest.unigram_entropy_nats))
+            print(text_table(evaluation, plan.unigram_entropy))
         print(summary)
         print(f"report in {end_record(record, args.output, summary, run.stopped)}")
         print(f"checkpoint in {args.output / 'checkpoint'}")

@@ -1,14 +1,14 @@
 """What an evaluation reads: samples spread evenly over a split, each once, in micro-batches of one shape."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from ibp_deepspeed.data.loader import MicroBatch
-from ibp_deepspeed.data.samples import IGNORED, Samples, samples_of
+from ibp_deepspeed.data.joined import Joined
+from ibp_deepspeed.data.loader import MicroBatch, micro_batch
+from ibp_deepspeed.data.samples import IGNORED, PackedWindows, Samples, samples_of
 from ibp_deepspeed.data.share import Share, at_least
 from ibp_deepspeed.data.token_file import TokenFile
 from ibp_deepspeed.errors import DataError
@@ -23,11 +23,12 @@ class HeldOut:
     the last micro-batches are not full they are filled up with samples without labels that count.
 
     Args:
-        token_file: the split.
+        token_file: the split, or those of several sources made with one tokenizer, which are joined.
         sequence_length: S.
         micro_batch_size: B.
         data_parallel_rank, data_parallel_size: whose part of each global micro-batch this is.
         samples: how many, all ranks together; None, or more than there are: all.
+        document_masks: whether documents are kept apart, see MicroBatchLoader.
 
     Raises:
         DataError: there is none, or an argument is out of range.
@@ -35,19 +36,24 @@ class HeldOut:
 
     def __init__(
         self,
-        token_file: TokenFile,
+        token_file: TokenFile | Sequence[TokenFile],
         sequence_length: int,
         micro_batch_size: int,
         *,
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         samples: int | None = None,
+        document_masks: bool | None = None,
     ) -> None:
         at_least("sequence_length", sequence_length, 1)
         if samples is not None and samples < 1:
             raise DataError(f"an evaluation on {samples} samples: give 1 or more")
         self._share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
-        self._samples: Samples = samples_of(token_file, sequence_length)
+        self._samples: Samples
+        if isinstance(token_file, TokenFile):
+            self._samples = samples_of(token_file, sequence_length, document_masks)
+        else:
+            self._samples = Joined(token_file, sequence_length, document_masks)
         self._samples.require(1, "an evaluation", ", or hold more out: prepare_data.py --held-out-fraction")
         self.available = len(self._samples)
         self.samples = self.available if samples is None else min(samples, self.available)
@@ -75,12 +81,14 @@ class HeldOut:
         """How much of the split that is, in words."""
         part = "all" if self.samples == self.available else f"{self.samples:,} of"
         spread = "" if self.samples == self.available else " spread over the split"
-        return f"{part} {self.available:,} samples{spread}, {self.tokens:,} tokens"
+        parts = self._samples.parts if isinstance(self._samples, Joined) else [self._samples]
+        apart = ", documents apart" if any(isinstance(part, PackedWindows) for part in parts) else ""
+        return f"{part} {self.available:,} samples{spread}, {self.tokens:,} tokens{apart}"
 
     def _micro_batch(self, ids: npt.NDArray[np.int64]) -> MicroBatch:
         size = self._share.micro_batch_size
         missing = size - len(ids)
         ids = np.append(ids, np.repeat(self._ids[:1], missing))
-        inputs, labels = self._samples.take(ids)
-        labels[size - missing :] = IGNORED
-        return torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(ids)
+        found = micro_batch(self._samples, ids)
+        found[1][size - missing :] = IGNORED
+        return found

@@ -11,12 +11,16 @@ from ibp_deepspeed.data.share import Share, at_least
 from ibp_deepspeed.data.token_file import TokenFile
 from ibp_deepspeed.errors import DataError
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Input ids [B, S], labels [B, S] and sample ids [B]; see :class:`MicroBatchLoader`."""
+MicroBatch = tuple[torch.Tensor, ...]
+"""Input ids [B, S], labels [B, S], sample ids [B], and position ids [B, S] where a row may hold several documents; see
+:class:`MicroBatchLoader`."""
 
 
 class MicroBatchLoader:
     """An endless iterator over micro-batches `(input_ids, labels, sample_ids)` of one data-parallel rank.
+
+    Where documents are kept apart there is a fourth tensor, `position_ids` [B, S], the place of each token in its
+    document. `document_masks`: whether they are; None: if the data have their bounds.
 
     With B = micro_batch_size and S = sequence_length, all int64 on the CPU: `input_ids` [B, S], `labels`
     [B, S] (the token that follows each input token, so already shifted; -100 where it does not count in the
@@ -43,12 +47,13 @@ class MicroBatchLoader:
         seed: int = 0,
         shuffle: bool = True,
         start: int = 0,
+        document_masks: bool | None = None,
     ) -> None:
         at_least("sequence_length", sequence_length, 1)
         at_least("seed", seed, 0)
         at_least("start", start, 0)
         self._share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
-        self.samples: Samples = samples_of(token_file, sequence_length)
+        self.samples: Samples = samples_of(token_file, sequence_length, document_masks)
         self._seed = seed
         self._shuffle = shuffle
         self._permutation: tuple[int, npt.NDArray[np.int64]] | None = None  # of the epoch used last
@@ -120,8 +125,7 @@ class MicroBatchLoader:
     def _micro_batch(self, index: int) -> MicroBatch:
         epoch, global_micro_batch = divmod(index, self.micro_batches_per_epoch)
         samples = self._order(epoch, self._share.entries(global_micro_batch))
-        inputs, labels = self.samples.take(samples)
-        return torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(samples.copy())
+        return micro_batch(self.samples, samples)
 
     def _order(self, epoch: int, entries: slice) -> npt.NDArray[np.int64]:
         """Some entries of the epoch's order of samples."""
@@ -131,3 +135,10 @@ class MicroBatchLoader:
             generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
             self._permutation = (epoch, generator.permutation(len(self.samples)).astype(np.int64, copy=False))
         return self._permutation[1][entries]
+
+
+def micro_batch(samples: Samples, indices: npt.NDArray[np.int64]) -> MicroBatch:
+    """Some samples as a micro-batch of their own memory."""
+    arrays = [*samples.take(indices), indices.copy()]
+    positions = samples.positions(indices)
+    return tuple(torch.from_numpy(array) for array in (arrays if positions is None else [*arrays, positions]))

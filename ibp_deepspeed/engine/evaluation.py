@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import EvaluationLink
+from ibp_deepspeed.documents import reading
 from ibp_deepspeed.stage.losses import StageLosses
 from ibp_deepspeed.stage.sample_ledger import SampleLedger
 
@@ -41,15 +42,16 @@ def _evaluate_micro_batch(
     engine: InterlockedPipelineEngine, micro_batch: int, link: EvaluationLink, losses: StageLosses, ledger: SampleLedger
 ) -> None:
     module, stage = engine.module, engine.stage_id
-    inputs, labels, key = engine.load_micro_batch()
+    inputs, labels, key, documents = engine.load_micro_batch()
     if stage > 0:
         inputs, header = link.receive()
         ledger.add(header, _NO_BATCH, micro_batch, key)
     borrowed = module.placement.borrowed_from(stage)
-    read = module.borrowed_layers(inputs) if borrowed else None
-    outputs = module.remaining_layers(read) if borrowed else module.trunk(inputs)
-    if stage < engine.num_stages - 1:
-        link.send(TensorSpec.of(outputs, stage), outputs, (_NO_BATCH, micro_batch, key))
-    for loss, objective in module.objectives.items():
-        made = objective.outputs(outputs if loss == stage else read)
-        losses.add(loss, objective.measure(made, labels), objective.weight(labels))
+    with reading(documents):
+        read = module.borrowed_layers(inputs) if borrowed else None
+        outputs = module.remaining_layers(read) if borrowed else module.trunk(inputs)
+        if stage < engine.num_stages - 1:
+            link.send(TensorSpec.of(outputs, stage), outputs, (_NO_BATCH, micro_batch, key))
+        for loss, objective in module.objectives.items():
+            made = objective.outputs(outputs if loss == stage else read)
+            losses.add(loss, objective.measure(made, labels), objective.weight(labels))

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from ibp_deepspeed.batches import to_device, unpack
+from ibp_deepspeed.batches import position_ids, to_device, unpack
 from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
+from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.engine.checkpointing import CheckpointingEngine
 from ibp_deepspeed.engine.moment import Hook, Moment
 from ibp_deepspeed.engine.recorder import Recorder
@@ -92,7 +93,7 @@ class ExecutingEngine(CheckpointingEngine):
             share = 1 / self.micro_batches
             micro = MicroBatchInFlight(self.module.trunk, recompute=recompute, side_loss=side, side_share=share)
         micro.number = micro_batch
-        micro.inputs, micro.labels, micro.sample_checksum = self.load_micro_batch()
+        micro.inputs, micro.labels, micro.sample_checksum, micro.documents = self.load_micro_batch()
         self.pipe_buffers["in_flight"][buffer_id] = micro
         self._meters.micro_batch_begins()
 
@@ -134,7 +135,8 @@ class ExecutingEngine(CheckpointingEngine):
         )
         assert read is not None
         hidden = read.detach().requires_grad_(loss in table.used)
-        outputs = objective.outputs(hidden)
+        with reading(micro.documents):
+            outputs = objective.outputs(hidden)
         where = {"batch": self.global_steps, "micro_batch": micro_batch, "index": loss}
         value = objective.training_loss(outputs, micro.labels, **where)
         self._losses.add(loss, value)
@@ -227,8 +229,9 @@ class ExecutingEngine(CheckpointingEngine):
         micro: MicroBatchInFlight = self.pipe_buffers["in_flight"][buffer_id]
         return micro
 
-    def load_micro_batch(self) -> tuple[Any, Any, int]:
-        """The next micro-batch: inputs (first stage only), labels (stages with a loss only), sample checksum."""
+    def load_micro_batch(self) -> tuple[Any, Any, int, Documents | None]:
+        """The next micro-batch: inputs (first stage only), labels (stages with a loss only), sample checksum, and the
+        documents of its rows (all stages)."""
         if self.data_iterator is None:
             raise BatchError(f"stage {self.stage_id} was given no data: every rank needs a data_iter.")
         if not hasattr(self.data_iterator, "__next__"):
@@ -248,6 +251,7 @@ class ExecutingEngine(CheckpointingEngine):
             to_device(inputs, self.device) if self.is_first_stage() else None,
             to_device(labels, self.device) if has_loss else None,
             key,
+            Documents.of(position_ids(row), self.device),
         )
 
     _INSTRUCTION_MAP = {

@@ -16,7 +16,7 @@ from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.kinds import first_of_kind
 from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
-from ibp_deepspeed.models.recorder import Recorder
+from ibp_deepspeed.models.recorder import MASKED_ATTENTION, Recorder
 from ibp_deepspeed.models.routers import RouterBalance
 from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.models.tuning import EVERYTHING, Tuning
@@ -146,6 +146,19 @@ class CausalLM:
             sources = {name: source for name, source in sources.items() if kept and name.startswith(kept)}
         self._initialised(head, f"auxiliary head {stage_id}", self._from_layers(sources))
         return head
+
+    def check_document_masks(self) -> None:
+        """That documents in one row can be kept apart.
+
+        Raises:
+            ModelError: the attention takes no mask as a tensor.
+        """
+        kind = self.hf_config._attn_implementation
+        if kind not in MASKED_ATTENTION:
+            raise ModelError(
+                f"attention '{kind}' of the model's config takes no mask that keeps documents apart: use "
+                f"{' or '.join(MASKED_ATTENTION)}, or train with --no-document-masks"
+            )
 
     def parameter_counts(self) -> list[int]:
         """Parameters of every layer of ``layer_specs``; nothing is materialised."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.models.recorder import Recorder
+from ibp_deepspeed.documents import at_hand
+from ibp_deepspeed.models.recorder import Recorder, no_mask
 from ibp_deepspeed.models.routers import routers
 from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
@@ -39,7 +40,10 @@ class EmbeddingLayer(nn.Module):
         return []
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        documents, more = at_hand(), {}
+        if documents is not None:
+            more = {"position_ids": documents.positions, "attention_mask": no_mask(input_ids.device)}
+        return self.decoder(input_ids=input_ids, use_cache=False, **more).last_hidden_state
 
 
 class DecoderLayer(nn.Module):

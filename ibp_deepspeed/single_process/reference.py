@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.objectives.evaluation import ExitMeans
 from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
@@ -23,6 +24,8 @@ from ibp_deepspeed.strategy.strategy import Strategy
 from ibp_deepspeed.strategy.timeline import Timeline
 
 Weighted = tuple[list[nn.Parameter], float]
+Sample = tuple[Any, Any] | tuple[Any, Any, Documents | None]
+"""A micro-batch: inputs, labels, and the documents of its rows where they hold several."""
 
 
 class InterlockedReference:
@@ -97,11 +100,11 @@ class InterlockedReference:
         loss = self.placement.head_at(stage)
         return [self.stages[stage], *([] if loss is None else [self.aux_heads[loss]])]
 
-    def accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
+    def accumulate(self, micro_batches: Sequence[Sample]) -> Tensor:
         """Add the gradients of the next batch to ``.grad``.
 
         Args:
-            micro_batches: M pairs of inputs and labels.
+            micro_batches: M pairs of inputs and labels, or triples with the documents of the rows.
 
         Returns:
             The K losses, means over the micro-batches, detached; NaN where a stage has no loss. Shape [K], float64.
@@ -111,8 +114,8 @@ class InterlockedReference:
         self.side_means = {}
         strategies = Timeline(self.interlocking, len(self.stages), count, self._has_heads).at(self.batch)
         rows = []
-        for i, ((inputs, labels), strategy) in enumerate(zip(micro_batches, strategies.strategies, strict=True)):
-            losses = self.losses(inputs, labels, micro_batch=i)
+        for i, (sample, strategy) in enumerate(zip(micro_batches, strategies.strategies, strict=True)):
+            losses = self.losses(*sample, micro_batch=i)
             for j, loss in losses.items():
                 self._differentiate((loss + self._side_of(j)) / count, self._trained_by(j, strategy))
             rows.append({j: loss.detach() for j, loss in losses.items()})
@@ -122,25 +125,26 @@ class InterlockedReference:
         self.batch += 1
         return self._means(rows)
 
-    def evaluate(
-        self, micro_batches: Sequence[tuple[Any, Any]], measure: Callable[[Any, Any], Tensor] | None = None
-    ) -> Tensor:
+    def evaluate(self, micro_batches: Sequence[Sample], measure: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
         """The K held-out losses, or another ``measure(outputs, labels)`` of the exits. Shape [K], float64.
 
         Means over micro-batches, weighted by what counts in them if the loss function says so; a measure is not.
         """
         means = ExitMeans(len(self.stages))
         with torch.no_grad():
-            for inputs, labels in micro_batches:
-                outputs, objectives = self.outputs(inputs), self.objectives
+            for inputs, labels, *documents in micro_batches:
+                outputs, objectives = self.outputs(inputs, *documents), self.objectives
                 values = {k: (measure or objectives[k].measure)(outputs[k], labels) for k in outputs}
                 means.add(values, {k: 1.0 if measure else objectives[k].weight(labels) for k in outputs})
         return means.means()
 
-    def outputs(self, inputs: Any) -> dict[int, Any]:
+    def outputs(self, inputs: Any, documents: Documents | None = None) -> dict[int, Any]:
         """What the loss of every exit takes, on one connected graph."""
+        with reading(documents):
+            return self._outputs(inputs)
+
+    def _outputs(self, hidden: Any) -> dict[int, Any]:
         outputs: dict[int, Any] = {}
-        hidden = inputs
         for k, stage in enumerate(self.stages):
             loss = self.placement.head_at(k)
             if self.placement.borrowed_from(k):
@@ -154,15 +158,18 @@ class InterlockedReference:
                 outputs[k] = self.objectives[k].outputs(hidden)
         return {**outputs, len(self.stages) - 1: hidden}
 
-    def losses(self, inputs: Any, labels: Any, *, micro_batch: int | None = None) -> dict[int, Tensor]:
+    def losses(
+        self, inputs: Any, labels: Any, documents: Documents | None = None, *, micro_batch: int | None = None
+    ) -> dict[int, Tensor]:
         """L_k of every stage that has one, of one micro-batch.
 
         Args:
             inputs, labels: of the micro-batch.
+            documents: of its rows, where they hold several.
             micro_batch: take the positions and the tokens that this micro-batch of the next batch takes in training;
                 None: all.
         """
-        outputs = self.outputs(inputs)
+        outputs = self.outputs(inputs, documents)
         losses = {}
         for k, objective in self.objectives.items():
             target = None if objective.needs.target is None else outputs[objective.needs.target].detach()

@@ -18,9 +18,10 @@ from deepspeed.utils import logger
 from torch import Tensor, nn
 
 from ibp_deepspeed import measures
-from ibp_deepspeed.batches import to_device, unpack
+from ibp_deepspeed.batches import position_ids, to_device, unpack
 from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_interlocking
+from ibp_deepspeed.documents import Documents
 from ibp_deepspeed.errors import BatchError, ConfigError
 from ibp_deepspeed.objectives.head import Objective
 from ibp_deepspeed.objectives.side_loss import MakeSideLoss
@@ -29,6 +30,7 @@ from ibp_deepspeed.optimizer.learning_rate import configured_schedule
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
+from ibp_deepspeed.single_process.reference import Sample
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -155,7 +157,7 @@ class VirtualPipeline:
         self._train(False)
         return self.reference.evaluate(self._take(data_iter, num_micro_batches or self._micro_batches), measure)
 
-    def _accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
+    def _accumulate(self, micro_batches: Sequence[Sample]) -> Tensor:
         """Gradients of all stages, into ``grad``; returns the K losses."""
         return self.reference.accumulate(micro_batches)
 
@@ -258,16 +260,20 @@ class VirtualPipeline:
             elif limit:
                 torch.nn.utils.clip_grads_with_norm_(scope, limit, norm)
 
-    def _take(self, data_iter: Iterator[Any], count: int) -> list[tuple[Any, Any]]:
+    def _take(self, data_iter: Iterator[Any], count: int) -> list[Sample]:
         if not hasattr(data_iter, "__next__"):
             raise BatchError(
                 f"a {type(data_iter).__name__} would begin again with every batch: make iter(…) of it once, and give "
                 "that every time."
             )
-        rows = [to_device(unpack(row)[:2], self.device) for row in islice(data_iter, count)]
+        rows = [self._on_device(row) for row in islice(data_iter, count)]
         if len(rows) < count:
             raise BatchError(f"the data ended after {len(rows)} of {count} micro-batches: give a repeating iterator.")
         return rows
+
+    def _on_device(self, row: Any) -> Sample:
+        inputs, labels = to_device(unpack(row)[:2], self.device)
+        return inputs, labels, Documents.of(position_ids(row), self.device)
 
     def _train(self, mode: bool) -> None:
         for module in (*self.reference.stages, *self.reference.aux_heads.values()):

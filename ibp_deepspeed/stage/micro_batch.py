@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.errors import BoundaryError
 from ibp_deepspeed.objectives.side_loss import SideLoss
 from ibp_deepspeed.rng import RandomState
@@ -29,6 +30,7 @@ class MicroBatchInFlight:
         inputs: h_{k-1}, a leaf; on the first stage what the data loader gave.
         labels: for this stage's loss.
         sample_checksum: of the samples that the labels belong to.
+        documents: of its rows, where they hold several.
         cut: what the borrowed layers give, a leaf; None if nothing is borrowed here.
         side: the trunk's own loss while there is a graph.
         outputs: h_k, on the last stage its loss, undivided; with its graph while that is kept.
@@ -56,6 +58,7 @@ class MicroBatchInFlight:
         self.inputs: Any = None
         self.labels: Any = None
         self.sample_checksum = 0
+        self.documents: Documents | None = None
         self.cut: Tensor | None = None
         self.outputs: Any = None
         self.output_gradients: dict[int, Tensor] = {}
@@ -152,7 +155,8 @@ class MicroBatchInFlight:
 
     def free(self) -> None:
         """Give everything back, but what weight gradients that were put off are made of."""
-        self.inputs = self.labels = self.outputs = self.cut = self._behind_borrowed = self.side = None
+        self.inputs = self.labels = self.outputs = self.cut = self._behind_borrowed = None
+        self.side = self.documents = None
         self.output_gradients.clear()
         self.borrowed_gradients.clear()
 
@@ -173,11 +177,12 @@ class MicroBatchInFlight:
 
     def _run(self) -> None:
         hidden = self.inputs
-        if self.borrowed is not None:
-            self._behind_borrowed = self.borrowed(hidden)
-            hidden = self.cut = self._behind_borrowed.detach().requires_grad_(self._behind_borrowed.requires_grad)
-        self.outputs = self.trunk(hidden)
-        self.side = None if self._side_loss is None else self._side_loss()
+        with reading(self.documents):
+            if self.borrowed is not None:
+                self._behind_borrowed = self.borrowed(hidden)
+                hidden = self.cut = self._behind_borrowed.detach().requires_grad_(self._behind_borrowed.requires_grad)
+            self.outputs = self.trunk(hidden)
+            self.side = None if self._side_loss is None else self._side_loss()
 
     def _side_seed(self, weight: float) -> list[tuple[Tensor, Tensor]]:
         """The trunk's own loss and its gradient in a loss of that weight; none if nothing is trained by it."""

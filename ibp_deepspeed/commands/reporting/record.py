@@ -131,7 +131,7 @@ def record_of(
         options=vars(args),
         processes=1 if args.one_process else plan.num_stages * plan.replicas,
         frozen=list(plan.frozen_stages),
-        unigram_entropy=plan.train.manifest.unigram_entropy_nats,
+        unigram_entropy=plan.unigram_entropy,
     )
 
 

@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
 _CODE = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "deepspeed", "transformers")
-_OF_ONE_HOST = ("local_rank", "verbose", "data", "output", "deepspeed_config", "model", "init_from", "partition")
+_OF_ONE_HOST = (
+    "local_rank",
+    "verbose",
+    "data",
+    "mixture",
+    "output",
+    "deepspeed_config",
+    "model",
+    "init_from",
+    "partition",
+)
 """Options that may differ: paths, whose contents are compared where they decide what is computed."""
 
 
@@ -29,7 +39,8 @@ def alike(plan: Plan, args: argparse.Namespace) -> dict[str, str]:
         "Python's version": platform.python_version(),
         **{f"{name}'s version": version(name) for name in _PACKAGES},
         "ibp_deepspeed's code": _digest(*(path.read_bytes() for path in _sources())),
-        "the data's manifest": _digest((args.data / MANIFEST).read_bytes()),
+        "the data's manifest": _digest(*((source.folder / MANIFEST).read_bytes() for source in args.mixture)),
+        "the weights of --data": str([source.weight for source in args.mixture]),
         "the DeepSpeed configuration": _digest_of(about.settings, about.interlocking),
         "the model's configuration": _digest_of(about.model),
         "what is trained of it": "" if about.tuning is None else about.tuning.model_dump_json(),

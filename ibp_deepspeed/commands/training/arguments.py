@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ibp_deepspeed import cli
 
@@ -16,8 +16,27 @@ _SHORT = 50
 _BY_PROFILE = "profile:"
 
 
+class Source(NamedTuple):
+    """Prepared data, and how much of the training they are (a share of all weights); None: not said."""
+
+    folder: Path
+    weight: float | None
+
+
+def _source(text: str) -> Source:
+    """``DIR=WEIGHT``, or DIR alone, which may have a = in its name."""
+    folder, _, weight = text.rpartition("=")
+    try:
+        return Source(Path(folder), float(weight)) if folder else Source(Path(text), None)
+    except ValueError:
+        return Source(Path(text), None)
+
+
 def parse_arguments(description: str | None, words: list[str] | None = None) -> argparse.Namespace:
-    """The command line (or ``words``); every option's help says its default."""
+    """The command line (or ``words``); every option's help says its default.
+
+    ``data`` is the first folder of --data, which has the tokenizer, and ``mixture`` all of them with their weights.
+    """
     parser = cli.parser(description)
     _add_what(parser)
     _add_hyperparameters(parser)
@@ -32,7 +51,10 @@ def parse_arguments(description: str | None, words: list[str] | None = None) -> 
     )
     parser.add_argument("--verbose", action="store_true", help="show the log of DeepSpeed and Hugging Face")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.mixture = args.data
+    args.data = args.mixture[0].folder
+    return args
 
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +65,14 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='DeepSpeed JSON with an "interlocking" block, or a preset\'s name (pairwise_cpu)',
     )
-    add("--data", required=True, type=Path, metavar="DIR", help="folder written by scripts/prepare_data.py")
+    add(
+        "--data",
+        required=True,
+        nargs="+",
+        type=_source,
+        metavar="DIR[=WEIGHT]",
+        help="folder written by scripts/prepare_data.py; several with weights are mixed, sample by sample: a=0.7 b=0.3",
+    )
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", metavar="CONFIG", help="config: JSON file, folder, hub name or ours (llama-tiny)")
     start.add_argument(
@@ -88,6 +117,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,…",
         help="decoder layers of each stage, or profile:FILE: balanced by what profile_stage.py measured "
         "(default: balanced by operations, heads counted)",
+    )
+    add(
+        "--document-masks",
+        action=argparse.BooleanOptionalAction,
+        help="pack whole documents into samples, and keep them from seeing each other; otherwise samples are cut from "
+        "the text wherever they end (default: on, if the data have the bounds of their documents)",
     )
     add("--sequence-length", type=int, default=256, metavar="S", help="tokens of a sample (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="initial weights and order of data (default: %(default)s)")
@@ -158,12 +193,13 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
     add(
         "--allow-changed",
         nargs="+",
-        choices=["seed", "data", "tokenizer", "sequence-length", "batch-size"],
+        choices=["seed", "data", "tokenizer", "sequence-length", "document-masks", "batch-size"],
         metavar="WHAT",
         help="with --resume, go on although this differs from the checkpoint's training, which is refused otherwise. "
         "seed: the rest of the epoch comes in another order, some samples twice, others not at all; data, "
-        "sequence-length: the epoch begins again, with other samples; tokenizer: token ids may mean other words; "
-        "batch-size: the order stays, samples that fill no whole micro-batch are passed over (default: nothing)",
+        "sequence-length, document-masks: the epoch begins again, with other samples; tokenizer: token ids may mean "
+        "other words; batch-size: the order stays, samples that fill no whole micro-batch are passed over "
+        "(default: nothing)",
     )
 
 

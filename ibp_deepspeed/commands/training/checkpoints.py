@@ -11,11 +11,12 @@ from ibp_deepspeed.errors import CheckpointError
 if TYPE_CHECKING:
     from ibp_deepspeed.commands.training.plan import Plan
     from ibp_deepspeed.data import MicroBatchLoader
+    from ibp_deepspeed.data.mixture import MixtureLoader
     from ibp_deepspeed.models.runs.conditions import Changes
     from ibp_deepspeed.pipeline import Pipeline
 
 
-def save(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, train: MicroBatchLoader) -> None:
+def save(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, train: MicroBatchLoader | MixtureLoader) -> None:
     """A checkpoint in DeepSpeed's layout, with what evaluation, export and resuming need; old ones go."""
     from ibp_deepspeed.checkpoint import layout
     from ibp_deepspeed.checkpoint.store import keep_newest
@@ -46,7 +47,7 @@ def resume(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def set_position(train: MicroBatchLoader, plan: Plan, args: argparse.Namespace) -> None:
+def set_position(train: MicroBatchLoader | MixtureLoader, plan: Plan, args: argparse.Namespace) -> None:
     """Have the training data resume where the checkpoint was written, also in batches of another size."""
     from ibp_deepspeed.checkpoint import layout
     from ibp_deepspeed.json_text import parsed, small_text

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from ibp_deepspeed.commands.training.start import Data
     from ibp_deepspeed.data import HeldOut, MicroBatchLoader
+    from ibp_deepspeed.data.mixture import MixtureLoader
     from ibp_deepspeed.models.exits.evaluation import Evaluation
     from ibp_deepspeed.pipeline import Pipeline
 
@@ -127,7 +128,7 @@ class Run:
                 monitor.write_events([(f"Eval/stage {row['exit'] - 1}/{name}", row["loss"], step) for row in rows])
         return evaluation
 
-    def new_losses(self, step: int, train: MicroBatchLoader) -> Tensor | None:
+    def new_losses(self, step: int, train: MicroBatchLoader | MixtureLoader) -> Tensor | None:
         """On rank 0, behind batch ``step``: look at all losses that have come, and say which have jumped; returns the
         newest."""
         known = self.pipeline.losses_after(self.logged) if self.first else []
@@ -141,16 +142,30 @@ class Run:
                 self.display.say(spikes_in_words(self.logged, spikes, ids))
         return known[-1][0] if known else None
 
-    def show(self, step: int, train: MicroBatchLoader) -> None:
+    def drawn(self, step: int, train: MicroBatchLoader | MixtureLoader) -> str:
+        """Of a mixture: keep how many tokens of each source batch ``step`` had; returns their shares in words."""
+        from ibp_deepspeed.data.mixture import MixtureLoader
+
+        if not isinstance(train, MixtureLoader):
+            return ""
+        micro_batches = self.pipeline.gradient_accumulation_steps()
+        tokens = train.drawn(micro_batches, micro_batches)
+        self.write({"step": step, "drawn": tokens})
+        return ", of " + " ".join(f"{name} {n / sum(tokens.values()):.0%}" for name, n in tokens.items())
+
+    def show(self, step: int, train: MicroBatchLoader | MixtureLoader) -> None:
         """Progress of rank 0, with the newest losses that all stages have reported."""
         if not self.first:
             return
+        drawn = self.drawn(step, train)
         losses = self.new_losses(step, train)
         if losses is not None:
             self.write({"step": self.logged, "train": or_null(losses.tolist())})
             seconds, left = self.speed.recent(), timedelta(seconds=round(self.seconds_left(step)))
             rate = f"{self.throughput.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
-            self.text = f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}), {rate}, {left} left"
+            self.text = (
+                f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}){drawn}, {rate}, {left} left"
+            )
         self.display.advance(self.text)
         self.reported()
 

@@ -6,8 +6,9 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ibp_deepspeed.commands.planning.subject import check_positions
 from ibp_deepspeed.commands.training.arguments import (
@@ -22,6 +23,7 @@ from ibp_deepspeed.commands.training.partition import stage_bounds
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from ibp_deepspeed.commands.training.mixture import Mixture
     from ibp_deepspeed.config.interlocking import InterlockingConfig
     from ibp_deepspeed.data import TokenFile
     from ibp_deepspeed.models import CausalLM
@@ -42,7 +44,9 @@ class Plan:
         num_stages: K.
         bounds: stage k has layers bounds[k] … bounds[k+1]-1.
         replicas: data-parallel ranks.
-        train, held_out: the two splits of the data.
+        train, held_out: the two splits of the data; of a mixture those of its first source.
+        mixture: the sources where they are several; None: one.
+        document_masks: whether documents are kept apart.
         description: what goes beside a checkpoint's files.
         resume: the tag of the checkpoint to resume from.
         files: texts that go into every checkpoint, by file name.
@@ -57,6 +61,8 @@ class Plan:
     replicas: int
     train: TokenFile
     held_out: TokenFile
+    mixture: Mixture | None
+    document_masks: bool
     description: Description
     resume: str | None
     files: dict[str, str]
@@ -67,6 +73,13 @@ class Plan:
         """Those with nothing to train but a head."""
         return self.model.tuning.frozen_stages(self.bounds)
 
+    @property
+    def unigram_entropy(self) -> float:
+        """Of the held-out data, in nats per token."""
+        from ibp_deepspeed.data.joined import joined_entropy
+
+        return joined_entropy([self.train] if self.mixture is None else self.mixture.train)
+
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check everything that can be checked alone, before the processes meet.
@@ -75,9 +88,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         InterlockingError: one sentence about the first thing that is wrong.
     """
     from ibp_deepspeed.checkpoint import layout
+    from ibp_deepspeed.commands.training.mixture import open_mixture
     from ibp_deepspeed.config.auto import fill_auto
     from ibp_deepspeed.config.deepspeed import load_ds_config, resolve_interlocking
     from ibp_deepspeed.data import open_tokens
+    from ibp_deepspeed.data.token_file import SplitName
     from ibp_deepspeed.models import CausalLM
     from ibp_deepspeed.models.build import router_loss
     from ibp_deepspeed.models.runs.checkpoint import tokenizer_texts
@@ -92,13 +107,19 @@ def make_plan(args: argparse.Namespace) -> Plan:
     ds_config = load_ds_config(args.deepspeed_config)
     interlocking = resolve_interlocking(ds_config)
     reads = os.environ.get("LOCAL_RANK", "0") == "0"  # each host may have a copy of its own
-    train = open_tokens(args.data, "train", verify=reads)
-    held_out = open_tokens(args.data, "heldout", verify=reads)
+    mixture = open_mixture(args, verify=reads)
+    if mixture is None:
+        train, held_out = (open_tokens(args.data, split, verify=reads) for split in get_args(SplitName))
+    else:
+        train, held_out = mixture.train[0], mixture.held_out[0]
     begin = _starting_point(args, train.manifest.vocabulary_size)
     _check_lengths(args, begin.hf_config)
     tuning = _tuning(args, begin)
     model = CausalLM(begin.hf_config, seed=args.seed, tuning=tuning)
-    train.check_vocabulary(model.vocab_size)
+    for each in (train,) if mixture is None else mixture.train:
+        each.check_vocabulary(model.vocab_size)
+    splits = (train, held_out) if mixture is None else (*mixture.train, *mixture.held_out)
+    document_masks = _keeps_documents_apart(args, splits, model)
     _check_heads(interlocking, model.vocab_size)
     defaults = default_hyperparameters(args, model.hidden_size)
     ds_config = _checked(fill_auto(ds_config, given_hyperparameters(args), defaults, replicas), replicas)
@@ -108,13 +129,14 @@ def make_plan(args: argparse.Namespace) -> Plan:
     router_loss(model, interlocking)  # refuses what it does not go with
     Timeline(interlocking, num_stages, micro_batches, interlocking.aux_head is not None).channel_depth()
     if first:
-        _check_amount(args, ds_config, replicas, train, held_out)
+        _check_amount(args, ds_config, replicas, train, held_out, document_masks, mixture)
         _warn_of_unknown_keys(ds_config)
         _warn_of_schedule(ds_config, args.steps)
         _warn_of_mode(interlocking, num_stages)
     bounds = stage_bounds(args, model, interlocking, num_stages, ds_config)
-    conditions = Conditions.of(train, args.seed, ds_config, replicas)
-    description = _description(args, ds_config, model, bounds, interlocking, train, conditions)
+    shares = () if mixture is None else mixture.shared()
+    conditions = Conditions.of(train, args.seed, ds_config, replicas, document_masks, shares)
+    description = _description(args, ds_config, model, bounds, interlocking, train, conditions, mixture)
     files = {**description.files(), **begin.files, **tokenizer_texts(args.data / layout.TOKENIZER)}
     folder, allowed = args.output / "checkpoint", args.allow_changed or ()
     resumption = checkpoint_to_resume(folder, args.resume, description, args.steps, allowed)
@@ -132,6 +154,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         replicas,
         train,
         held_out,
+        mixture,
+        document_masks,
         description,
         resume,
         files,
@@ -163,6 +187,7 @@ def _description(
     interlocking: InterlockingConfig,
     train: TokenFile,
     conditions: Conditions,
+    mixture: Mixture | None,
 ) -> Description:
     from ibp_deepspeed.models.routers import SWITCH
     from ibp_deepspeed.models.runs.description import Description
@@ -174,7 +199,8 @@ def _description(
         interlocking=interlocking.model_dump(exclude_unset=True),
         sequence_length=args.sequence_length,
         data=str(args.data),
-        source=train.manifest.source,
+        mixture=None if mixture is None else dict(zip(map(str, mixture.folders), mixture.shares, strict=True)),
+        source=train.manifest.source if mixture is None else mixture.describe(),
         init_from=args.init_from,
         tuning=None if model.tuning == EVERYTHING else model.tuning,
         settings={key: value for key, value in ds_config.items() if key != "interlocking"},
@@ -191,7 +217,8 @@ def _processes(args: argparse.Namespace) -> tuple[int, int]:
         return args.stages, 1
     if "RANK" not in os.environ:
         raise ModelError(
-            "train_lm.py needs a launcher (deepspeed --num_accelerators 4 scripts/train_lm.py …) or --one-process."
+            "train_lm.py needs a launcher (deepspeed --num_accelerators 4 scripts/train_lm.py …; where the package is "
+            "installed: deepspeed --num_accelerators 4 --module ibp_deepspeed.commands.train_lm …) or --one-process."
         )
     world = int(os.environ["WORLD_SIZE"])
     num_stages = world if args.stages is None else args.stages
@@ -265,15 +292,37 @@ def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> Non
             raise ModelError(f"--{name.replace('_', '-')} is {getattr(args, name):g}: give 0 or more.")
 
 
+def _keeps_documents_apart(args: argparse.Namespace, splits: Sequence[TokenFile], model: CausalLM) -> bool:
+    """Whether --document-masks is on, by itself if all texts can, and the model can."""
+    from ibp_deepspeed.data.samples import keeps_documents_apart
+
+    texts = [split for split in splits if split.marks is None]
+    apart = all(keeps_documents_apart(split, args.document_masks) for split in texts or splits)
+    if apart:
+        model.check_document_masks()
+    return apart
+
+
 def _check_amount(
-    args: argparse.Namespace, ds_config: dict[str, Any], replicas: int, train: TokenFile, held_out: TokenFile
+    args: argparse.Namespace,
+    ds_config: dict[str, Any],
+    replicas: int,
+    train: TokenFile,
+    held_out: TokenFile,
+    document_masks: bool,
+    mixture: Mixture | None,
 ) -> None:
     """That there is a batch to train on and something to evaluate."""
     from ibp_deepspeed.data import HeldOut
     from ibp_deepspeed.data.samples import samples_of
 
-    HeldOut(held_out, args.sequence_length, ds_config["train_micro_batch_size_per_gpu"], data_parallel_size=replicas)
-    samples_of(train, args.sequence_length).require(ds_config["train_batch_size"], "a batch")
+    size, masks = ds_config["train_micro_batch_size_per_gpu"], document_masks
+    files = held_out if mixture is None else mixture.held_out
+    HeldOut(files, args.sequence_length, size, data_parallel_size=replicas, document_masks=masks)
+    if mixture is not None:
+        mixture.loader(args.sequence_length, size, document_masks=masks)
+        return
+    samples_of(train, args.sequence_length, masks).require(ds_config["train_batch_size"], "a batch")
 
 
 def _check_heads(interlocking: InterlockingConfig, vocabulary: int) -> None:

@@ -47,6 +47,8 @@ def source_lines(plan: Plan, args: argparse.Namespace) -> list[str]:
         f"batch: {plan.ds_config['train_batch_size']} samples: {sizes} in each replica",
         f"learning rate: {_value(plan.ds_config, _RATE)} ({_source(_RATE, written, args)})",
         _vocabulary(plan, args),
+        *_mixture(plan),
+        *_documents(plan, args),
     ]
 
 
@@ -89,6 +91,27 @@ def _vocabulary(plan: Plan, args: argparse.Namespace) -> str:
     own = load_config(args.model).vocab_size
     replaced = "" if own == plan.model.vocab_size else f", in the place of the {own:,} of {args.model}"
     return f"{tokens} ({args.data}{replaced})"
+
+
+def _mixture(plan: Plan) -> list[str]:
+    """The sources, where they are several."""
+    return [] if plan.mixture is None else [f"data: {plan.mixture.describe()}"]
+
+
+def _documents(plan: Plan, args: argparse.Namespace) -> list[str]:
+    """Whether samples keep the documents of a text apart; nothing of dialogues, which have a sample each."""
+    texts = [file for file in (plan.mixture.train if plan.mixture else [plan.train]) if file.marks is None]
+    if not texts:
+        return []
+    said = "default" if args.document_masks is None else "--document-masks"
+    if plan.document_masks:
+        return [f"documents: packed whole into samples, and masked from each other ({said})"]
+    if args.document_masks is None:
+        old = next(file.path.parent for file in texts if file.bounds is None)
+        said = f"{old} has no bounds of documents: it was prepared by an earlier version"
+    else:
+        said = "--no-document-masks"
+    return [f"documents: samples cross their ends, and are not masked ({said})"]
 
 
 def _value(ds_config: Mapping[str, Any], place: tuple[str, ...]) -> Any:

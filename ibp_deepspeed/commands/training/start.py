@@ -30,13 +30,14 @@ from ibp_deepspeed.commands.training.throughput import Throughput
 if TYPE_CHECKING:
     from ibp_deepspeed.commands.training.plan import Plan
     from ibp_deepspeed.data import HeldOut, MicroBatchLoader
+    from ibp_deepspeed.data.mixture import MixtureLoader
     from ibp_deepspeed.pipeline import Pipeline
 
 
 class Data(NamedTuple):
     """What this rank's replica reads: training data, and what is evaluated on the way and at the end."""
 
-    train: MicroBatchLoader
+    train: MicroBatchLoader | MixtureLoader
     on_the_way: HeldOut
     at_the_end: HeldOut
 
@@ -54,7 +55,8 @@ def start(plan: Plan, args: argparse.Namespace) -> Pipeline:
 
     options, counts = plan.interlocking.aux_head, None
     if options is not None and options.negatives is not None and options.negatives_by == "frequency":
-        counts = torch.from_numpy(plan.train.counts(plan.model.vocab_size))
+        known = plan.train if plan.mixture is None else plan.mixture
+        counts = torch.from_numpy(known.counts(plan.model.vocab_size))
     deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
     with contextlib.ExitStack() as stack:
         if not args.verbose:
@@ -81,13 +83,19 @@ def open_data(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Data:
     size, count = pipeline.train_micro_batch_size_per_gpu(), pipeline.gradient_accumulation_steps()
     where: dict[str, Any] = {"data_parallel_rank": pipeline.data_parallel_rank, "data_parallel_size": plan.replicas}
     position = pipeline.global_steps * count
-    train = MicroBatchLoader(plan.train, args.sequence_length, size, **where, seed=args.seed, start=position)
+    where["document_masks"] = plan.document_masks
+    train: MicroBatchLoader | MixtureLoader
+    if plan.mixture is None:
+        train = MicroBatchLoader(plan.train, args.sequence_length, size, **where, seed=args.seed, start=position)
+        train.samples.require(count * size * plan.replicas, "a batch")
+    else:
+        train = plan.mixture.loader(args.sequence_length, size, **where, seed=args.seed, start=position)
     set_position(train, plan, args)
-    train.samples.require(count * size * plan.replicas, "a batch")
+    splits = plan.held_out if plan.mixture is None else plan.mixture.held_out
 
     def held_out(micro_batches: int | None) -> HeldOut:
         samples = None if micro_batches is None else micro_batches * size * plan.replicas
-        return HeldOut(plan.held_out, args.sequence_length, size, **where, samples=samples)
+        return HeldOut(splits, args.sequence_length, size, **where, samples=samples)
 
     return Data(
         train, held_out(args.eval_micro_batches or EVAL_MICRO_BATCHES), held_out(args.eval_micro_batches or None)

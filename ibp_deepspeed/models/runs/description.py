@@ -32,6 +32,8 @@ class Description(BaseModel):
     sequence_length: int
     data: str | None = None
     """Folder of the prepared data, with the tokenizer; None: nothing was trained, the weights are ``init_from``'s."""
+    mixture: dict[str, float] | None = None
+    """Where the data were several: their folders and shares. ``data`` is the first of them."""
     source: str | None = None
     """What text that is."""
     init_from: str | None = None
@@ -42,6 +44,19 @@ class Description(BaseModel):
     """The DeepSpeed configuration, but for the interlocking block."""
     conditions: Conditions | None = None
     """Seed, data and batches; None: nothing was trained, or an earlier version wrote it."""
+
+    @property
+    def folders(self) -> list[str]:
+        """Of the prepared data."""
+        return list(self.mixture or ([] if self.data is None else [self.data]))
+
+    @property
+    def document_masks(self) -> bool | None:
+        """How its samples are to be read: False: it was trained on samples that cross documents; None: with documents
+        apart where the data have their bounds."""
+        if self.data is None or (self.conditions is not None and self.conditions.documents is not None):
+            return None
+        return False
 
     def hf_config(self) -> PretrainedConfig:
         """The Hugging Face config as an object.
