@@ -84,11 +84,12 @@ class ExecutingEngine(CheckpointingEngine):
 
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
         recompute = self._recompute and self._schedule.tables[micro_batch].waits
+        again = self._statistics.kept
         if self._borrowed:
             layers, borrowed = self.module.remaining_layers, self.module.borrowed_layers
-            micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute)
+            micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute, again=again)
         else:
-            micro = MicroBatchInFlight(self.module.trunk, recompute=recompute)
+            micro = MicroBatchInFlight(self.module.trunk, recompute=recompute, again=again)
         micro.number = micro_batch
         micro.inputs, micro.labels, micro.sample_checksum = self.load_micro_batch()
         self.pipe_buffers["in_flight"][buffer_id] = micro

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ class MicroBatchInFlight:
         borrowed: the first layers, where the loss of the stage before stands behind them.
         recompute: keep the stage's input instead of its graph between the input gradients that fall together
             with the forward pass and the next one, and run the trunk once more there (once, whatever their number).
+        again: what to enter around that second run.
 
     Attributes:
         number: in its batch.
@@ -41,9 +43,10 @@ class MicroBatchInFlight:
         *,
         borrowed: Callable[[Any], Any] | None = None,
         recompute: bool = False,
+        again: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.trunk, self.borrowed = trunk, borrowed
-        self.recompute = recompute
+        self.recompute, self._again = recompute, again
         self.number = 0
         self.inputs: Any = None
         self.labels: Any = None
@@ -152,7 +155,7 @@ class MicroBatchInFlight:
         if self.outputs is None:
             assert self._random_state is not None
             self.recomputations += 1
-            with self._random_state.restored(), torch.enable_grad():
+            with self._random_state.restored(), self._again(), torch.enable_grad():
                 self._run()
         return self.outputs
 
