@@ -1,20 +1,18 @@
 """What an evaluation reads: samples spread evenly over a split, each once, in micro-batches of one shape."""
 
-from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ibp_deepspeed.data.loader import MicroBatch
-from ibp_deepspeed.data.samples import IGNORED, Samples, samples_of
+from ibp_deepspeed.data.sample_loader import Indices, MicroBatch
+from ibp_deepspeed.data.samples import Samples, samples_of
 from ibp_deepspeed.data.share import Share, at_least
+from ibp_deepspeed.data.spread import IGNORED, Spread
 from ibp_deepspeed.data.token_file import TokenFile
-from ibp_deepspeed.errors import DataError
 
 
-class HeldOut:
+class HeldOut(Spread):
     """The same micro-batches at every iteration, of one data-parallel rank, in the form of the loader's.
 
     The samples are number 0, n/m, 2n/m, … of the n that the split has, so that no odd document decides.
@@ -44,22 +42,10 @@ class HeldOut:
         samples: int | None = None,
     ) -> None:
         at_least("sequence_length", sequence_length, 1)
-        if samples is not None and samples < 1:
-            raise DataError(f"an evaluation on {samples} samples: give 1 or more")
-        self._share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
+        share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
         self._samples: Samples = samples_of(token_file, sequence_length)
         self._samples.require(1, "an evaluation", ", or hold more out: prepare_data.py --held-out-fraction")
-        self.available = len(self._samples)
-        self.samples = self.available if samples is None else min(samples, self.available)
-        self._ids = np.arange(self.samples, dtype=np.int64) * self.available // self.samples
-
-    def __len__(self) -> int:
-        """Micro-batches of each rank."""
-        return -(-self.samples // self._share.global_size)
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for index in range(len(self)):
-            yield self._micro_batch(self._ids[self._share.entries(index)])
+        super().__init__(len(self._samples), share, samples)
 
     @cached_property
     def tokens(self) -> int:
@@ -77,10 +63,6 @@ class HeldOut:
         spread = "" if self.samples == self.available else " spread over the split"
         return f"{part} {self.available:,} samples{spread}, {self.tokens:,} tokens"
 
-    def _micro_batch(self, ids: npt.NDArray[np.int64]) -> MicroBatch:
-        size = self._share.micro_batch_size
-        missing = size - len(ids)
-        ids = np.append(ids, np.repeat(self._ids[:1], missing))
+    def _take(self, ids: Indices) -> MicroBatch:
         inputs, labels = self._samples.take(ids)
-        labels[size - missing :] = IGNORED
         return torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(ids)

@@ -5,10 +5,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ibp_deepspeed.data.spread import IGNORED
 from ibp_deepspeed.data.token_file import COUNTS, FIRST, TokenFile
 from ibp_deepspeed.errors import DataError
-
-IGNORED = -100  # a label that does not count in the loss
 
 Indices = npt.NDArray[np.int64]
 
