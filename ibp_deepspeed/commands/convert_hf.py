@@ -11,7 +11,6 @@ train_lm.py --init-from reads Hugging Face folders by itself; an import has a fi
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         help="the first K stages with their head, as a model (default: the whole model)",
     )
     which.add_argument(
-        "--all-exits", action="store_true", help="one folder for each exit, with a table of what they cost"
+        "--all-exits", action="store_true", help="a family: one folder for each exit, a card and an index"
     )
     add("--shard-size", default="5GB", metavar="SIZE", help="of the largest safetensors file (default: %(default)s)")
     add("--data", type=Path, metavar="DIR", help="--all-exits: held-out text (default: of the data it was trained on)")
@@ -76,6 +75,8 @@ def export_all(args: argparse.Namespace) -> None:
     from ibp_deepspeed.models import ModelError
     from ibp_deepspeed.models.exits.exits import Exits
     from ibp_deepspeed.models.exits.table import measure, table
+    from ibp_deepspeed.models.hf.family import folder_of, write_index
+    from ibp_deepspeed.models.hf.model_card import story
     from ibp_deepspeed.models.hf.save import write
 
     exits = Exits(args.checkpoint)
@@ -90,14 +91,13 @@ def export_all(args: argparse.Namespace) -> None:
     samples = None if args.max_batches is None else args.max_batches * args.batch_size
     held_out = HeldOut(tokens, exits.description.sequence_length, args.batch_size, samples=samples)
     for row in measure(exits, held_out):
-        out = args.out / f"exit-{row['exit']}"
+        out = args.out / folder_of(row["exit"])
         results = {"held-out perplexity": f"{row['perplexity']:.3f}"}
         row["parameters"] = write(exits, out, row["exit"], shard_size=args.shard_size, results=results)
         rows.append(row)
         report(exits, row["exit"], row["parameters"], out)
     text = table(rows)
-    (args.out / "README.md").write_text(f"# All exits of {args.checkpoint}\n\n{text}", encoding="utf-8")
-    (args.out / "exits.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_index(args.out, rows, text, story(exits))
     print(f"\n{text}")
 
 

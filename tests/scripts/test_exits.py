@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 from tests.commands import Done, assert_one_sentence, ranks, script
 from tests.forks import ROOT
@@ -86,15 +87,49 @@ def test_exits_that_there_are_and_are_not(half: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in family.iterdir() if path.is_dir()) == ["exit-2", "exit-4"]
     card = (family / "exit-2" / "README.md").read_text()
     assert "exits 2, 4 have a loss" in card and "| exits | 2, 4 |" in card
+    card = (family / "README.md").read_text()
+    assert "| 2 | 2 |" in card and 'subfolder="exit-2"' in card and "exits 2, 4 have a loss" in card
+    rows = json.loads((family / "exits.json").read_text())
+    shared = [(row["exit"], row["folder"], row["layers"], row["shared_layers"]) for row in rows]
+    assert shared == [(2, "exit-2", 2, 2), (4, "exit-4", 4, 4)]
+    check_family(half / "checkpoint", family)
     check_drafts(half / "checkpoint", family)
+
+
+def check_family(checkpoint: Path, family: Path) -> None:
+    """generate.py and transformers find an exit in it, and say when there is none."""
+    words = ("--exit", 2, "--temperature", 0, "--tokens", 8)
+    shown = [
+        script("generate.py", *where, *words).stdout for where in (("--checkpoint", checkpoint), ("--model", family))
+    ]
+    assert shown[0] == shown[1] and shown[0]
+    model = AutoModelForCausalLM.from_pretrained(family, subfolder="exit-2")
+    assert model.config.num_hidden_layers == 2
+    assert_one_sentence(
+        script("generate.py", "--model", family, "--exit", 3), "no exit 3: its exits are 2, 4 (the last"
+    )
+    one = ("--model", family / "exit-4")
+    assert_one_sentence(script("generate.py", *one, "--draft-exit", 1), "exit-4 is one model: give")
+    assert_one_sentence(
+        script("generate.py", "--model", family, "--draft-exit", 4), "drafts for exit 4: give a smaller"
+    )
+    text = (family / "exits.json").read_text()
+    (family / "exits.json").write_text(text.replace("shared_layers", "layers_shared"))
+    assert_one_sentence(script("generate.py", "--model", family), "is no family of exits: exits.json can't be read")
+    (family / "exits.json").write_text(text)
 
 
 def check_drafts(checkpoint: Path, family: Path) -> None:
     """By an exit of a checkpoint and by an export: the text of greedy decoding, and a line on what it brought."""
     plain = script("generate.py", "--checkpoint", checkpoint, "--temperature", 0, "--tokens", 12)
     by_exit = ("--checkpoint", checkpoint, "--draft-exit", 2)
-    by_export = ("--model", family / "exit-4", "--draft-model", family / "exit-2")
-    for words, name in ((by_exit, "draft by exit 2"), (by_export, str(family / "exit-2"))):
+    of_family = ("--model", family, "--draft-exit", 2)
+    by_export = ("--model", family, "--draft-model", family / "exit-2")
+    for words, name in (
+        (by_exit, "draft by exit 2"),
+        (of_family, "draft by exit 2"),
+        (by_export, str(family / "exit-2")),
+    ):
         done = script("generate.py", *words, "--tokens", 12)
         assert done.returncode == 0 and done.stdout == plain.stdout, done.stderr
         counted = rf"{name}: (\d+) of (\d+) drafted tokens accepted \(\d+%\), (\d+) passes of the model for 12 tokens "

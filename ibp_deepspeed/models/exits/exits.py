@@ -100,11 +100,15 @@ class Exits:
                 outputs[readers[behind]] = self.objectives[readers[behind]].outputs(hidden)
         return {**outputs, len(self): hidden}
 
+    def shared_layers(self, exit_: int) -> int:
+        """Decoder layers of an exit that are the model's first ones; behind them are blocks of its head."""
+        return self.model.num_layers - 2 if exit_ == len(self) else self.boundary(exit_) - 1
+
     def depth(self, exit_: int) -> int:
         """Decoder layers that an exit's logits have gone through, blocks of its head included."""
         if exit_ == len(self):
             return self.model.num_layers - 2
-        return self.boundary(exit_) - 1 + self.objectives[exit_].inner_layers
+        return self.shared_layers(exit_) + self.objectives[exit_].inner_layers
 
     @torch.no_grad()
     def lazy_logits(self, input_ids: Tensor, exit_: int) -> LazyLogits:

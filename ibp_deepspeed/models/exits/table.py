@@ -24,7 +24,8 @@ def measure(exits: Exits, held_out: HeldOut) -> Iterator[dict[str, Any]]:
         held_out: what the losses are measured on; speed is on its first micro-batches.
     """
     for row in evaluate(exits, held_out, show=True).rows():
-        yield {**row, "layers": exits.depth(row["exit"]), "tokens_per_second": _speed(exits, row["exit"], held_out)}
+        layers = {"layers": exits.depth(row["exit"]), "shared_layers": exits.shared_layers(row["exit"])}
+        yield {**row, **layers, "tokens_per_second": _speed(exits, row["exit"], held_out)}
 
 
 @torch.no_grad()

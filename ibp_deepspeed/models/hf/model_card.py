@@ -61,22 +61,26 @@ def _title(exits: Exits, exit_: int) -> str:
     return f"A {exits.hf_config.model_type} language model{part}"
 
 
-def _what(exits: Exits, exit_: int) -> str:
+def story(exits: Exits) -> str:
+    """How a checkpoint was trained, in a sentence."""
     if exits.description.data is None:
         return f"The weights of {exits.description.init_from}, unchanged."
     if len(exits.placement.losses) == 1:
         return f"Trained with backpropagation in {len(exits)} pipeline stages."
     who = "each stage has" if len(exits.placement.losses) == len(exits) else f"exits {_numbers(exits)} have"
-    story = (
+    return (
         f"Trained with interlocking backpropagation in {len(exits)} pipeline stages: {who} a loss, and layers are "
         "trained by the losses of the next exits."
     )
+
+
+def _what(exits: Exits, exit_: int) -> str:
     if exit_ == len(exits):
-        return story
+        return story(exits)
     layers = exits.boundary(exit_) - 1
     blocks = exits.depth(exit_) - layers
     more = f", its {blocks} blocks as decoder layers" if blocks else ""
-    return f"{story} This is a smaller model: the first {layers} decoder layers and the head behind them{more}."
+    return f"{story(exits)} This is a smaller model: the first {layers} decoder layers and the head behind them{more}."
 
 
 def _training(exits: Exits) -> dict[str, str]:
