@@ -102,6 +102,7 @@ class ImageData:
         classes: names.
         digest: of names and contents of files, or of pixels, and of classes: the same data have the same.
         flips: whether an image's mirror image has its class.
+        known: statistics of other training images, which a model has learned with; None: those of these.
     """
 
     name: str
@@ -110,11 +111,12 @@ class ImageData:
     classes: tuple[str, ...]
     digest: str
     flips: bool = True
+    known: tuple[list[float], list[float]] | None = None
 
     @cached_property
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Of the training split, see :meth:`ImageSplit.statistics`."""
-        return self.train.statistics()
+        """Mean and deviation of each channel, of the training split, see :meth:`ImageSplit.statistics`."""
+        return self.known or self.train.statistics()
 
 
 def fitted(image: Image.Image, size: int, channels: int) -> Pixels:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ibp_deepspeed.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from ibp_deepspeed.commands.training.plan import Plan
-    from ibp_deepspeed.data import MicroBatchLoader
+    from ibp_deepspeed.commands.training.training_plan import TrainingPlan
+    from ibp_deepspeed.data.sample_loader import SampleLoader
     from ibp_deepspeed.models.runs.conditions import Changes
     from ibp_deepspeed.pipeline import Pipeline
 
 
-def save(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, train: MicroBatchLoader) -> None:
+def save(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace, train: SampleLoader) -> None:
     """A checkpoint in DeepSpeed's layout, with what evaluation, export and resuming need; old ones go."""
     from ibp_deepspeed.checkpoint import layout
     from ibp_deepspeed.checkpoint.store import keep_newest
@@ -27,7 +27,7 @@ def save(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, train: MicroB
         keep_newest(folder, args.keep)
 
 
-def resume(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> None:
+def resume(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace) -> None:
     """Resume from a checkpoint, if there is one, and say what is otherwise than it was, and what another shape has
     changed."""
     from ibp_deepspeed.optimizer.parameter_groups import settings_of
@@ -46,7 +46,7 @@ def resume(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def set_position(train: MicroBatchLoader, plan: Plan, args: argparse.Namespace) -> None:
+def set_position(train: SampleLoader, plan: TrainingPlan, args: argparse.Namespace) -> None:
     """Have the training data resume where the checkpoint was written, also in batches of another size."""
     from ibp_deepspeed.checkpoint import layout
     from ibp_deepspeed.json_text import parsed, small_text
