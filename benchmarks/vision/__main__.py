@@ -38,7 +38,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "pairwise, window": {"strategy": "pairwise", "mode": "window"},
     "3-wise": {"strategy": "nwise", "width": 3, "mode": "furthest"},
     "3-wise, window": {"strategy": "nwise", "width": 3, "mode": "window"},
-    "end-to-end": {"strategy": "global"},
+    "end-to-end": {"strategy": "global", "aux_head": None},
 }
 
 
@@ -98,14 +98,15 @@ def train(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
 
 
 def batch_times(args: argparse.Namespace, micro_batches: int) -> dict[str, float]:
-    """Arm → time of a batch over that of end-to-end, by the schedule and this cut's counted operations."""
+    """Arm → time of a batch by the schedule and the counted operations of its cut; the mean stage's forward pass takes
+    1 a micro-batch."""
     model, _ = build(args, 0)
     found = {}
     for arm in args.arms:
         config = InterlockingConfig.parse(ARMS[arm])
         exits = config.exits_for(args.stages)
         bounds = model.partition(args.stages, aux_heads=config.aux_head, exits=exits)
-        timeline = Timeline(config, args.stages, micro_batches, aux_heads=True)
+        timeline = Timeline(config, args.stages, micro_batches, aux_heads=config.aux_head is not None)
         found[arm] = predict_timeline(timeline, stage_costs(model, config, bounds)).batch_time
     return found
 
@@ -123,7 +124,10 @@ def table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
             continue
         last = [100 * each[-1] for each in accuracies]
         spread = statistics.stdev(last) if len(last) > 1 else 0.0
-        exits = " ".join(f"{100 * statistics.mean(column):.1f}" for column in zip(*accuracies, strict=True))
+        exits = " ".join(
+            "–" if None in column else f"{100 * statistics.mean(column):.1f}"
+            for column in zip(*accuracies, strict=True)
+        )
         lines.append(
             f"| {arm} | {len(last)} | {statistics.mean(last):.2f} ± {spread:.2f}% | {exits} | {one[arm]:.2f} | "
             f"{four[arm]:.2f} |"

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ibp_deepspeed.models.config import load_config
+from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.vision.cifar_resnet import register
 
 
@@ -27,4 +28,7 @@ def load_image_config(path_or_name: str, classes: Sequence[str], **overrides: An
 def channels_of(path_or_name: str, overrides: dict[str, Any]) -> int:
     """Of the images that a config's model takes."""
     register()
-    return int(load_config(path_or_name, **overrides).num_channels)
+    channels = getattr(load_config(path_or_name, **overrides), "num_channels", None)
+    if not isinstance(channels, int):
+        raise ModelError(f"the config in '{path_or_name}' has no 'num_channels': it is of no image classifier.")
+    return channels

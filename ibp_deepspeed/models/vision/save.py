@@ -79,10 +79,8 @@ def _processor(exits: ImageExits) -> dict[str, Any]:
 
 
 def _card(exits: ImageExits) -> str:
-    kind, description = exits.model.hf_config.model_type, exits.description
-    first = (
-        "from ibp_deepspeed.models.vision.cifar_resnet import register\n\nregister()\n" if kind == MODEL_TYPE else ""
-    )
+    kind, size = exits.model.hf_config.model_type, exits.model.image_size
+    first = "from ibp_deepspeed.models.vision.cifar_resnet import register\n\nregister()\n" * (kind == MODEL_TYPE)
     return f"""# A {kind} image classifier
 
 Trained on {exits.description.source} with interlocking backpropagation in {len(exits)} pipeline stages, strategy
