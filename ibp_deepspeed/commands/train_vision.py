@@ -1,7 +1,7 @@
 """Train an image classifier with interlocking backpropagation.
 
     deepspeed --num_accelerators 4 scripts/train_vision.py --deepspeed_config ds_configs/vision_pairwise.json \\
-        --model resnet32-cifar --data data/cifar-10-batches-py --steps 70400 --output runs/cifar
+        --model resnet32-cifar --data data/cifar-10-batches-py --steps 78000 --output runs/cifar
 
 torchrun works too, and --one-process, as with train_lm.py. Every stage reads the classes, the first one the images; the
 accuracy of every exit is in each evaluation. docs/vision.md says more.
