@@ -28,6 +28,7 @@ from ibp_deepspeed.optimizer.learning_rate import configured_schedule
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
+from ibp_deepspeed.stage.running_statistics import RunningStatistics
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -79,6 +80,7 @@ class VirtualPipeline:
         for part in (*stages, *(head for head in aux_heads or () if head is not None)):
             module = part.module if isinstance(part, Objective) else part
             module.to(device=self.device, dtype=dtype)
+            RunningStatistics([module])  # which stay in fp32
         self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(ds_config))
         if self.reference.interlocking.compile:
             compile_layers(

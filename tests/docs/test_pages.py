@@ -1,4 +1,4 @@
-"""The commands of docs/huggingface.md, docs/exits.md, docs/vision.md and docs/checkpoints.md, run in their order on small models."""
+"""The commands of docs/huggingface.md, exits.md, vision.md and checkpoints.md, run in their order on small models."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from tests.commands import assert_one_sentence, ranks, script
+from tests.forks import ROOT
 
 SMALL = ["--model", "resnet-digits", "--set", "depths=[1,1,1]", "--data", "digits", "--image-size", "8"]
 BATCH = ["--micro-batch-size", "16", "--gradient-accumulation-steps", "2", "--deepspeed_config", "vision_pairwise"]
@@ -113,5 +114,19 @@ def test_a_mistake_is_one_sentence(words: list[str], said: str, tmp_path: Path) 
     assert_one_sentence(done, said)
 
 
-def test_a_language_models_checkpoint_is_refused(tmp_path: Path) -> None:
-    assert_one_sentence(script("evaluate_vision.py", "--checkpoint", tmp_path), "no checkpoint")
+def test_another_number_of_stages_goes_on(trained: Path, tmp_path: Path) -> None:
+    """Layers keep weights and statistics; a head of other maps is a new one."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    more = ["--steps", "7", "--output", run, "--one-process", "--stages", "3", "--resume"]
+    done = script("train_vision.py", *TRAINING, *more)
+    assert done.returncode == 0 and "head before layer" in done.stdout, done.stdout + done.stderr
+    assert len(rows(run, "held_out")[-1]["accuracy"]) == 3
+
+
+def test_checkpoints_of_the_other_kind_are_refused(trained: Path) -> None:
+    for command in (["evaluate_lm.py"], ["convert_hf.py", "export", "--out", trained / "out"]):
+        done = script(*command, "--checkpoint", trained / "checkpoint")
+        assert_one_sentence(done, "is of an image classifier: evaluate_vision.py reads and exports it")
+    earlier = ROOT / "tests" / "checkpoint" / "earlier_run" / "checkpoint" / "global_step3"
+    assert_one_sentence(script("evaluate_vision.py", "--checkpoint", earlier), "is of a language model")
