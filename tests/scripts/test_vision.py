@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from ibp_deepspeed.models.vision.cifar_resnet import register
 from tests.commands import assert_one_sentence, ranks, script
 from tests.forks import ROOT
 
@@ -76,6 +77,7 @@ def test_the_checkpoint_evaluates_and_exports_as_it_was_trained(trained: Path, t
     exits, last = json.loads(table.read_text())["exits"], rows(trained, "held_out")[-1]
     assert [row["loss"] for row in exits] == pytest.approx(last["held_out"], rel=1e-5)
     assert [row["accuracy"] for row in exits] == pytest.approx(last["accuracy"])
+    register()
     model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()) and model.config.id2label[3] == "3"
     processor = json.loads((folder / "preprocessor_config.json").read_text())
@@ -128,5 +130,7 @@ def test_checkpoints_of_the_other_kind_are_refused(trained: Path) -> None:
     for command in (["evaluate_lm.py"], ["convert_hf.py", "export", "--out", trained / "out"]):
         done = script(*command, "--checkpoint", trained / "checkpoint")
         assert_one_sentence(done, "is of an image classifier: evaluate_vision.py reads and exports it")
-    earlier = ROOT / "tests" / "checkpoint" / "earlier_run" / "checkpoint" / "global_step3"
-    assert_one_sentence(script("evaluate_vision.py", "--checkpoint", earlier), "is of a language model")
+    earlier = ROOT / "tests/checkpoint/earlier_run/checkpoint/global_step3"
+    assert_one_sentence(
+        script("evaluate_vision.py", "--checkpoint", earlier), "of a language model: use evaluate_lm.py"
+    )
