@@ -21,8 +21,9 @@ def unpack(micro_batch: Any) -> tuple[Any, Any, int]:
     """Inputs, labels, and the checksum of the sample ids, or of the labels where there are none.
 
     Args:
-        micro_batch: (inputs, labels), (inputs, labels, sample ids), as a named tuple too, or a dictionary with
-            ``labels``, perhaps ``sample_ids``, and inputs, which stay a dictionary.
+        micro_batch: (inputs, labels), (inputs, labels, sample ids), (inputs, labels, sample ids, position ids), as a
+            named tuple too, or a dictionary with ``labels``, perhaps ``sample_ids``, and inputs, which stay a
+            dictionary.
 
     Raises:
         BatchError: it is something else.
@@ -31,16 +32,33 @@ def unpack(micro_batch: Any) -> tuple[Any, Any, int]:
         inputs = {name: value for name, value in micro_batch.items() if name not in (LABELS, SAMPLE_IDS)}
         labels = micro_batch[LABELS]
         return inputs, labels, checksum(micro_batch.get(SAMPLE_IDS, labels))
-    if not isinstance(micro_batch, list | tuple) or len(micro_batch) not in (2, 3):
+    if not isinstance(micro_batch, list | tuple) or len(micro_batch) not in (2, 3, 4):
         seen = f"a {type(micro_batch).__name__}"
         if isinstance(micro_batch, list | tuple | Mapping):
             of = ", ".join(map(str, micro_batch)) if isinstance(micro_batch, Mapping) else f"{len(micro_batch)} entries"
             seen += f" of {of}"
         raise BatchError(
-            f"a micro-batch must be (inputs, labels), (inputs, labels, sample ids), or a dictionary with {LABELS}, "
-            f"not {seen}."
+            "a micro-batch must be (inputs, labels), (inputs, labels, sample ids), perhaps with position ids behind "
+            f"them, or a dictionary with {LABELS}, not {seen}."
         )
-    return micro_batch[0], micro_batch[1], checksum(micro_batch[-1])
+    return micro_batch[0], micro_batch[1], checksum(micro_batch[min(2, len(micro_batch) - 1)])
+
+
+def position_ids(micro_batch: Any) -> Tensor | None:
+    """The fourth entry of a micro-batch: where its tokens are in their documents, as all stages have to know.
+
+    See :class:`ibp_deepspeed.documents.Documents`. None: it has none, or is a dictionary, whose inputs are all for the
+    first stage.
+
+    Raises:
+        BatchError: it is no tensor.
+    """
+    if not isinstance(micro_batch, list | tuple) or len(micro_batch) != 4:
+        return None
+    if not isinstance(micro_batch[3], Tensor):
+        kind = type(micro_batch[3]).__name__
+        raise BatchError(f"the position ids of a micro-batch are a {kind}: give a tensor [B, S].")
+    return micro_batch[3]
 
 
 def to_device(value: Any, device: torch.device) -> Any:

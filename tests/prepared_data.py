@@ -1,5 +1,6 @@
 """Documents, and what reads or makes prepared data, for the tests of the data part."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,9 @@ def token_file(tokens: Any, vocabulary_size: int = 1 << 16) -> TokenFile:
         eos_id=0, tokenizer_file="none", unigram_entropy_nats=0.0, train=record, heldout=record,
     )  # fmt: skip
     return TokenFile(path=Path("data/train.bin"), split="train", tokens=tokens, manifest=manifest)
+
+
+def document_file(lengths: list[int]) -> TokenFile:
+    """Documents of so many tokens; token t of the file is t."""
+    bounds = np.append(0, np.cumsum(lengths)).astype("<u8")
+    return dataclasses.replace(token_file(np.arange(bounds[-1])), bounds=bounds)

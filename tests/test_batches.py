@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ibp_deepspeed.batches import checksum, to_device, unpack
+from ibp_deepspeed.batches import checksum, position_ids, to_device, unpack
 from ibp_deepspeed.errors import BatchError
 
 
@@ -87,3 +87,12 @@ def test_a_micro_batch_is_a_pair_a_triple_or_a_dictionary_with_labels() -> None:
     for wrong, seen in (({"x": x, "y": y}, "a dict of x, y"), ((x,), "a tuple of 1 entries"), (x, "a Tensor")):
         with pytest.raises(BatchError, match=f"or a dictionary with labels, not {seen}"):
             unpack(wrong)
+
+
+def test_positions_of_documents_are_the_fourth_entry() -> None:
+    x, y, ids, positions = torch.zeros(1, 2), torch.ones(1, 2), torch.arange(1), torch.zeros(1, 2, dtype=torch.long)
+    assert unpack((x, y, ids, positions)) == (x, y, checksum(ids))
+    assert position_ids((x, y, ids, positions)) is positions
+    assert all(position_ids(row) is None for row in ((x, y), (x, y, ids), {"x": x, "labels": y, "position_ids": x}))
+    with pytest.raises(BatchError, match=r"position ids of a micro-batch are a list: give a tensor \[B, S\]"):
+        position_ids((x, y, ids, [0, 0]))

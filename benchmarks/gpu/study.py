@@ -85,8 +85,8 @@ class _Training:
 
         self.strategy, self.sizes, self.batches = strategy, sizes, batches
         train, held_out = (open_tokens(data, split, verify=False) for split in ("train", "heldout"))
-        self.held_out = HeldOut(held_out, sizes.tokens, sizes.samples, samples=sizes.held_out)
-        self.train = MicroBatchLoader(train, sizes.tokens, sizes.samples)
+        self.held_out = HeldOut(held_out, sizes.tokens, sizes.samples, samples=sizes.held_out, document_masks=False)
+        self.train = MicroBatchLoader(train, sizes.tokens, sizes.samples, document_masks=False)
         config = load_config(sizes.config, vocab_size=train.manifest.vocabulary_size)
         self.model, self.device = CausalLM(config), "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda":

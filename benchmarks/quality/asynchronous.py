@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.optimizers import Optimized
+from ibp_deepspeed.single_process.reference import Sample
 
 
 class Asynchronous(Optimized):
@@ -30,7 +31,7 @@ class Asynchronous(Optimized):
         super().__init__(*args, **more)
         self._older: deque[list[Tensor]] = deque(maxlen=delay + 1)
 
-    def _accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
+    def _accumulate(self, micro_batches: Sequence[Sample]) -> Tensor:
         """Overrides VirtualPipeline's: at the weights of ``delay`` batches ago."""
         parameters = self.reference.parameters(0)
         today = [parameter.detach().clone() for parameter in parameters]

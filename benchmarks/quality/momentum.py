@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.optimizers import Optimized
+from ibp_deepspeed.single_process.reference import Sample
 
 INTERVAL = 10
 BETA = 0.95
@@ -71,7 +72,7 @@ class MomentumHeads(Optimized):
                 head.blocks = self._slow[-1]
         super().__init__(stages, aux_heads, *more, optimizer=optimizer)
 
-    def _accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
+    def _accumulate(self, micro_batches: Sequence[Sample]) -> Tensor:
         """Overrides VirtualPipeline's: first another copy, when it is time."""
         if self.global_steps and self.global_steps % INTERVAL == 0:
             for slow in self._slow:

@@ -98,7 +98,7 @@ def _previous_occurrence(tokens: Tensor, alphabet: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TextTask:
-    """Next tokens of prepared text (scripts/prepare_data.py)."""
+    """Next tokens of prepared text (scripts/prepare_data.py), in windows that cross documents."""
 
     folder: str
     sequence_length: int = 128
@@ -115,16 +115,18 @@ class TextTask:
 
     def batches(self, seed: int, size: int) -> Iterator[Batch]:
         """An endless iterator, the same for the same seed."""
-        return self._pairs(MicroBatchLoader(self._tokens("train"), self.sequence_length, size, seed=seed))
+        return self._pairs(self._loader("train", size, seed=seed))
 
     def held_out(self) -> list[Batch]:
         """The first held-out windows."""
-        loader = MicroBatchLoader(self._tokens("heldout"), self.sequence_length, 16, shuffle=False)
-        return list(self._pairs(loader.held_out(self.held_out_batches)))
+        return list(self._pairs(self._loader("heldout", 16, shuffle=False).held_out(self.held_out_batches)))
+
+    def _loader(self, split: Any, size: int, **options: Any) -> MicroBatchLoader:
+        return MicroBatchLoader(self._tokens(split), self.sequence_length, size, document_masks=False, **options)
 
     def _tokens(self, split: Any) -> TokenFile:
         return open_tokens(Path(self.folder), split, verify=False)
 
     @staticmethod
-    def _pairs(rows: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Iterator[Batch]:
+    def _pairs(rows: Iterator[tuple[Tensor, ...]]) -> Iterator[Batch]:
         return ((inputs, labels) for inputs, labels, _ in rows)

@@ -4,6 +4,7 @@
     python scripts/convert_hf.py export --checkpoint runs/first/checkpoint --out runs/first/hf
     python scripts/convert_hf.py export --checkpoint runs/first/checkpoint --exit 2 --out runs/first/half
     python scripts/convert_hf.py export --checkpoint runs/first/checkpoint --all-exits --out runs/first/family
+    python scripts/convert_hf.py export --checkpoint runs/lora/checkpoint --adapter --out runs/lora/adapter
 
 train_lm.py --init-from reads Hugging Face folders by itself; an import has a file for each layer.
 """
@@ -39,6 +40,12 @@ def parse_arguments() -> argparse.Namespace:
     which.add_argument(
         "--all-exits", action="store_true", help="a family: one folder for each exit, a card and an index"
     )
+    which.add_argument(
+        "--adapter",
+        action="store_true",
+        help="the adapters of --lora alone, as peft writes them, for the model that they were trained on (default: the "
+        "whole model, with the adapters in its weights)",
+    )
     add("--shard-size", default="5GB", metavar="SIZE", help="of the largest safetensors file (default: %(default)s)")
     add("--data", type=Path, metavar="DIR", help="--all-exits: held-out text (default: of the data it was trained on)")
     add("--batch-size", type=int, default=8, metavar="B", help="--all-exits: samples at once (default: %(default)s)")
@@ -68,6 +75,17 @@ def export(args: argparse.Namespace) -> None:
     report(exits, args.exit or len(exits), parameters, args.out)
 
 
+def export_adapter(args: argparse.Namespace) -> None:
+    """What ``--lora`` has trained, for peft."""
+    from ibp_deepspeed.models.exits.exits import Exits
+    from ibp_deepspeed.models.hf.adapter import write_adapter
+
+    exits = Exits(args.checkpoint)
+    numbers = write_adapter(exits, args.out)
+    base = exits.description.init_from
+    print(f"{args.out}: {numbers:,} numbers, loads with PeftModel.from_pretrained onto {base}, the same logits")
+
+
 def export_all(args: argparse.Namespace) -> None:
     """Every exit in a folder of its own, and what each costs and is worth."""
     from ibp_deepspeed.data import HeldOut, open_tokens
@@ -80,16 +98,20 @@ def export_all(args: argparse.Namespace) -> None:
     from ibp_deepspeed.models.hf.save import write
 
     exits = Exits(args.checkpoint)
-    data = args.data or exits.description.data
-    if data is None:
+    folders = exits.description.folders if args.data is None else [args.data]
+    if not folders:
         raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")
     if args.out.exists():
         raise OutputError(f"{args.out} exists already: give another --out or remove it.")
     rows: list[dict[str, Any]] = []
-    tokens = open_tokens(data, "heldout")
-    tokens.check_vocabulary(exits.model.vocab_size)
+    tokens = [open_tokens(folder, "heldout") for folder in folders]
+    for each in tokens:
+        each.check_vocabulary(exits.model.vocab_size)
     samples = None if args.max_batches is None else args.max_batches * args.batch_size
-    held_out = HeldOut(tokens, exits.description.sequence_length, args.batch_size, samples=samples)
+    length, masks = exits.description.sequence_length, exits.description.document_masks
+    held_out = HeldOut(
+        tokens[0] if len(tokens) == 1 else tokens, length, args.batch_size, samples=samples, document_masks=masks
+    )
     for row in measure(exits, held_out):
         out = args.out / folder_of(row["exit"])
         results = {"held-out perplexity": f"{row['perplexity']:.3f}"}
@@ -122,6 +144,8 @@ def main(phase: cli.SameOnAllRanks) -> None:
 
         folder = import_model(args.model, args.out)
         print(f"{folder}: train with scripts/train_lm.py --init-from {folder}")
+    elif args.adapter:
+        export_adapter(args)
     elif args.all_exits:
         export_all(args)
     else:

@@ -49,22 +49,27 @@ def parse_arguments() -> argparse.Namespace:
 def evaluate_exits(args: argparse.Namespace) -> tuple[Evaluation, Predictions, float]:
     """What the exits reach, what they predict, and the data's unigram entropy."""
     from ibp_deepspeed.data import HeldOut, open_tokens
+    from ibp_deepspeed.data.joined import joined_entropy
     from ibp_deepspeed.models import ModelError
     from ibp_deepspeed.models.exits.evaluation import evaluate
     from ibp_deepspeed.models.exits.exits import Exits
     from ibp_deepspeed.models.exits.predictions import WatchedExits
 
     exits = Exits(args.checkpoint, args.device)
-    data = args.data or exits.description.data
-    if data is None:
+    folders = exits.description.folders if args.data is None else [args.data]
+    if not folders:
         raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")
-    tokens = open_tokens(data, args.split)
-    tokens.check_vocabulary(exits.model.vocab_size)
+    tokens = [open_tokens(folder, args.split) for folder in folders]
+    for each in tokens:
+        each.check_vocabulary(exits.model.vocab_size)
     samples = None if args.max_batches is None else args.max_batches * args.batch_size
-    held_out = HeldOut(tokens, exits.description.sequence_length, args.batch_size, samples=samples)
+    length, masks = exits.description.sequence_length, exits.description.document_masks
+    held_out = HeldOut(
+        tokens[0] if len(tokens) == 1 else tokens, length, args.batch_size, samples=samples, document_masks=masks
+    )
     watched = WatchedExits(exits)
     evaluation = evaluate(watched, held_out, show=True)
-    return evaluation, watched.predictions(), tokens.manifest.unigram_entropy_nats
+    return evaluation, watched.predictions(), joined_entropy(tokens)
 
 
 def perplexities(evaluation: Evaluation) -> list[dict[str, Any]]:

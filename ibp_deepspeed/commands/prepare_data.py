@@ -20,8 +20,19 @@ from ibp_deepspeed.data.corpus import (
     standard_library,
 )
 from ibp_deepspeed.data.dialogues import hub_dialogues, open_dialogues
-from ibp_deepspeed.data.token_file import Encoder, Manifest, check_target, write_tokens
+from ibp_deepspeed.data.token_file import (
+    Encoder,
+    Manifest,
+    SplitName,
+    SplitRecord,
+    check_target,
+    open_tokens,
+    write_tokens,
+)
 from ibp_deepspeed.errors import InterlockingError
+
+LENGTHS = (256, 1024, 4096)
+"""Of samples, for which the padding is told; --sequence-length of train_lm.py decides."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -145,11 +156,26 @@ def progress(documents: Iterable[Any], what: str, total: int | None) -> Iterable
     return bar
 
 
+def paddings(out: Path, split: SplitName) -> str:
+    """The share of padding at some lengths of a sample."""
+    from ibp_deepspeed.data.packing import Packing
+
+    bounds = open_tokens(out, split, verify=False).bounds
+    assert bounds is not None
+    shares = {length: Packing.of(bounds, length).padding for length in LENGTHS}
+    return ", ".join(f"{share:.2%} at {length} tokens" for length, share in shares.items())
+
+
 def report(manifest: Manifest, out: Path) -> None:
     print(f"{out}: {manifest.source}")
-    for name, record in (("train", manifest.train), ("held-out", manifest.heldout)):
+    splits: tuple[tuple[str, SplitName, SplitRecord], ...] = (
+        ("train", "train", manifest.train),
+        ("held-out", "heldout", manifest.heldout),
+    )
+    for name, split, record in splits:
         if record.marks is None:
             print(f"{name}: {record.documents} documents, {record.tokens} tokens")
+            print(f"{name}, padding where documents are packed whole into samples: {paddings(out, split)}")
         else:
             counted, longest = record.marks.counted_tokens, record.marks.longest_row
             print(

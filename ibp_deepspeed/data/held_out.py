@@ -1,12 +1,14 @@
 """What an evaluation reads: samples spread evenly over a split, each once, in micro-batches of one shape."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-import torch
 
+from ibp_deepspeed.data.joined import Joined
+from ibp_deepspeed.data.loader import micro_batch
 from ibp_deepspeed.data.sample_loader import Indices, MicroBatch
-from ibp_deepspeed.data.samples import Samples, samples_of
+from ibp_deepspeed.data.samples import PackedWindows, Samples, samples_of
 from ibp_deepspeed.data.share import Share, at_least
 from ibp_deepspeed.data.spread import IGNORED, Spread
 from ibp_deepspeed.data.token_file import TokenFile
@@ -21,11 +23,12 @@ class HeldOut(Spread):
     the last micro-batches are not full they are filled up with samples without labels that count.
 
     Args:
-        token_file: the split.
+        token_file: the split, or those of several sources made with one tokenizer, which are joined.
         sequence_length: S.
         micro_batch_size: B.
         data_parallel_rank, data_parallel_size: whose part of each global micro-batch this is.
         samples: how many, all ranks together; None, or more than there are: all.
+        document_masks: whether documents are kept apart, see MicroBatchLoader.
 
     Raises:
         DataError: there is none, or an argument is out of range.
@@ -33,17 +36,22 @@ class HeldOut(Spread):
 
     def __init__(
         self,
-        token_file: TokenFile,
+        token_file: TokenFile | Sequence[TokenFile],
         sequence_length: int,
         micro_batch_size: int,
         *,
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         samples: int | None = None,
+        document_masks: bool | None = None,
     ) -> None:
         at_least("sequence_length", sequence_length, 1)
         share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
-        self._samples: Samples = samples_of(token_file, sequence_length)
+        self._samples: Samples
+        if isinstance(token_file, TokenFile):
+            self._samples = samples_of(token_file, sequence_length, document_masks)
+        else:
+            self._samples = Joined(token_file, sequence_length, document_masks)
         self._samples.require(1, "an evaluation", ", or hold more out: prepare_data.py --held-out-fraction")
         super().__init__(len(self._samples), share, samples)
 
@@ -61,8 +69,9 @@ class HeldOut(Spread):
         """How much of the split that is, in words."""
         part = "all" if self.samples == self.available else f"{self.samples:,} of"
         spread = "" if self.samples == self.available else " spread over the split"
-        return f"{part} {self.available:,} samples{spread}, {self.tokens:,} tokens"
+        parts = self._samples.parts if isinstance(self._samples, Joined) else [self._samples]
+        apart = ", documents apart" if any(isinstance(part, PackedWindows) for part in parts) else ""
+        return f"{part} {self.available:,} samples{spread}, {self.tokens:,} tokens{apart}"
 
     def _take(self, ids: Indices) -> MicroBatch:
-        inputs, labels = self._samples.take(ids)
-        return torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(ids)
+        return micro_batch(self._samples, ids)

@@ -11,8 +11,8 @@ import torch
 from ibp_deepspeed.data.share import Share, at_least
 from ibp_deepspeed.errors import DataError
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Inputs, labels and sample ids [B]."""
+MicroBatch = tuple[torch.Tensor, ...]
+"""Inputs, labels and sample ids [B], and position ids [B, S] where a row may hold several documents."""
 
 Indices = npt.NDArray[np.int64]
 

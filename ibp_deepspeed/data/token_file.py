@@ -1,7 +1,8 @@
 """Prepared data on disk: a folder with packed tokens (train.bin, heldout.bin), a tokenizer and a manifest.
 
-Dialogues have beside each token file one of marks (train.marks.bin): a byte a token that says whether the token
-counts in the loss, and whether a row begins there.
+A text has beside each token file one of the bounds of its documents (train.bounds.bin): where each begins, and where
+the last one ends. Dialogues have one of marks instead (train.marks.bin): a byte a token that says whether the token
+counts in the loss, and whether a row begins there. Folders that earlier versions wrote have no bounds.
 """
 
 import hashlib
@@ -33,11 +34,13 @@ SplitName = Literal["train", "heldout"]
 Name = Annotated[str, AfterValidator(relative_name)]  # of a file in the prepared folder
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 MarkArray = npt.NDArray[np.uint8]
+BoundArray = npt.NDArray[np.uint64]
 
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 # Bits of a mark: the token counts in the loss; it is the first one of its row.
 COUNTS, FIRST = 1, 2
+_BOUND = np.dtype("<u8")
 _AGAIN = "run scripts/prepare_data.py again with --overwrite"
 # A batch that the tokenizer encodes at once ends at either limit, so that memory stays small.
 _BATCH_DOCUMENTS = 256
@@ -73,8 +76,17 @@ class MarksRecord(BaseModel):
     sha256: str
 
 
+class BoundsRecord(BaseModel):
+    """What a manifest says of the bounds of one token file: 8 bytes a document, and 8 for the end of the last."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: Name
+    sha256: str
+
+
 class SplitRecord(BaseModel):
-    """What a manifest says of one token file; a text has no `marks`."""
+    """What a manifest says of one token file: a text has `bounds` (from an earlier version none), dialogues `marks`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -84,6 +96,7 @@ class SplitRecord(BaseModel):
     max_token_id: NonNegativeInt
     sha256: str
     marks: MarksRecord | None = None
+    bounds: BoundsRecord | None = None
 
 
 class Manifest(BaseModel):
@@ -125,6 +138,7 @@ class TokenFile:
     """The packed tokens of one split: documents one after the other.
 
     A text is closed by the manifest's eos_id. Dialogues end as their chat template says, and have `marks`.
+    With `bounds` document d is tokens[bounds[d] : bounds[d+1]].
     """
 
     path: Path
@@ -132,6 +146,7 @@ class TokenFile:
     tokens: TokenArray  # [number of tokens]
     manifest: Manifest
     marks: MarkArray | None = None  # [number of tokens], bits COUNTS and FIRST
+    bounds: BoundArray | None = None  # [number of documents + 1], rising from 0 to the number of tokens
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
         """Raises DataError when the data can hold a token id that a model of `model_vocab_size` ids lacks."""
@@ -161,7 +176,7 @@ def open_tokens(folder: str | Path, split: SplitName, *, verify: bool = True) ->
     checksum and the highest token id, which only one process of a job needs to do.
 
     Raises DataError for a missing folder, manifest or file, a broken manifest, an unknown split, a size, a
-    checksum or a token id that differs, or a link that leads out of the folder.
+    checksum, a token id or a bound that differs, or a link that leads out of the folder.
     """
     folder = Path(folder)
     if split not in get_args(SplitName):
@@ -175,10 +190,23 @@ def open_tokens(folder: str | Path, split: SplitName, *, verify: bool = True) ->
         marks_path = folder / record.marks.file
         _check_file(marks_path, record.tokens, record.marks.sha256, verify=verify)
         marks = np.memmap(marks_path, dtype=np.uint8, mode="r")
+    bounds = None if record.bounds is None else _open_bounds(folder / record.bounds.file, record, verify=verify)
     tokens = np.memmap(path, dtype=dtype, mode="r")
     if verify and (highest := int(tokens.max())) > record.max_token_id:
         raise DataError(f"{path} has the token id {highest}, its manifest says at most {record.max_token_id}: {_AGAIN}")
-    return TokenFile(path=path, split=split, tokens=tokens, manifest=manifest, marks=marks)
+    return TokenFile(path=path, split=split, tokens=tokens, manifest=manifest, marks=marks, bounds=bounds)
+
+
+def _open_bounds(path: Path, record: SplitRecord, *, verify: bool) -> BoundArray:
+    """Maps them; windows are read where they say, so they have to lie in the file of tokens even if not verified."""
+    assert record.bounds is not None
+    _check_file(path, (record.documents + 1) * _BOUND.itemsize, record.bounds.sha256, verify=verify)
+    bounds: BoundArray = np.memmap(path, dtype=_BOUND, mode="r")
+    if bounds[0] != 0 or bounds[-1] != record.tokens or (bounds[1:] <= bounds[:-1]).any():
+        raise DataError(
+            f"{path} does not rise from 0 to {record.tokens}, the number of tokens, as bounds of documents do: {_AGAIN}"
+        )
+    return bounds
 
 
 def _check_file(path: Path, expected: int, sha256: str, *, verify: bool) -> None:
@@ -297,6 +325,7 @@ class _SplitWriter:
         self._dtype = _little_endian(dtype)
         self._tokenizer = tokenizer
         self._tokens, self._marks = _GrowingFile(folder / f"{split}.bin"), _GrowingFile(folder / f"{split}.marks.bin")
+        self._bounds = _GrowingFile(folder / f"{split}.bounds.bin")
         self._documents = self._longest = self._highest = 0
 
     def append(self, documents: list[Any]) -> None:
@@ -304,6 +333,9 @@ class _SplitWriter:
             return
         rows = self._tokenizer.rows(documents)
         tokens = np.concatenate([np.array(row.ids, dtype=self._dtype) for row in rows])
+        if rows[0].counts is None:
+            ends = self._tokens.items + np.cumsum([len(row.ids) for row in rows])
+            self._bounds.append(np.append([] if self._documents else [0], ends).astype(_BOUND))
         self._tokens.append(tokens)
         self._documents += len(rows)
         self._longest = max(self._longest, *(len(row.ids) for row in rows))
@@ -324,7 +356,13 @@ class _SplitWriter:
             max_token_id=self._highest,
             sha256=self._tokens.sha256.hexdigest(),
             marks=self._marks_record(),
+            bounds=self._bounds_record(),
         )
+
+    def _bounds_record(self) -> BoundsRecord | None:
+        if not self._bounds.items:
+            return None
+        return BoundsRecord(file=self._bounds.path.name, sha256=self._bounds.sha256.hexdigest())
 
     def _marks_record(self) -> MarksRecord | None:
         if not self._marks.items:

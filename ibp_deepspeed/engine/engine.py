@@ -97,7 +97,8 @@ class InterlockedPipelineEngine(ExecutingEngine):
     # What DeepSpeed's hooks ask for
 
     def _set_schedule(self) -> None:
-        self.timeline = Timeline(self.interlocking, self.num_stages, self.micro_batches, self.module.has_aux_heads)
+        about = self.num_stages, self.micro_batches, self.module.has_aux_heads, self.module.frozen_stages
+        self.timeline = Timeline(self.interlocking, *about)
         self._channel_depth = self.timeline.channel_depth()
         schedules = validated_timeline(self.timeline, self.make_schedule)
         self._schedules = {strategies: stages[self.stage_id] for strategies, stages in schedules.items()}

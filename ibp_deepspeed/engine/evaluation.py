@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import EvaluationLink
+from ibp_deepspeed.documents import reading
 from ibp_deepspeed.objectives.evaluation import weight_of
 from ibp_deepspeed.stage.losses import StageLosses
 from ibp_deepspeed.stage.sample_ledger import SampleLedger
@@ -61,18 +62,19 @@ def _evaluate_micro_batch(
     measure: Measure | None,
 ) -> None:
     module, stage = engine.module, engine.stage_id
-    inputs, labels, key = engine.load_micro_batch()
+    inputs, labels, key, documents = engine.load_micro_batch()
     if stage > 0:
         inputs, header = link.receive()
         ledger.add(header, _NO_BATCH, micro_batch, key)
     borrowed = module.placement.borrowed_from(stage)
-    read = module.borrowed_layers(inputs) if borrowed else None
-    outputs = module.remaining_layers(read) if borrowed else module.trunk(inputs)
-    if stage < engine.num_stages - 1:
-        link.send(TensorSpec.of(outputs, stage), outputs, (_NO_BATCH, micro_batch, key))
-    for loss, objective in module.objectives.items():
-        made = objective.outputs(outputs if loss == stage else read)
-        if measure is None:
-            losses.add(loss, objective.measure(made, labels), objective.weight(labels))
-        else:
-            losses.add(loss, measure(made, labels), weight_of(measure, labels))
+    with reading(documents):
+        read = module.borrowed_layers(inputs) if borrowed else None
+        outputs = module.remaining_layers(read) if borrowed else module.trunk(inputs)
+        if stage < engine.num_stages - 1:
+            link.send(TensorSpec.of(outputs, stage), outputs, (_NO_BATCH, micro_batch, key))
+        for loss, objective in module.objectives.items():
+            made = objective.outputs(outputs if loss == stage else read)
+            if measure is None:
+                losses.add(loss, objective.measure(made, labels), objective.weight(labels))
+            else:
+                losses.add(loss, measure(made, labels), weight_of(measure, labels))

@@ -69,6 +69,7 @@ def pipeline_module(
         aux_head=aux_head if options else None,
         interlocking=interlocking,
         partition_method=bounds,
+        side_loss=model.side_loss(interlocking),
     )
 
 
@@ -105,5 +106,4 @@ def virtual_pipeline(
             stage_objective(model, interlocking, bounds, stage, token_counts) if stage in exits else None
             for stage in range(num_stages - 1)
         ]
-    loss_fn = model.loss_fn(options)
-    return kind(stages, heads, loss_fn, ds_config, device, monitor)
+    return kind(stages, heads, model.loss_fn(options), ds_config, device, monitor, model.side_loss(interlocking))

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.models.costs import head_operations, layer_operations
+from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig
+from ibp_deepspeed.models.costs import backward_passes, head_operations, layer_operations
 from ibp_deepspeed.models.cut_model import CutModel, Weights, count_parameters
+from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.kinds import first_of_kind
 from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from ibp_deepspeed.models.objective import LanguageModelObjective
 from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
-from ibp_deepspeed.models.recorder import Recorder
+from ibp_deepspeed.models.recorder import MASKED_ATTENTION, Recorder
+from ibp_deepspeed.models.routers import SWITCH, RouterBalance
 from ibp_deepspeed.models.shell import Shell
+from ibp_deepspeed.models.tuning import EVERYTHING, Tuning
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
@@ -41,14 +44,16 @@ class CausalLM(CutModel):
         weights: of the layers, instead of random ones.
         fresh_heads: draw auxiliary heads at random all the same; otherwise they begin with the given weights' final
             norm and LM head, and blocks as the decoder layers that the model has next.
+        tuning: what of the layers is trained (default: everything).
 
     Attributes:
         num_layers: decoder layers + 2.
         vocab_size, hidden_size: V and H.
         was_tied: whether the config ties the LM head to the embedding.
+        tuning: with LoRA's targets named.
 
     Raises:
-        ModelError: a model that cannot be cut, by name and with the reason.
+        ModelError: a model that cannot be cut, by name and with the reason; targets that it does not have.
     """
 
     blocks_called = "decoder layers"
@@ -61,11 +66,15 @@ class CausalLM(CutModel):
         dtype: torch.dtype = torch.float32,
         weights: Weights | None = None,
         fresh_heads: bool = False,
+        tuning: Tuning = EVERYTHING,
     ) -> None:
         self._shell = Shell(hf_config)
         self._recorder = Recorder(self._shell)
         super().__init__(self._shell, len(self._shell.layers), seed=seed, dtype=dtype, weights=weights)
         self._fresh_heads = fresh_heads or weights is None
+        self.tuning = tuning
+        if tuning.lora is not None:
+            self.tuning = tuning.model_copy(update={"lora": tuning.lora.for_model(self._shell)})
         self.vocab_size: int = self._shell.hf_config.vocab_size
         self.hidden_size: int = self._shell.hf_config.hidden_size
         self.was_tied = self._shell.was_tied
@@ -77,6 +86,44 @@ class CausalLM(CutModel):
     def loss_fn(self, options: AuxHeadConfig | None) -> CausalLMLoss:
         """Next tokens' cross-entropy."""
         return CausalLMLoss(options.chunk_tokens if options else None)
+
+    @property
+    def balances_experts(self) -> bool:
+        """Whether the config asks for the loss of its routers."""
+        return self._shell.balances_experts
+
+    def side_loss(self, interlocking: InterlockingConfig) -> RouterBalance | None:
+        """The loss of a stage's routers; None: the model's config does not ask for it.
+
+        Raises:
+            ModelError: it does, and that can't be done with these settings, or the architecture has none.
+        """
+        if not self.balances_experts:
+            return None
+        options = interlocking.aux_head
+        why = {
+            "compile": interlocking.compile,
+            "aux_head.blocks": options is not None and options.blocks > 0,
+            "aux_head.borrow": options is not None and options.borrow > 0,
+        }
+        for name in (name for name, given in why.items() if given):
+            raise ModelError(
+                f'"interlocking.{name}" does not go together with the loss of a router ({SWITCH}=True in the model\'s '
+                "config): leave one of them out."
+            )
+        return self.router_balance()
+
+    def router_balance(self) -> RouterBalance | None:
+        """The loss of the routers of a stage; None: the config does not ask for it.
+
+        Raises:
+            ModelError: it does, and the architecture has none.
+        """
+        return RouterBalance(self._shell) if self.balances_experts else None
+
+    def build_layer(self, index: int) -> nn.Module:
+        """Overrides CutModel's: with what of the layer is trained, and adapters."""
+        return self.tuning.apply(super().build_layer(index), index, self._seed)
 
     def layer_class(self, index: int) -> type[nn.Module]:
         """The class of layer ``index``."""
@@ -101,6 +148,24 @@ class CausalLM(CutModel):
             sources = {name: source for name, source in sources.items() if kept and name.startswith(kept)}
         self._initialised(head, f"auxiliary head {stage_id}", self._from_layers(sources))
         return head
+
+    def check_document_masks(self) -> None:
+        """That documents in one row can be kept apart.
+
+        Raises:
+            ModelError: the attention takes no mask as a tensor.
+        """
+        kind = self.hf_config._attn_implementation
+        if kind not in MASKED_ATTENTION:
+            raise ModelError(
+                f"attention '{kind}' of the model's config takes no mask that keeps documents apart: use "
+                f"{' or '.join(MASKED_ATTENTION)}, or train with --no-document-masks"
+            )
+
+    def trained_parameters(self) -> int:
+        """Of all layers together those that are trained; nothing is materialised."""
+        layers = (self.tuning.apply(self._meta_layer(index), index, self._seed) for index in range(self.num_layers))
+        return sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
 
     def matrix_parameters(self) -> list[int]:
         """Elements of the matrices that a token is multiplied with in every layer of ``layer_specs``.
@@ -156,7 +221,11 @@ class CausalLM(CutModel):
             layers = [layer.total for layer in layer_operations(self, sequence_length)]
             head = head_operations(self, aux_heads, sequence_length).total if aux_heads else 0.0
         else:
-            layers = [_NANOSECONDS * layer.total for layer in measured.layers]
+            layers = [
+                _NANOSECONDS
+                * (layer.forward + has_b * layer.input_gradient + has_w * (layer.weight_gradient + layer.at_once))
+                for layer, (has_b, has_w) in zip(measured.layers, backward_passes(self), strict=True)
+            ]
             head = _NANOSECONDS * measured.head.total if aux_heads and measured.head else 0.0
         embedding, *costs, readout = map(round, layers)
         costs[0] += embedding

@@ -11,10 +11,11 @@ from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.meta import MetaModel
 from ibp_deepspeed.objectives.head import LossFn, Objective
+from ibp_deepspeed.objectives.side_loss import MakeSideLoss
 
 
 class Weights(Protocol):
@@ -95,6 +96,14 @@ class CutModel(ABC):
     @abstractmethod
     def loss_fn(self, options: AuxHeadConfig | None) -> LossFn:
         """The loss of all exits; ``options``: of the heads, None without any."""
+
+    def side_loss(self, interlocking: InterlockingConfig) -> MakeSideLoss | None:
+        """A loss of each stage's own; None: there is none.
+
+        Raises:
+            ModelError: the model's config asks for one that does not go together with these settings.
+        """
+        return None
 
     @abstractmethod
     def partition(

@@ -6,6 +6,7 @@ Each is built on its own from the shell. A meta copy tells its parameter count; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.models.recorder import Recorder
+from ibp_deepspeed.documents import at_hand
+from ibp_deepspeed.models.recorder import Recorder, no_mask
+from ibp_deepspeed.models.routers import routers
 from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
 from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward, split_linear
@@ -37,7 +40,10 @@ class EmbeddingLayer(nn.Module):
         return []
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        documents, more = at_hand(), {}
+        if documents is not None:
+            more = {"position_ids": documents.positions, "attention_mask": no_mask(input_ids.device)}
+        return self.decoder(input_ids=input_ids, use_cache=False, **more).last_hidden_state
 
 
 class DecoderLayer(nn.Module):
@@ -48,6 +54,9 @@ class DecoderLayer(nn.Module):
         self.layer = shell.copy_of(shell.layers[index])
         self.index = index
         self._recorder = recorder
+        self._router_logits: list[Tensor] = []
+        for router, place in routers(self.layer, shell.decoder) if shell.balances_experts else ():
+            router.register_forward_hook(partial(self._note, place))
 
     def compiled_parts(self) -> list[nn.Module]:
         """The model's layer; what the recorder does around it is Python's."""
@@ -60,7 +69,16 @@ class DecoderLayer(nn.Module):
             if isinstance(module, Conv1D):
                 split_linear(module, weight_gradients, transposed=True)
 
+    def take_router_logits(self) -> list[Tensor]:
+        """What its routers said in the last forward pass, [tokens, experts] each, if the config asks for their loss."""
+        taken, self._router_logits = self._router_logits, []
+        return taken
+
+    def _note(self, place: int, router: nn.Module, given: Any, output: Any) -> None:
+        self._router_logits.append(output[place] if isinstance(output, tuple) else output)
+
     def forward(self, hidden: Tensor) -> Tensor:
+        self._router_logits.clear()
         output = self.layer(hidden, **self._recorder.inputs_for(self.index, hidden))
         return output[0] if isinstance(output, tuple) else output
 

@@ -63,7 +63,7 @@ class MetaModel:
                 filled = torch.full(parameter.shape, torch.nan, dtype=torch.float32, device="cpu")
                 setattr(owner, name, nn.Parameter(filled, requires_grad=parameter.requires_grad))
         if not module.state_dict().keys() <= values.keys():
-            with torch.no_grad(), _seeded(f"{seed}/{part}"):
+            with torch.no_grad(), seeded(f"{seed}/{part}"):
                 for child in reversed(list(module.modules())):  # parents last: gpt2's rescale what children drew
                     self.model._init_weights(child)
         self._fill(module, part, values)
@@ -95,7 +95,7 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Para
 
 
 @contextmanager
-def _seeded(text: str) -> Iterator[None]:
+def seeded(text: str) -> Iterator[None]:
     """Draw from a seed made of a text; the generators of the caller are as before afterwards."""
     state = torch.random.default_generator.get_state()
     try:

@@ -1,7 +1,12 @@
 """What a model hands to its decoder layers besides hidden states, made again on every stage.
 
-Rotary tables, masks and positions follow from the shape of the input alone when nothing is padded. Rather than
-know them for each architecture, the model's own decoder is run with layers that only note what they are given.
+Rotary tables, masks and positions follow from the shape of the input alone when nothing is padded and a row is one
+document. Rather than know them for each architecture, the model's own decoder is run with layers that only note what
+they are given.
+
+Where rows hold several documents the decoder is run again with their positions, once for a micro-batch, and every
+mask that it gives for the shape is narrowed to tokens of one document. Transformers would find the documents in the
+positions itself, but not for all architectures (OPT, GPT-OSS), and it waits for the device to look at them.
 """
 
 from __future__ import annotations
@@ -12,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ibp_deepspeed.documents import Documents, at_hand
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.shell import Shell
 
 LayerInputs = dict[str, Any]
 _SHAPES_KEPT = 4  # training and evaluation, with one spare each
+_MASK = "attention_mask"
+MASKED_ATTENTION = ("sdpa", "eager")
+"""Kinds of attention that take a mask as a tensor."""
 
 
 class Recorder:
@@ -38,23 +47,59 @@ class Recorder:
         return self  # a cache of values that follow from the key, so copies of layers share it
 
     def inputs_for(self, index: int, hidden: Tensor) -> LayerInputs:
-        """The keyword arguments of decoder layer ``index`` for hidden states [B, S, H]."""
+        """The keyword arguments of decoder layer ``index`` for hidden states [B, S, H] of the documents at hand."""
+        documents = at_hand()
         key = (hidden.shape, hidden.dtype, hidden.device)
         if key not in self._cache:
             if len(self._cache) == _SHAPES_KEPT:
                 del self._cache[next(iter(self._cache))]
             self._cache[key] = self._record(*key)
-        return self._cache[key][index]
+            if self._is_eager and any(inputs.get(_MASK) is None for inputs in self._cache[key]):
+                raise ModelError("eager attention got no mask, so it would not be causal: use attn_implementation sdpa")
+        if documents is None:
+            return self._cache[key][index]
+        mine = (id(self), key)
+        if mine not in documents.made:
+            documents.made[mine] = self._record_documents(documents, *key)
+        return documents.made[mine][index]
 
-    def _record(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> list[LayerInputs]:
+    def _record(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, **more: Tensor) -> list[LayerInputs]:
         # what is made in inference mode could not be saved for a backward pass later
         with torch.inference_mode(False), torch.no_grad():
             self._decoder.to(device)
-            self._decoder(inputs_embeds=torch.zeros(shape, dtype=dtype, device=device), use_cache=False)
-            recorded = [note.take() for note in self._notes]
-        if self._is_eager and any(inputs.get("attention_mask") is None for inputs in recorded):
-            raise ModelError("eager attention got no mask, so it would not be causal: use attn_implementation sdpa")
+            embedded = torch.zeros(1, dtype=dtype, device=device).expand(shape)
+            self._decoder(inputs_embeds=embedded, use_cache=False, **more)
+            return [note.take() for note in self._notes]
+
+    def _record_documents(self, documents: Documents, *key: Any) -> list[LayerInputs]:
+        # a mask of four dimensions is handed on as it is, so that none is made here
+        recorded = self._record(*key, position_ids=documents.positions, attention_mask=no_mask(key[-1]))
+        narrowed: dict[int, Tensor] = {}  # layers share masks
+        for inputs, alone in zip(recorded, self._cache[key], strict=True):
+            mask = alone.get(_MASK)
+            if id(mask) not in narrowed:
+                narrowed[id(mask)] = _within(documents.same, mask)
+            inputs[_MASK] = narrowed[id(mask)]
         return recorded
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A mask for a decoder that is to make none."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _within(same: Tensor, mask: Tensor | None) -> Tensor:
+    """A mask that also holds documents apart; None is the causal one.
+
+    Args:
+        same: whether two tokens are of one document. [B, 1, S, S].
+        mask: [B or 1, 1, S, S], whether a token is seen, or what is added to its score.
+    """
+    if mask is None:
+        return same.tril()
+    if mask.dtype == torch.bool:
+        return mask & same
+    return mask.masked_fill(~same, torch.finfo(mask.dtype).min)
 
 
 class _Note(nn.Module):

@@ -20,8 +20,8 @@ from ibp_deepspeed.models.meta import MetaModel
 # Those that tests/models/test_causal_lm.py compares with the uncut model. Another may work: add it there first.
 PROVEN = (
     "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
-    "mistral", "mixtral", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
-    "stablelm", "starcoder2",
+    "mistral", "mixtral", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _LAYERS = ("layers", "h")
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -35,6 +35,7 @@ class Shell(MetaModel):
     Attributes:
         hf_config: an own copy of the config: LM head untied from the embedding, no cache.
         was_tied: whether the config given tied them.
+        balances_experts: whether it asked for the routers' loss, which the layers of each stage then have.
         model, decoder: the model and its decoder; decoder_name is the latter's path in the former.
         layers, layers_name: the ModuleList of decoder layers and its name in the decoder.
         norm, norm_name: the final norm and its name in the decoder.
@@ -49,6 +50,7 @@ class Shell(MetaModel):
         _refuse(hf_config)
         self.was_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
         super().__init__(meta_model(untied(hf_config)))
+        self.balances_experts = bool(getattr(hf_config, "output_router_logits", False))
         self.decoder: PreTrainedModel = self.model.get_decoder()
         self.decoder_name = next(name for name, m in self.model.named_modules() if m is self.decoder)
         self.layers_name, self.layers = self._part(_LAYERS, nn.ModuleList, "list of decoder layers")
@@ -76,6 +78,8 @@ def untied(hf_config: PretrainedConfig) -> PretrainedConfig:
     hf_config.use_cache = False
     hf_config.output_hidden_states = False
     hf_config.output_attentions = False
+    if hasattr(hf_config, "output_router_logits"):
+        hf_config.output_router_logits = False
     return hf_config
 
 
@@ -98,7 +102,6 @@ def _refuse(hf_config: PretrainedConfig) -> None:
         )
     wrong = {
         "layerdrop": "training that skips whole layers",
-        "output_router_logits": "a router loss, which would need every stage's router logits at the last stage",
         "add_cross_attention": "cross attention",
     }
     for name, meaning in wrong.items():

@@ -18,16 +18,19 @@ from deepspeed.utils import logger
 from torch import Tensor, nn
 
 from ibp_deepspeed import measures
-from ibp_deepspeed.batches import to_device, unpack
+from ibp_deepspeed.batches import position_ids, to_device, unpack
 from ibp_deepspeed.compilation import compile_layers
 from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_interlocking
+from ibp_deepspeed.documents import Documents
 from ibp_deepspeed.errors import BatchError, ConfigError
 from ibp_deepspeed.objectives.head import Objective
+from ibp_deepspeed.objectives.side_loss import MakeSideLoss
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, not_made
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
+from ibp_deepspeed.single_process.reference import Sample
 from ibp_deepspeed.stage.running_statistics import RunningStatistics
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -53,6 +56,7 @@ class VirtualPipeline:
             gradients in fp32.
         device: where everything is put.
         monitor: DeepSpeed's MonitorMaster, for what stages report every ``steps_per_print`` batches.
+        side_loss: see :class:`InterlockedReference`.
 
     Attributes:
         reference: the stages, heads and gradients.
@@ -71,6 +75,7 @@ class VirtualPipeline:
         ds_config: Mapping[str, Any],
         device: torch.device | str = "cpu",
         monitor: Any = None,
+        side_loss: MakeSideLoss | None = None,
     ) -> None:
         check_ds_config(ds_config)
         self.ds_config, self.monitor, self.global_rank = dict(ds_config), monitor, 0
@@ -81,7 +86,7 @@ class VirtualPipeline:
             module = part.module if isinstance(part, Objective) else part
             module.to(device=self.device, dtype=dtype)
             RunningStatistics([module])  # which stay in fp32
-        self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(ds_config))
+        self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(ds_config), side_loss)
         if self.reference.interlocking.compile:
             compile_layers(
                 [layer for stage in stages for layer in stage], [*self.reference.aux_heads.values()], self.device
@@ -154,7 +159,7 @@ class VirtualPipeline:
         self._train(False)
         return self.reference.evaluate(self._take(data_iter, num_micro_batches or self._micro_batches), measure)
 
-    def _accumulate(self, micro_batches: Sequence[tuple[Any, Any]]) -> Tensor:
+    def _accumulate(self, micro_batches: Sequence[Sample]) -> Tensor:
         """Gradients of all stages, into ``grad``; returns the K losses."""
         return self.reference.accumulate(micro_batches)
 
@@ -174,7 +179,8 @@ class VirtualPipeline:
         names = (measures.TRUNK_NORM, measures.HEAD_NORM)
         parts = self.reference.masters_by_part(stage)
         norms = {name: gradient_norm(part).item() for name, part in zip(names, parts, strict=False)}
-        return {**norms, measures.LEARNING_RATE: self.optimizers[stage].param_groups[0]["lr"]}
+        own = self.reference.side_means.get(stage, {})
+        return {**norms, **own, measures.LEARNING_RATE: self.optimizers[stage].param_groups[0]["lr"]}
 
     def _report(self, measured: list[dict[str, float]], losses: list[float]) -> None:
         seconds, self._seconds = sum(self._seconds) / len(self._seconds), []
@@ -238,7 +244,8 @@ class VirtualPipeline:
         if "betas" in kept:
             kept["betas"] = tuple(kept["betas"])
         defaults = {} if name.lower() == "sgd" else {"weight_decay": 0.01 if name.lower() == "adamw" else 0.0}
-        groups = parameter_groups(self.reference.masters(stage), self.reference.interlocking.decay)
+        trained = self.reference.masters(stage) or [nn.Parameter(torch.zeros(1, device=self.device))]  # as the engine's
+        groups = parameter_groups(trained, self.reference.interlocking.decay)
         return _OPTIMIZERS[name.lower()](groups, **{**defaults, **kept})
 
     def _clip(self) -> None:
@@ -255,16 +262,20 @@ class VirtualPipeline:
             elif limit:
                 torch.nn.utils.clip_grads_with_norm_(scope, limit, norm)
 
-    def _take(self, data_iter: Iterator[Any], count: int) -> list[tuple[Any, Any]]:
+    def _take(self, data_iter: Iterator[Any], count: int) -> list[Sample]:
         if not hasattr(data_iter, "__next__"):
             raise BatchError(
                 f"a {type(data_iter).__name__} would begin again with every batch: make iter(…) of it once, and give "
                 "that every time."
             )
-        rows = [to_device(unpack(row)[:2], self.device) for row in islice(data_iter, count)]
+        rows = [self._on_device(row) for row in islice(data_iter, count)]
         if len(rows) < count:
             raise BatchError(f"the data ended after {len(rows)} of {count} micro-batches: give a repeating iterator.")
         return rows
+
+    def _on_device(self, row: Any) -> Sample:
+        inputs, labels = to_device(unpack(row)[:2], self.device)
+        return inputs, labels, Documents.of(position_ids(row), self.device)
 
     def _train(self, mode: bool) -> None:
         for module in (*self.reference.stages, *self.reference.aux_heads.values()):

@@ -1,16 +1,15 @@
 """The command that prepares data."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from transformers import AutoTokenizer
 
+from ibp_deepspeed.commands import prepare_data
 from ibp_deepspeed.data.corpus import standard_library
 from ibp_deepspeed.data.token_file import read_manifest
 from ibp_deepspeed.data.tokenizer import TextTokenizer
@@ -30,18 +29,10 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Runs the command in this process, which saves the seconds of its imports."""
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
-    return int(_script().main())
+    return int(prepare_data.main())
 
 
 def _run(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":

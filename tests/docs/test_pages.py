@@ -87,6 +87,8 @@ def test_commands_of_the_hugging_face_and_exits_pages(
     assert [f"{row['loss']:.4f}" for row in family] == evaluated[-4:], (
         "the table of evaluate_lm.py, after training's own"
     )
+    assert "loads with PeftModel.from_pretrained onto path/to/model" in printed
+    assert "nothing to train but a head" in printed
     for folder, layers in (("hf", 4), ("half", 2), ("family/exit-1", 1), ("family/exit-4", 4)):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/tuned" / folder)
         assert model.config.num_hidden_layers == layers

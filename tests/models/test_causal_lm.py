@@ -325,7 +325,6 @@ def test_assemble_names_what_does_not_fit() -> None:
         (lambda: tiny("bloom"), "model type 'bloom' has not been proven"),
         (lambda: tiny("t5"), "model type 't5' has not been proven"),
         (lambda: tiny("opt", layerdrop=0.1), "layerdrop=0.1.*'opt'.*set it to 0.0"),
-        (lambda: tiny("mixtral", output_router_logits=True), "router loss.*set it to False"),
         (lambda: tiny("gpt2", add_cross_attention=True), "cross attention"),
         (lambda: tiny("llama", is_causal=False), "only causal models"),
         (lambda: tiny("opt", do_layer_norm_before=False), "OPTDecoder of model type 'opt' has no final norm"),

@@ -47,6 +47,12 @@ def changes(planned: Description, *allowed: str) -> Changes:
         ("tokenizer", described(tokenizer=64 * "d"), f"tokenizer of checksum {12 * 'c'}, not {12 * 'd'}", False),
         ("sequence-length", described(length=64), "sequence-length 32, not 64", True),
         (
+            "document-masks",
+            described(documents=64 * "d"),
+            f"document-masks off, not on (bounds of checksum {12 * 'd'})",
+            True,
+        ),
+        (
             "batch-size",
             described(replicas=1),
             "batch-size 16 (4 micro-batches of 2 samples × 2 replicas), not 8 (",

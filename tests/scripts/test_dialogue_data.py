@@ -130,7 +130,12 @@ def test_too_few_rows_for_a_batch_are_counted_as_rows(data: Path) -> None:
         data_parallel_rank=0,
     )
     plan = SimpleNamespace(
-        train=open_tokens(data, "train"), held_out=open_tokens(data, "heldout"), replicas=1, resume=None
+        train=open_tokens(data, "train"),
+        held_out=open_tokens(data, "heldout"),
+        replicas=1,
+        resume=None,
+        document_masks=False,
+        mixture=None,
     )
     args = argparse.Namespace(sequence_length=SEQUENCE, seed=0)
     with pytest.raises(DataError, match=r"has \d+ rows with a response in their first 33 tokens, a batch needs 64: "):

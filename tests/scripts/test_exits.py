@@ -132,11 +132,14 @@ def check_drafts(checkpoint: Path, family: Path) -> None:
     ):
         done = script("generate.py", *words, "--tokens", 12)
         assert done.returncode == 0 and done.stdout == plain.stdout, done.stderr
-        counted = rf"{name}: (\d+) of (\d+) drafted tokens accepted \(\d+%\), (\d+) passes of the model for 12 tokens "
+        counted = (
+            rf"{name}: (\d+) of (\d+) drafted tokens accepted(?: \(\d+%\))?, (\d+) passes of the model for 12 tokens "
+        )
         found = re.search(counted, done.stderr)
         assert found is not None and "without it: the same tokens" in done.stderr, done.stderr
         accepted, drafted, passes = map(int, found.groups())
-        assert accepted + passes == 12 and drafted > 0 and accepted <= drafted
+        assert accepted + passes == 12 and accepted <= drafted
+        assert drafted or "--draft-exit" in words, "an exit of a model that has learned little is not sure of anything"
 
 
 def test_other_exits_and_the_sum_of_all_when_a_run_goes_on(

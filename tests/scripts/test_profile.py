@@ -198,5 +198,5 @@ def test_a_measured_gpt_with_a_real_vocabulary_is_shared_evenly(tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     work = read_profile(tmp_path / "gpt.json").workload()
     given: Any = {"n_layer": 12, "vocab_size": 32_000, "n_embd": 64}
-    model = CausalLM(load_config(ROOT / GPT, **given))
+    model = CausalLM(load_config(GPT, **given))
     assert over_mean(work.layers, model.partition(2, measured=work), work.head, range(2)) <= 0.10

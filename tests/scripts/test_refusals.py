@@ -183,6 +183,7 @@ def test_who_said_what_comes_first(
         "batch: 8 samples: 1 micro-batches (default) of 8 samples (default of --micro-batch-size) in each replica",
         "learning rate: 0.5 (--learning-rate)",
         f"vocabulary: 512 tokens ({data}, in the place of the 4,096 of {SMALL[1]})",
+        "documents: packed whole into samples, and masked from each other (default)",
     ]
     assert "one process was started, which is one stage" in said.err and "--num_accelerators K" in said.err
     args = parse_arguments(None, [str(word) for word in wrong(tmp_path, data, config)])

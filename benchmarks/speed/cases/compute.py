@@ -31,7 +31,7 @@ def batches(folder: Path | None, vocabulary: int, size: int, tokens: int) -> Ite
         return cycle([(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in ids])
     from ibp_deepspeed.data import MicroBatchLoader, open_tokens
 
-    loader = MicroBatchLoader(open_tokens(folder, "train", verify=False), tokens, size)
+    loader = MicroBatchLoader(open_tokens(folder, "train", verify=False), tokens, size, document_masks=False)
     return cycle([(inputs, labels) for inputs, labels, _ in islice(loader, 8)])
 
 

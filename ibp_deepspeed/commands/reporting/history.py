@@ -26,6 +26,7 @@ class History:
         stages: (batch, what each stage reported).
         spikes: (batch, exits whose loss jumped, ids of the batch's samples); an exit has "exit" (from 1), "loss" and
             "median", of the batches before.
+        drawn: of a mixture: (batch, tokens of each source).
     """
 
     train: list[tuple[int, list[float]]] = field(default_factory=list)
@@ -34,6 +35,7 @@ class History:
     stages: list[tuple[int, list[dict[str, float]]]] = field(default_factory=list)
 
     spikes: list[tuple[int, list[dict[str, float]], list[int]]] = field(default_factory=list)
+    drawn: list[tuple[int, dict[str, int]]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> History:
@@ -59,6 +61,8 @@ class History:
                 if "spikes" in row:
                     exits = [dict(found) for found in row["spikes"]]
                     history.spikes.append((int(row["step"]), exits, list(row["samples"])))
+                if "drawn" in row:
+                    history.drawn.append((int(row["step"]), {str(k): int(n) for k, n in row["drawn"].items()}))
                 if "stages" in row:
                     history.stages.append((int(row["step"]), [dict(stage) for stage in row["stages"]]))
             except (ValueError, TypeError, KeyError, AttributeError):
@@ -66,6 +70,11 @@ class History:
                     break
                 raise InterlockingError(f"{path}, line {number} is not a row of a run's history.") from None
         return history
+
+    def drawn_tokens(self) -> dict[str, int]:
+        """Of a mixture: tokens of each source in all batches."""
+        names = dict.fromkeys(name for _, tokens in self.drawn for name in tokens)
+        return {name: sum(tokens.get(name, 0) for _, tokens in self.drawn) for name in names}
 
     def of_stage(self, stage: int, name: str) -> Series:
         """Batches and values of what a stage reported under a name."""

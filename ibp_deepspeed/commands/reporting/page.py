@@ -96,6 +96,9 @@ def _facts(record: RunRecord, history: History) -> list[Fact]:
     times = [time for k in range(record.stages) if (time := history.batch_time(k)) is not None]
     if times:
         found.append(Fact(f"{record.counted} a second", f"{record.tokens_per_batch / max(times):,.0f}"))
+    drawn = history.drawn_tokens()
+    for name, tokens in drawn.items():
+        found.append(Fact(f"tokens of {name}", f"{tokens:,} ({tokens / sum(drawn.values()):.1%})"))
     waits = [wait for k in range(record.stages) if (wait := history.mean(k, measures.WAITING)) is not None]
     if waits:
         found.append(Fact("waiting, mean stage", f"{sum(waits) / len(waits):.0%}"))

@@ -46,6 +46,7 @@ class RunRecord:
         unigram_entropy: of the data's tokens, or of its classes, in nats.
         counted: tokens, or images.
         interrupted: the batch after which a signal ended it; 0: none did.
+        frozen: stages with nothing to train but a head.
         summary: what was printed at the end.
     """
 
@@ -67,6 +68,7 @@ class RunRecord:
     counted: str = "tokens"
     ended: float | None = None
     interrupted: int = 0
+    frozen: list[int] = field(default_factory=list)
     summary: list[str] = field(default_factory=list)
 
     @property
@@ -127,6 +129,7 @@ def record_of(
         model=plan.model.hf_config.to_diff_dict(),
         options=vars(args),
         processes=1 if args.one_process else plan.num_stages * plan.replicas,
+        frozen=list(plan.frozen_stages),
         unigram_entropy=plan.label_entropy(),
         counted=plan.counted,
     )

@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
 _CODE = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "deepspeed", "transformers")
-_OF_ONE_HOST = ("local_rank", "verbose", "data", "output", "deepspeed_config", "model", "init_from", "partition")
+_OF_ONE_HOST = (
+    "local_rank",
+    "verbose",
+    "data",
+    "mixture",
+    "output",
+    "deepspeed_config",
+    "model",
+    "init_from",
+    "partition",
+)
 """Options that may differ: paths, whose contents are compared where they decide what is computed."""
 
 
@@ -30,6 +40,7 @@ def alike(plan: TrainingPlan, args: argparse.Namespace) -> dict[str, str]:
         "the data": plan.data_digest(args),
         "the DeepSpeed configuration": _digest_of(about.settings, about.interlocking),
         "the model's configuration": _digest_of(about.model),
+        "what is trained of it": "" if about.tuning is None else about.tuning.model_dump_json(),
         "layers of the stages": str(plan.bounds),
         "the checkpoint to resume from": str(plan.resume),
     }

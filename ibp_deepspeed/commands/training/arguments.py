@@ -15,7 +15,7 @@ SAVE_SECONDS = 900.0
 """Between two checkpoints at most, where --save-interval is not given."""
 _SHORT = 50
 _BY_PROFILE = "profile:"
-_CHANGES = ("seed", "data", "tokenizer", "sequence-length", "batch-size")
+_CHANGES = ("seed", "data", "tokenizer", "sequence-length", "document-masks", "batch-size")
 
 
 class Defaults(NamedTuple):
@@ -27,17 +27,39 @@ class Defaults(NamedTuple):
     warmup: str
 
 
-_OF_TEXT = Defaults("8", "4", "0.25 / hidden size, a tenth of that with --init-from", "a 20th, at most 500")
+_OF_TEXT = Defaults("8", "4", "0.25 / hidden size, a tenth of that with --init-from but --lora", "a 20th, at most 500")
+
+
+class Source(NamedTuple):
+    """Prepared data, and how much of the training they are (a share of all weights); None: not said."""
+
+    folder: Path
+    weight: float | None
+
+
+def _source(text: str) -> Source:
+    """``DIR=WEIGHT``, or DIR alone, which may have a = in its name."""
+    folder, _, weight = text.rpartition("=")
+    try:
+        return Source(Path(folder), float(weight)) if folder else Source(Path(text), None)
+    except ValueError:
+        return Source(Path(text), None)
 
 
 def parse_arguments(description: str | None, words: list[str] | None = None) -> argparse.Namespace:
-    """The command line (or ``words``); every option's help says its default."""
+    """The command line (or ``words``); every option's help says its default.
+
+    ``data`` is the first folder of --data, which has the tokenizer, and ``mixture`` all of them with their weights.
+    """
     parser = cli.parser(description)
     _add_what(parser)
     add_hyperparameters(parser, _OF_TEXT)
     add_evaluation_and_checkpoints(parser, _CHANGES)
     add_trace_and_log(parser)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.mixture = args.data
+    args.data = args.mixture[0].folder
+    return args
 
 
 def add_trace_and_log(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +84,14 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='DeepSpeed JSON with an "interlocking" block, or a preset\'s name (pairwise_cpu)',
     )
-    add("--data", required=True, type=Path, metavar="DIR", help="folder written by scripts/prepare_data.py")
+    add(
+        "--data",
+        required=True,
+        nargs="+",
+        type=_source,
+        metavar="DIR[=WEIGHT]",
+        help="folder written by scripts/prepare_data.py; several with weights are mixed, sample by sample: a=0.7 b=0.3",
+    )
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", metavar="CONFIG", help="config: JSON file, folder, hub name or ours (llama-tiny)")
     start.add_argument(
@@ -85,6 +114,21 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override values of the model's config (default: none)",
     )
+    add(
+        "--freeze",
+        metavar="WHAT",
+        help="layers that are not trained: N, the embedding and the first N decoder layers, or names such as "
+        "embedding,layers.0-5,head (default: none)",
+    )
+    add(
+        "--lora",
+        nargs="?",
+        const="",
+        metavar="KEY=VALUE,…",
+        help="train low-rank adapters (peft) of the weights of --init-from, which stay as they are: rank=8,alpha=16,"
+        "dropout=0,targets=q_proj+v_proj, of which any can be left out: rank 8, alpha twice the rank, no dropout, the "
+        "targets that peft knows for the model type; or targets=all-linear (default: train the weights)",
+    )
     add("--stages", type=int, metavar="K", help="pipeline stages (default: the number of processes)")
     add("--one-process", action="store_true", help="all stages in this process, on one device; needs --stages")
     add(
@@ -92,6 +136,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,…",
         help="decoder layers of each stage, or profile:FILE: balanced by what profile_stage.py measured "
         "(default: balanced by operations, heads counted)",
+    )
+    add(
+        "--document-masks",
+        action=argparse.BooleanOptionalAction,
+        help="pack whole documents into samples, and keep them from seeing each other; otherwise samples are cut from "
+        "the text wherever they end (default: on, if the data have the bounds of their documents)",
     )
     add("--sequence-length", type=int, default=256, metavar="S", help="tokens of a sample (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="initial weights and order of data (default: %(default)s)")
@@ -173,8 +223,9 @@ def add_evaluation_and_checkpoints(parser: argparse.ArgumentParser, changes: Seq
         metavar="WHAT",
         help="with --resume, go on although this differs from the checkpoint's training, which is refused otherwise. "
         "seed: the rest of the epoch comes in another order, some samples twice, others not at all; data, "
-        "sequence-length: the epoch begins again, with other samples; tokenizer: token ids may mean other words; "
-        "batch-size: the order stays, samples that fill no whole micro-batch are passed over (default: nothing)",
+        "sequence-length, document-masks: the epoch begins again, with other samples; tokenizer: token ids may mean "
+        "other words; batch-size: the order stays, samples that fill no whole micro-batch are passed over "
+        "(default: nothing)",
     )
 
 
@@ -199,7 +250,8 @@ def given_hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
 
 def default_hyperparameters(args: argparse.Namespace, hidden_size: int) -> dict[str, Any]:
     """Option → value where none was given. Wide models, and weights that have been trained, need smaller rates."""
-    rate = 0.25 / hidden_size / (1 if args.init_from is None else 10)
+    tenth = args.init_from is not None and args.lora is None
+    rate = 0.25 / hidden_size / (10 if tenth else 1)
     return {
         "--steps": args.steps,
         "--micro-batch-size": 8,

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ibp_deepspeed.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from ibp_deepspeed.commands.training.training_plan import TrainingPlan
-    from ibp_deepspeed.data.sample_loader import SampleLoader
+    from ibp_deepspeed.commands.training.training_plan import TrainingData, TrainingPlan
     from ibp_deepspeed.models.runs.conditions import Changes
     from ibp_deepspeed.pipeline import Pipeline
 
 
-def save(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace, train: SampleLoader) -> None:
+def save(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace, train: TrainingData) -> None:
     """A checkpoint in DeepSpeed's layout, with what evaluation, export and resuming need; old ones go."""
     from ibp_deepspeed.checkpoint import layout
     from ibp_deepspeed.checkpoint.store import keep_newest
@@ -46,7 +45,7 @@ def resume(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace) -> 
         print(line, flush=True)
 
 
-def set_position(train: SampleLoader, plan: TrainingPlan, args: argparse.Namespace) -> None:
+def set_position(train: TrainingData, plan: TrainingPlan, args: argparse.Namespace) -> None:
     """Have the training data resume where the checkpoint was written, also in batches of another size."""
     from ibp_deepspeed.checkpoint import layout
     from ibp_deepspeed.json_text import parsed, small_text

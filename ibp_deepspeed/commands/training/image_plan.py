@@ -101,13 +101,13 @@ class ImagePlan(TrainingPlan):
         assert conditions is not None
         return conditions.data[:12]
 
-    def data_line(self, args: argparse.Namespace) -> str:
+    def data_lines(self, args: argparse.Namespace) -> list[str]:
         """Classes and images."""
         data, size = self.images, self.model.image_size
-        return (
+        return [
             f"images: {len(data.train):,} to train on, {len(data.held_out):,} held out, {len(data.classes)} classes, "
             f"made {size} × {size} ({data.name})"
-        )
+        ]
 
     def open_data(self, pipeline: Pipeline, args: argparse.Namespace) -> Data:
         """Images for the first stage, classes for all."""

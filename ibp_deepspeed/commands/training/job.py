@@ -36,8 +36,10 @@ def processes(args: argparse.Namespace, command: str) -> tuple[int, int]:
         _become_only_process(args.stages)
         return args.stages, 1
     if "RANK" not in os.environ:
+        module = command.removesuffix(".py")
         raise ModelError(
-            f"{command} needs a launcher (deepspeed --num_accelerators 4 scripts/{command} …) or --one-process."
+            f"{command} needs a launcher (deepspeed --num_accelerators 4 scripts/{command} …; where the package is "
+            f"installed: deepspeed --num_accelerators 4 --module ibp_deepspeed.commands.{module} …) or --one-process."
         )
     world = int(os.environ["WORLD_SIZE"])
     num_stages = world if args.stages is None else args.stages

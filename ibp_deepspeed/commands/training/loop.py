@@ -28,8 +28,7 @@ from ibp_deepspeed.measures import in_words, or_null
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ibp_deepspeed.commands.training.training_plan import Data, Evaluated, HeldOutData
-    from ibp_deepspeed.data.sample_loader import SampleLoader
+    from ibp_deepspeed.commands.training.training_plan import Data, Evaluated, HeldOutData, TrainingData
     from ibp_deepspeed.pipeline import Pipeline
 
 _PATIENCE = 10.0  # seconds for the last reports, of stages that have trained already
@@ -124,7 +123,7 @@ class Run:
                 monitor.write_events(evaluation.events(step))
         return evaluation
 
-    def new_losses(self, step: int, train: SampleLoader) -> Tensor | None:
+    def new_losses(self, step: int, train: TrainingData) -> Tensor | None:
         """On rank 0, behind batch ``step``: look at all losses that have come, and say which have jumped; returns the
         newest."""
         known = self.pipeline.losses_after(self.logged) if self.first else []
@@ -138,17 +137,30 @@ class Run:
                 self.display.say(spikes_in_words(self.logged, spikes, ids))
         return known[-1][0] if known else None
 
-    def show(self, step: int, train: SampleLoader) -> None:
+    def drawn(self, step: int, train: TrainingData) -> str:
+        """Of a mixture: keep how many tokens of each source batch ``step`` had; returns their shares in words."""
+        from ibp_deepspeed.data.mixture import MixtureLoader
+
+        if not isinstance(train, MixtureLoader):
+            return ""
+        micro_batches = self.pipeline.gradient_accumulation_steps()
+        tokens = train.drawn(micro_batches, micro_batches)
+        self.write({"step": step, "drawn": tokens})
+        return ", of " + " ".join(f"{name} {n / sum(tokens.values()):.0%}" for name, n in tokens.items())
+
+    def show(self, step: int, train: TrainingData) -> None:
         """Progress of rank 0, with the newest losses that all stages have reported."""
         if not self.first:
             return
+        drawn = self.drawn(step, train)
         losses = self.new_losses(step, train)
         if losses is not None:
             self.write({"step": self.logged, "train": or_null(losses.tolist())})
             seconds, left = self.speed.recent(), timedelta(seconds=round(self.seconds_left(step)))
             speed = f"{self.throughput.tokens_per_batch / seconds:,.0f} {self.throughput.counted}/s"
             rate = f"{speed}, {seconds * 1e3:.0f} ms/batch"
-            self.text = f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}), {rate}, {left} left"
+            known = f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}){drawn}"
+            self.text = f"{known}, {rate}, {left} left"
         self.display.advance(self.text)
         self.reported()
 

@@ -47,7 +47,7 @@ def source_lines(plan: TrainingPlan, args: argparse.Namespace) -> list[str]:
         _stages(plan, args),
         f"batch: {plan.ds_config['train_batch_size']} samples: {sizes} in each replica",
         f"learning rate: {_value(plan.ds_config, _RATE)} ({_source(_RATE, written, args)})",
-        plan.data_line(args),
+        *plan.data_lines(args),
     ]
 
 
@@ -79,8 +79,12 @@ def _stages(plan: TrainingPlan, args: argparse.Namespace) -> str:
     return f"stages: {plan.num_stages} ({stages}); replicas: {plan.replicas} ({processes})"
 
 
-def vocabulary_line(plan: Plan, args: argparse.Namespace) -> str:
-    """How many tokens a language model has, and who said so."""
+def text_lines(plan: Plan, args: argparse.Namespace) -> list[str]:
+    """How many tokens a language model has, what it reads and how, and who said so."""
+    return [_vocabulary(plan, args), *_mixture(plan), *_documents(plan, args)]
+
+
+def _vocabulary(plan: Plan, args: argparse.Namespace) -> str:
     tokens = f"vocabulary: {plan.model.vocab_size:,} tokens"
     if args.init_from is not None:
         return f"{tokens} ({args.init_from})"
@@ -91,6 +95,27 @@ def vocabulary_line(plan: Plan, args: argparse.Namespace) -> str:
     own = load_config(args.model).vocab_size
     replaced = "" if own == plan.model.vocab_size else f", in the place of the {own:,} of {args.model}"
     return f"{tokens} ({args.data}{replaced})"
+
+
+def _mixture(plan: Plan) -> list[str]:
+    """The sources, where they are several."""
+    return [] if plan.mixture is None else [f"data: {plan.mixture.describe()}"]
+
+
+def _documents(plan: Plan, args: argparse.Namespace) -> list[str]:
+    """Whether samples keep the documents of a text apart; nothing of dialogues, which have a sample each."""
+    texts = [file for file in (plan.mixture.train if plan.mixture else [plan.train]) if file.marks is None]
+    if not texts:
+        return []
+    said = "default" if args.document_masks is None else "--document-masks"
+    if plan.document_masks:
+        return [f"documents: packed whole into samples, and masked from each other ({said})"]
+    if args.document_masks is None:
+        old = next(file.path.parent for file in texts if file.bounds is None)
+        said = f"{old} has no bounds of documents: it was prepared by an earlier version"
+    else:
+        said = "--no-document-masks"
+    return [f"documents: samples cross their ends, and are not masked ({said})"]
 
 
 def _value(ds_config: Mapping[str, Any], place: tuple[str, ...]) -> Any:

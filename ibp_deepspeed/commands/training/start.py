@@ -29,6 +29,7 @@ from ibp_deepspeed.commands.training.training_plan import Data, TrainingPlan, fe
 if TYPE_CHECKING:
     from ibp_deepspeed.commands.training.plan import Plan
     from ibp_deepspeed.data import HeldOut, MicroBatchLoader
+    from ibp_deepspeed.data.mixture import MixtureLoader
     from ibp_deepspeed.pipeline import Pipeline
 
 
@@ -70,13 +71,19 @@ def open_data(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Data:
     size, count = pipeline.train_micro_batch_size_per_gpu(), pipeline.gradient_accumulation_steps()
     where: dict[str, Any] = {"data_parallel_rank": pipeline.data_parallel_rank, "data_parallel_size": plan.replicas}
     position = pipeline.global_steps * count
-    train = MicroBatchLoader(plan.train, args.sequence_length, size, **where, seed=args.seed, start=position)
+    where["document_masks"] = plan.document_masks
+    train: MicroBatchLoader | MixtureLoader
+    if plan.mixture is None:
+        train = MicroBatchLoader(plan.train, args.sequence_length, size, **where, seed=args.seed, start=position)
+        train.samples.require(count * size * plan.replicas, "a batch")
+    else:
+        train = plan.mixture.loader(args.sequence_length, size, **where, seed=args.seed, start=position)
     set_position(train, plan, args)
-    train.samples.require(count * size * plan.replicas, "a batch")
+    splits = plan.held_out if plan.mixture is None else plan.mixture.held_out
 
     def held_out(micro_batches: int | None) -> HeldOut:
         samples = None if micro_batches is None else micro_batches * size * plan.replicas
-        return HeldOut(plan.held_out, args.sequence_length, size, **where, samples=samples)
+        return HeldOut(splits, args.sequence_length, size, **where, samples=samples)
 
     return Data(
         train, held_out(args.eval_micro_batches or EVAL_MICRO_BATCHES), held_out(args.eval_micro_batches or None)
@@ -112,6 +119,8 @@ def remarks(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data
     if args.init_from and not plan.resume:
         heads = "at random" if args.init_heads == "fresh" else "as its final norm and LM head"
         lines.append(f"begins with the weights of {args.init_from}" + (f", heads {heads}" if options else ""))
+    lines += _tuned(plan)
+    lines += _experts(plan)
     if options and options.readout == "shared":
         size = "" if args.one_process else f" ({pipeline.refresh_bytes:,} bytes)"
         lines.append(
@@ -122,7 +131,7 @@ def remarks(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data
         lines.append("decoder layers are compiled in the first batch, which may take minutes")
     if plan.model.was_tied:
         lines.append("the LM head is not tied to the embedding: they live on different stages.")
-    return [*lines, *cast("MicroBatchLoader", data.train).samples.remarks(), *data.at_the_end.remarks()]
+    return [*lines, *cast("MicroBatchLoader | MixtureLoader", data.train).samples.remarks(), *data.at_the_end.remarks()]
 
 
 def agreement(pipeline: Pipeline, args: argparse.Namespace) -> Agreement:
@@ -165,6 +174,32 @@ def summarise(speed: Speed, plan: TrainingPlan, args: argparse.Namespace) -> str
     """All ranks together, at the end: memory, speed and MFU in words, for rank 0 to show."""
     peaks = gathered_peaks(peak_memory())
     return end_line(Machine.here(on_gpu()), speed, plan.flops(args), peaks, plan.counted) if peaks else ""
+
+
+def _tuned(plan: Plan) -> list[str]:
+    """What is trained, where that is not everything."""
+    tuning, stages = plan.model.tuning, plan.frozen_stages
+    if plan.description.tuning is None:
+        return []
+    counts = f"{plan.model.trained_parameters():,} of {sum(plan.model.parameter_counts()):,} parameters"
+    lines = [f"{counts} are trained, and heads: {tuning}"]
+    if stages:
+        named = ", ".join(map(str, stages))
+        who = f"stage {named} has" if len(stages) == 1 else f"stages {named} have"
+        lines.append(f"{who} nothing to train but a head: no weight gradients, and no gradients sent for them")
+    return lines
+
+
+def _experts(plan: Plan) -> list[str]:
+    """Whether experts are held in balance, where there are some."""
+    from ibp_deepspeed.models.routers import SWITCH, has_experts
+
+    config = plan.model.hf_config
+    if not has_experts(config):
+        return []
+    if plan.model.balances_experts:
+        return [f"each stage adds the loss of its own routers, with the coefficient {config.router_aux_loss_coef}"]
+    return [f"nothing holds the experts in balance: --set {SWITCH}=true adds Hugging Face's loss of their routers"]
 
 
 def _learning_rate(plan: TrainingPlan) -> str:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ibp_deepspeed.config.interlocking import InterlockingConfig
-    from ibp_deepspeed.data.sample_loader import SampleLoader
     from ibp_deepspeed.models.cut_model import CutModel
     from ibp_deepspeed.models.runs.conditions import Changes
     from ibp_deepspeed.models.runs.description import Description
@@ -51,10 +50,30 @@ class Evaluated(Protocol):
         ...
 
 
+class TrainingData(Protocol):
+    """Endless micro-batches of this rank's replica."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __next__(self) -> Any: ...
+
+    def sample_ids(self, micro_batches_ago: int, count: int) -> list[int]:
+        """Of the samples of some micro-batches, see SampleLoader."""
+        ...
+
+    def state_dict(self) -> dict[str, int]:
+        """How far it is."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        ...
+
+
 class Data(NamedTuple):
     """What this rank's replica reads: training data, and what is evaluated on the way and at the end."""
 
-    train: SampleLoader
+    train: TrainingData
     on_the_way: HeldOutData
     at_the_end: HeldOutData
 
@@ -113,8 +132,8 @@ class TrainingPlan(ABC):
         """The same where the data are the same."""
 
     @abstractmethod
-    def data_line(self, args: argparse.Namespace) -> str:
-        """What the model reads and gives, and who said so, in a line."""
+    def data_lines(self, args: argparse.Namespace) -> list[str]:
+        """What the model reads and gives, and who said so."""
 
     @abstractmethod
     def open_data(self, pipeline: Pipeline, args: argparse.Namespace) -> Data:
@@ -135,6 +154,11 @@ class TrainingPlan(ABC):
     @abstractmethod
     def table(self, evaluation: Any) -> str:
         """What an evaluation has found, for the end of a run."""
+
+    @property
+    def frozen_stages(self) -> tuple[int, ...]:
+        """Those with nothing to train but a head."""
+        return ()
 
     def token_counts(self) -> Tensor | None:
         """How often each token occurs in the training data, [V], for heads that draw some; None: they draw none."""

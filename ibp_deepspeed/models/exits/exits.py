@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ibp_deepspeed.batches import position_ids
 from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.models.build import stage_objective
 from ibp_deepspeed.models.causal_lm import CausalLM
 from ibp_deepspeed.models.errors import ModelError
@@ -76,16 +78,17 @@ class Exits:
 
     @torch.no_grad()
     def eval_batch(
-        self, data_iter: Iterator[tuple[Tensor, Tensor, Tensor]], num_micro_batches: int, watch: Watch | None = None
+        self, data_iter: Iterator[tuple[Tensor, ...]], num_micro_batches: int, watch: Watch | None = None
     ) -> Tensor:
         """Held-out losses of the K exits as a pipeline's ``eval_batch`` gives them, NaN where there is no head. [K]
 
         ``watch`` is shown each micro-batch's logits and labels.
         """
         means = ExitMeans(len(self))
-        for input_ids, labels, _ in islice(data_iter, num_micro_batches):
-            labels = labels.to(self.device)
-            outputs = self._all_outputs(input_ids)
+        for micro_batch in islice(data_iter, num_micro_batches):
+            input_ids, labels = micro_batch[0], micro_batch[1].to(self.device)
+            with reading(Documents.of(position_ids(micro_batch), self.device)):
+                outputs = self._all_outputs(input_ids)
             if watch is not None:
                 watch(outputs, labels)
             values = {k - 1: self.objectives[k].measure(made, labels) for k, made in outputs.items()}
@@ -114,7 +117,7 @@ class Exits:
 
     @torch.no_grad()
     def lazy_logits(self, input_ids: Tensor, exit_: int) -> LazyLogits:
-        """An exit's logits [B, S, V], in fp32."""
+        """An exit's logits [B, S, V], in fp32, of the documents at hand."""
         self.check(exit_)
         hidden = input_ids.to(self.device)
         for layer in self.layers[: self.boundary(exit_)] if exit_ < len(self) else self.layers:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from ibp_deepspeed.batches import position_ids
 from ibp_deepspeed.data import HeldOut
+from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.models.exits.evaluation import evaluate
 from ibp_deepspeed.models.exits.exits import Exits
 
@@ -31,9 +33,12 @@ def measure(exits: Exits, held_out: HeldOut) -> Iterator[dict[str, Any]]:
 @torch.no_grad()
 def _speed(exits: Exits, exit_: int, held_out: HeldOut) -> float:
     tokens, seconds = 0, 0.0
-    for input_ids, labels, _ in islice(held_out, _TIMED_MICRO_BATCHES):
+    for micro_batch in islice(held_out, _TIMED_MICRO_BATCHES):
+        input_ids, labels, *_ = micro_batch
         began = time.perf_counter()
-        exits.objectives[exit_].measure(exits.lazy_logits(input_ids, exit_), labels.to(exits.device)).item()
+        with reading(Documents.of(position_ids(micro_batch), exits.device)):
+            logits = exits.lazy_logits(input_ids, exit_)
+        exits.objectives[exit_].measure(logits, labels.to(exits.device)).item()
         seconds += time.perf_counter() - began
         tokens += input_ids.numel()
     return tokens / seconds

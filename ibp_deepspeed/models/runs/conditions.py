@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,11 @@ EFFECTS = {
     "data": "this epoch begins again, with other samples",
     "tokenizer": "token ids may mean other words",
     "sequence-length": "this epoch begins again, with other samples",
+    "document-masks": "this epoch begins again, with other samples",
     "batch-size": "the order of the samples stays, and those that fill no whole micro-batch are passed over",
 }
 """What may be allowed to change → what that does to the order of the data."""
-_OTHER_SAMPLES = {"data", "sequence-length"}
+_OTHER_SAMPLES = {"data", "sequence-length", "document-masks"}
 _NOT_OF_THE_TRAINING = {"steps_per_print", "wall_clock_breakdown", "tensorboard", "wandb", "csv_monitor", "comet"}
 _DIGITS = 12  # of a checksum that a message shows
 
@@ -40,7 +41,7 @@ class Conditions(BaseModel):
     seed: int
     """Of the order of the data, and of new weights."""
     data: str
-    """Of the training split's tokens, and of their marks if there are some."""
+    """Of the training split's tokens, and of their marks if there are some; of a mixture, all and their shares."""
     held_out: str
     """The same of the held-out split."""
     tokenizer: str
@@ -50,9 +51,19 @@ class Conditions(BaseModel):
     micro_batches: int
     """M."""
     replicas: int
+    documents: str | None = None
+    """Of the bounds of the documents that samples keep apart; None: samples cross them, as with earlier versions."""
 
     @classmethod
-    def of(cls, train: TokenFile, seed: int, ds_config: Mapping[str, Any], replicas: int) -> Conditions:
+    def of(
+        cls,
+        train: TokenFile,
+        seed: int,
+        ds_config: Mapping[str, Any],
+        replicas: int,
+        document_masks: bool = False,
+        mixture: Sequence[tuple[TokenFile, float]] = (),
+    ) -> Conditions:
         """Those of a training.
 
         Args:
@@ -60,18 +71,23 @@ class Conditions(BaseModel):
             seed: of the command line.
             ds_config: without "auto".
             replicas: data-parallel ranks.
+            document_masks: whether documents are kept apart, by the bounds that the texts then have.
+            mixture: where they are several, all data and their shares; ``train`` is the first.
         """
+        sources = [(file.manifest, share) for file, share in mixture] or [(train.manifest, 1.0)]
+        bounds = [m.train.bounds.sha256 for m, _ in sources if m.train.bounds is not None] if document_masks else []
         manifest = train.manifest
         sizes = with_batch_sizes(ds_config, replicas)
         tokenizer = train.path.parent / manifest.tokenizer_file
         return cls(
             seed=seed,
-            data=_checksum(manifest.train),
-            held_out=_checksum(manifest.heldout),
+            data=_joined([_checksum(m.train) for m, _ in sources], [share for _, share in sources]),
+            held_out=_joined([_checksum(m.heldout) for m, _ in sources]),
             tokenizer=hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "none",
             micro_batch_size=sizes[SIZE],
             micro_batches=sizes[COUNT],
             replicas=replicas,
+            documents=_joined(bounds) if bounds else None,
         )
 
     @property
@@ -147,8 +163,14 @@ def _conditions(saved: Description, planned: Description) -> Iterator[tuple[str,
         ours, theirs = getattr(new, name), getattr(old, name)
         if ours != theirs:
             yield name, f"of checksum {theirs[:_DIGITS]}", f"{ours[:_DIGITS]}"
+    if old.documents != new.documents:
+        yield "document-masks", _documents(old), _documents(new)
     if old.batch_size != new.batch_size:
         yield "batch-size", f"{old.batch_size} ({old.batch()})", f"{new.batch_size} ({new.batch()})"
+
+
+def _documents(conditions: Conditions) -> str:
+    return "off" if conditions.documents is None else f"on (bounds of checksum {conditions.documents[:_DIGITS]})"
 
 
 def _remarks(tag: str, old: Conditions | None, new: Conditions | None) -> Iterator[str]:
@@ -186,6 +208,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _joined(checksums: Sequence[str], shares: Sequence[float] = ()) -> str:
+    """One of several, in their order, with their shares; that of one alone."""
+    if len(checksums) == 1:
+        return checksums[0]
+    return hashlib.sha256(json.dumps([*checksums, *(f"{share:.9g}" for share in shares)]).encode()).hexdigest()
 
 
 def _checksum(split: SplitRecord) -> str:

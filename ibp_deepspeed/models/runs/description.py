@@ -16,6 +16,7 @@ from ibp_deepspeed.json_text import small_text
 from ibp_deepspeed.models.config import check_depth
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.runs.conditions import Conditions
+from ibp_deepspeed.models.tuning import Tuning
 from ibp_deepspeed.models.vision.cifar_resnet import register
 
 
@@ -47,16 +48,33 @@ class Description(BaseModel):
     """Tokens of a sample; 1 where they are images."""
     data: str | None = None
     """Folder of the prepared data, with the tokenizer; None: nothing was trained, the weights are ``init_from``'s."""
+    mixture: dict[str, float] | None = None
+    """Where the data were several: their folders and shares. ``data`` is the first of them."""
     source: str | None = None
     """What text that is."""
     init_from: str | None = None
     """Folder or hub name of the weights that the training began with; None: random ones."""
+    tuning: Tuning | None = None
+    """What was trained; None: everything. With adapters the layers' files hold these alone."""
     settings: dict[str, Any] = {}
     """The DeepSpeed configuration, but for the interlocking block."""
     images: Images | None = None
     """Of an image classifier; None: it is a language model."""
     conditions: Conditions | None = None
     """Seed, data and batches; None: nothing was trained, or an earlier version wrote it."""
+
+    @property
+    def folders(self) -> list[str]:
+        """Of the prepared data."""
+        return list(self.mixture or ([] if self.data is None else [self.data]))
+
+    @property
+    def document_masks(self) -> bool | None:
+        """How its samples are to be read: False: it was trained on samples that cross documents; None: with documents
+        apart where the data have their bounds."""
+        if self.data is None or (self.conditions is not None and self.conditions.documents is not None):
+            return None
+        return False
 
     def hf_config(self) -> PretrainedConfig:
         """The Hugging Face config as an object.

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A config, the weights (None: random ones), and texts that go into every checkpoint, by file name."""
+    """A config, the weights (None: random ones) and their folder, and texts that go into every checkpoint, by name."""
 
     hf_config: PretrainedConfig
     weights: Weights | None
     files: Mapping[str, str]
+    folder: Path | None = None
 
 
 def random_start(model: str, overrides: Mapping[str, Any]) -> StartingPoint:
@@ -63,7 +64,7 @@ def pretrained_start(path_or_name: str, overrides: Mapping[str, Any], data_token
         check_same_tokenizer(tokenizer, data_tokenizer)
     generation = folder / layout.GENERATION
     files = {layout.GENERATION: generation.read_text(encoding="utf-8")} if generation.exists() else {}
-    return StartingPoint(hf_config, weights, files)
+    return StartingPoint(hf_config, weights, files, folder)
 
 
 def check_same_tokenizer(of_model: Path, of_data: Path) -> None:
