@@ -21,8 +21,8 @@ from ibp_deepspeed.engine.moment import locate
 from ibp_deepspeed.engine.optimizer_step import SteppingEngine
 from ibp_deepspeed.errors import CheckpointError
 from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
+from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
-from ibp_deepspeed.stage.running_statistics import RunningStatistics
 
 if TYPE_CHECKING:
     from ibp_deepspeed.engine.engine import InterlockedPipelineEngine

@@ -27,13 +27,13 @@ from ibp_deepspeed.engine.reporting import Reporting
 from ibp_deepspeed.engine.watchdog import Position, Watchdog
 from ibp_deepspeed.errors import InterlockingError, TraceError
 from ibp_deepspeed.measures import Report
+from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
 from ibp_deepspeed.schedule.validate import ScheduleMaker, validated_timeline
 from ibp_deepspeed.stage.losses import StageLosses
 from ibp_deepspeed.stage.meters import StageMeters
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
-from ibp_deepspeed.stage.running_statistics import RunningStatistics
 from ibp_deepspeed.stage.sample_ledger import SampleLedger
 from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward
 from ibp_deepspeed.strategy.timeline import Timeline

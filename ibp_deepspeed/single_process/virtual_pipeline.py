@@ -28,10 +28,10 @@ from ibp_deepspeed.objectives.side_loss import MakeSideLoss
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, not_made
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
+from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 from ibp_deepspeed.single_process.reference import Sample
-from ibp_deepspeed.stage.running_statistics import RunningStatistics
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.stage.micro_batch import MicroBatchInFlight
-from ibp_deepspeed.stage.running_statistics import RunningStatistics
 
 
 def layers() -> nn.Sequential:
