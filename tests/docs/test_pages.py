@@ -1,4 +1,4 @@
-"""The commands of docs/huggingface.md, docs/exits.md and docs/checkpoints.md, run in their order on small models."""
+"""The commands of docs/huggingface.md, exits.md, vision.md and checkpoints.md, run in their order on small models."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ def at_small_size(words: list[str]) -> list[str]:
         for option in {"--steps", "--save-interval"} & set(words):
             value = words.index(option) + 1
             words[value] = str(int(words[value]) // 100)
+    if words[1] == "scripts/train_vision.py":
+        value = words.index("--steps") + 1
+        words[value] = str(int(words[value]) // 100)
     if words[1] == "scripts/prepare_data.py" and "--dialogues" not in words:
         words += ["--max-bytes", "200000"]
     if words[1] == "scripts/evaluate_lm.py" or "--all-exits" in words:
@@ -116,6 +119,15 @@ def check_exits_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     exec(compile(code, "docs/exits.md", "exec"), {})
     own = capfd.readouterr().out
     assert own.startswith("def main(") and printed.endswith(own)
+
+
+def test_commands_of_the_vision_page(tmp_path: Path) -> None:
+    """A residual network and a vision Transformer learn digits; evaluation and export are of the first."""
+    printed = run_page("vision.md", tmp_path)
+    assert "accuracies" in printed and "every key there, the same logits" in printed
+    assert (tmp_path / "runs/digits/hf/preprocessor_config.json").exists() and (
+        tmp_path / "runs/vit/checkpoint"
+    ).exists()
 
 
 def test_commands_of_the_checkpoints_page(tmp_path: Path) -> None:
