@@ -11,18 +11,11 @@ from typing import TypeVar
 
 import torch
 from accelerate import init_empty_weights
-<<<<<<< HEAD
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-
-from ibp_deepspeed.models.errors import ModelError
-from ibp_deepspeed.models.meta import MetaModel
-=======
-from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ibp_deepspeed.models.errors import ModelError, in_words
->>>>>>> 615ef34a39769afcd19f8c9a0fdecd688d1423ce
+from ibp_deepspeed.models.meta import MetaModel
 
 _LAYERS = ("layers", "h", "blocks")
 _NORMS = (
@@ -53,15 +46,9 @@ class Shell(MetaModel):
     def __init__(self, hf_config: PretrainedConfig) -> None:
         _refuse(hf_config)
         self.was_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
-        super().__init__(meta_model(untied(hf_config)))
+        super().__init__(_model(hf_config))
         self.balances_experts = bool(getattr(hf_config, "output_router_logits", False))
-<<<<<<< HEAD
-        self.decoder: PreTrainedModel = self.model.get_decoder()
-=======
-        self.model = _model(hf_config)
-        self.hf_config = self.model.config
         self.decoder = self._decoder()
->>>>>>> 615ef34a39769afcd19f8c9a0fdecd688d1423ce
         self.decoder_name = next(name for name, m in self.model.named_modules() if m is self.decoder)
         self.layers_name, self.layers = self._part(_LAYERS, nn.ModuleList, "list of decoder layers")
         self.norm_name, self.norm = self._part(_NORMS, nn.Module, "final norm")
@@ -72,70 +59,12 @@ class Shell(MetaModel):
         projection = getattr(self.decoder, "project_out", None)
         self.projection = projection if isinstance(projection, nn.Module) else None
 
-<<<<<<< HEAD
-=======
-    def __repr__(self) -> str:
-        return f"Shell({self.hf_config.model_type})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shell:
-        return self  # nothing in it changes, so copies of layers share it
-
-    def copy_of(self, part: M, *swaps: tuple[nn.Module, nn.Module]) -> M:
-        """A copy of a part, still on meta, in which the first of each pair of modules is replaced by the second."""
-        memo: dict[int, Any] = {id(old): new for old, new in swaps}
-        return copy.deepcopy(part, {**memo, id(self.hf_config): self.hf_config})
-
-    def initialise(
-        self, module: nn.Module, part: str, seed: int, dtype: torch.dtype, values: Mapping[str, Tensor]
-    ) -> None:
-        """Give the parameters of a module that are on meta real memory on the CPU, and values.
-
-        Args:
-            module: a copy of a part of the model.
-            part, seed: what drawn values depend on, and nothing else; they are drawn by the model's own rules.
-            dtype: values are drawn in fp32 and rounded to it. Buffers keep those that the model gave them.
-            values: by name in the module's state dict, instead of drawn ones.
-
-        Raises:
-            ModelError: a value of another shape, or a parameter that the model's rules forget.
-        """
-        for owner, name, parameter in _own_parameters(module):
-            if parameter.is_meta:
-                # NaN, so that a parameter that the model's rules forget is seen below
-                filled = torch.full(parameter.shape, torch.nan, dtype=torch.float32, device="cpu")
-                setattr(owner, name, nn.Parameter(filled, requires_grad=parameter.requires_grad))
-        if not module.state_dict().keys() <= values.keys():
-            with torch.no_grad(), seeded(f"{seed}/{part}"):
-                for child in reversed(list(module.modules())):  # parents last: gpt2's rescale what children drew
-                    self.model._init_weights(child)
-        self._fill(module, part, values)
-        for owner, name, parameter in _own_parameters(module):
-            if parameter.isnan().any():
-                raise ModelError(
-                    f"model type '{self.hf_config.model_type}' leaves {type(owner).__name__}.{name} of {part} without "
-                    "an initial value (not a number)"
-                )
-            parameter.data = parameter.data.to(dtype)
-
-    @staticmethod
-    @torch.no_grad()
-    def _fill(module: nn.Module, part: str, values: Mapping[str, Tensor]) -> None:
-        state = module.state_dict()
-        for name, value in values.items():
-            if state[name].shape != value.shape:
-                raise ModelError(
-                    f"{part} has a weight {name} of {tuple(value.shape)}, the model's is {tuple(state[name].shape)}: "
-                    "the sizes in the model's config must be those of the weights."
-                )
-            state[name].copy_(value)
-
     def _decoder(self) -> PreTrainedModel:
         """Where the layers are; what some models call their decoder is the whole, or something else."""
         found = [self.model.get_decoder(), self.model.base_model, getattr(self.model, "model", None)]
         has_layers = (m for m in found if any(isinstance(getattr(m, name, None), nn.ModuleList) for name in _LAYERS))
         return next(has_layers, found[0])
 
->>>>>>> 615ef34a39769afcd19f8c9a0fdecd688d1423ce
     def _part(self, names: tuple[str, ...], kind: type[M], what: str) -> tuple[str, M]:
         for name in names:
             part = getattr(self.decoder, name, None)
