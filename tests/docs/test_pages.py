@@ -1,4 +1,4 @@
-"""The commands of docs/huggingface.md, docs/exits.md, docs/checkpoints.md and docs/data.md, run in their order on small models."""
+"""The commands of the pages on Hugging Face, exits, checkpoints and data, run in their order on small models."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def check_exits_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
 def test_commands_of_the_data_page(tmp_path: Path) -> None:
     """Three sources, mixed."""
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "all.txt").write_text("\n\n".join(DOCUMENTS))
+    for number, text in enumerate(DOCUMENTS):
+        (tmp_path / "notes" / f"{number}.txt").write_text(text)
     (tmp_path / "path" / "to" / "set").mkdir(parents=True)
     rows = (json.dumps({"body": text, "number": n}) for n, text in enumerate(DOCUMENTS))
     (tmp_path / "path" / "to" / "set" / "train.jsonl").write_text("\n".join(rows))
