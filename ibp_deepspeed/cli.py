@@ -7,12 +7,14 @@ import errno
 import io
 import logging
 import os
+import platform
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ibp_deepspeed.errors import HostsError, InterlockingError, PeerLostError, first_line
@@ -84,7 +86,18 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """For a script's command line: its help as it is written, and options by their whole names alone, so that a new one
     never changes what an old command means."""
     raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
+    made = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
+    made.add_argument("--version", action=_Versions, nargs=0, help="show the versions that results depend on, and stop")
+    return made
+
+
+class _Versions(argparse.Action):
+    """Looked up when they are asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        of = {name: version(name) for name in ("ibp_deepspeed", "torch", "deepspeed", "transformers")}
+        print(", ".join(f"{name} {found}" for name, found in of.items()) + f", Python {platform.python_version()}")
+        parser.exit()
 
 
 def quiet() -> None:

@@ -20,6 +20,8 @@ from ibp_deepspeed.checkpoint.tensor_file import load
 from ibp_deepspeed.engine.moment import locate
 from ibp_deepspeed.engine.optimizer_step import SteppingEngine
 from ibp_deepspeed.errors import CheckpointError
+from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
+from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
 
 if TYPE_CHECKING:
@@ -152,7 +154,8 @@ class EngineCheckpoints:
             origins[boundary] = reshape.head_origin(objective.module, objective.sources(), boundary, saved)
             reshape.fill_head(objective.module, origins[boundary], saved)
         places = names_of(module, boundary)
-        trained = {p: reshape.source_of(places[n], origins) for n, p in module.named_parameters() if p.requires_grad}
+        own = [(name, p) for name, p in module.named_parameters() if p.requires_grad and name != PLACEHOLDER]
+        trained = {p: reshape.source_of(places[name], origins) for name, p in own}
         sources = {parameter: name for parameter, name in trained.items() if name is not None}
         lines = [origin.words for origin in origins.values()]
         lines += [f"stage {engine.stage_id}, {line}" for line in self._restore_optimizer(sources, saved, wanted)]
@@ -189,6 +192,7 @@ class CheckpointingEngine(SteppingEngine):
     """An engine with these checkpoints in the place of DeepSpeed's."""
 
     _checkpoints: EngineCheckpoints
+    _statistics: RunningStatistics
 
     def _configure_checkpointing(self) -> None:
         """Overrides DeepSpeedEngine's: its checkpoint engines read with torch.load, the usual one all that a pickle can
@@ -218,6 +222,7 @@ class CheckpointingEngine(SteppingEngine):
             NonFiniteError: weights are not finite; likewise.
         """
         save = super().save_checkpoint
+        self._statistics.average(self.grid.get_data_parallel_group())
 
         def write(made: Path, state: Mapping[str, Any]) -> None:
             save(str(made.parent), made.name, state, False, exclude_frozen_parameters)

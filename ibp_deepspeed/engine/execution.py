@@ -85,11 +85,14 @@ class ExecutingEngine(CheckpointingEngine):
 
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
         recompute = self._recompute and self._schedule.tables[micro_batch].waits
+        again = self._statistics.kept
         if self._borrowed:
             layers, borrowed = self.module.remaining_layers, self.module.borrowed_layers
-            micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute)
+            micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute, again=again)
         else:
-            micro = MicroBatchInFlight(self.module.trunk, recompute=recompute)
+            side = self.module.side_loss_of_layers if self.module.side_loss is not None else None
+            about: dict[str, Any] = {"side_loss": side, "side_share": 1 / self.micro_batches}
+            micro = MicroBatchInFlight(self.module.trunk, recompute=recompute, again=again, **about)
         micro.number = micro_batch
         micro.inputs, micro.labels, micro.sample_checksum, micro.documents = self.load_micro_batch()
         self.pipe_buffers["in_flight"][buffer_id] = micro
@@ -110,6 +113,8 @@ class ExecutingEngine(CheckpointingEngine):
                 self.links.wait_for_credit()
             self.position.awaits_credit = False
         micro.forward(input_gradient_follows=self._schedule.tables[micro_batch].input_gradient_follows)
+        if micro.side is not None:
+            self._reporting.side_loss(micro.side)
         if self.is_last_stage():
             micro.outputs = self.module.objectives[self.stage_id].loss(micro.outputs, micro.labels)
             self._losses.add(self.stage_id, micro.outputs)
@@ -136,8 +141,9 @@ class ExecutingEngine(CheckpointingEngine):
         where = {"batch": self.global_steps, "micro_batch": micro_batch, "index": loss}
         value = objective.training_loss(outputs, micro.labels, **where)
         self._losses.add(loss, value)
-        with self._accumulating():
-            (value / self.micro_batches).backward()
+        if value.requires_grad:  # else neither the head is trained nor a trunk by it
+            with self._accumulating():
+                (value / self.micro_batches).backward()
         if hidden.grad is not None:
             gradients[loss] = hidden.grad
         if loss not in table.crosses:
@@ -182,11 +188,20 @@ class ExecutingEngine(CheckpointingEngine):
         if self._in_flight(buffer_id) in self._due:  # else gaps were filled with it
             self._work_off(lambda: False)
 
+    def _exec_backward_through(self, buffer_id: int, micro_batch: int) -> None:
+        self._exec_backward_pass(buffer_id, micro_batch)  # autograd finds the input alone
+
+    def _exec_release(self, buffer_id: int, micro_batch: int) -> None:
+        self._in_flight(buffer_id).free()
+        self._meters.micro_batch_ends()
+
     def _update(self, micro: MicroBatchInFlight, table: StageStrategy) -> None:
         both = table.update_gives_input_gradient
-        self._reporting.before_update(micro, table.terms)
+        if table.trains:
+            self._reporting.before_update(micro, table.terms)
         with self._accumulating():
-            micro.update(table.terms, None if both else self._trunk_parameters or None, table.borrowed_share)
+            own = None if both else self._trunk_parameters or None
+            micro.update(table.terms, own, table.borrowed_share, table.side_weight)
         if both:
             micro.input_gradients[table.reach] = micro.input_gradient(table.input_weight)
         self.recomputations += micro.recomputations
@@ -251,6 +266,8 @@ class ExecutingEngine(CheckpointingEngine):
         instructions.BackwardInput: _exec_backward_input,
         instructions.SendGrad: _exec_send_grads,
         instructions.BackwardPass: _exec_backward_pass,
+        instructions.BackwardThrough: _exec_backward_through,
+        instructions.Release: _exec_release,
         instructions.UpdateInput: _exec_update_input,
         instructions.BackwardWeight: _exec_backward_weight,
         instructions.ReduceGrads: _exec_reduce_grads,

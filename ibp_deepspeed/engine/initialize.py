@@ -84,6 +84,7 @@ def initialize(
     micro_batches = deepspeed_config.gradient_accumulation_steps
     _check_module(model, Timeline(interlocking, model.num_stages, micro_batches, model.has_aux_heads))
     _configure(model, interlocking, optimizer, model_parameters)
+    _find_frozen_stages(model)
     _check_aux_head(interlocking.aux_head, model.num_stages, micro_batches)
     if model_parameters is not None or isinstance(optimizer, torch.optim.Optimizer):
         interlocking = interlocking.model_copy(update={"decay": "all"})  # the user's own groups, left as they are
@@ -171,6 +172,21 @@ def _configure(
             f"the objective of stage {loss} needs exit {target} as a target, which no schedule sends: train it in one "
             "process (VirtualPipeline)."
         )
+
+
+def _find_frozen_stages(model: InterlockedPipelineModule) -> None:
+    """Have all stages know which trunks have nothing to train: the schedule sends no gradients to them for nothing.
+
+    Raises:
+        ModuleError: nobody has anything to train.
+    """
+    seen: list[Any] = [None] * dist.get_world_size()
+    trains_head = any(p.requires_grad for p in model.aux_head.parameters()) if model.aux_head is not None else False
+    dist.all_gather_object(seen, (model.stage_id, bool(model.trunk_parameters()), trains_head))
+    if not any(trunk or head for _, trunk, head in seen):
+        raise ModuleError("no stage has a parameter to train: leave some layers with requires_grad.")
+    model.frozen_stages = tuple(sorted({stage for stage, trunk, _ in seen if not trunk}))
+    model.give_optimizer_something()
 
 
 def _check_fused_adam(ds_config: Mapping[str, Any]) -> None:

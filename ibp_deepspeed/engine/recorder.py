@@ -145,6 +145,7 @@ class Recorder:
             last=self.last,
             interlocking=engine.interlocking.model_dump(mode="json", exclude_unset=True),
             has_aux_heads=engine.module.has_aux_heads,
+            frozen=engine.module.frozen_stages,
             device=torch.device(engine.device).type,
             processes=[process for process, _ in gathered],
             spans=sorted(found, key=lambda span: (span.rank, span.start, -span.end)),

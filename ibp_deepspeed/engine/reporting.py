@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ibp_deepspeed import measures
 from ibp_deepspeed.comm.report_board import ReportBoard
+from ibp_deepspeed.objectives.side_loss import SideLoss
 from ibp_deepspeed.stage.meters import Agreement, StageMeters
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Reporting:
         self._reports: deque[measures.Report] = deque(maxlen=_KEPT)
         self._at_the_step: dict[str, Tensor | float] = {}
         self._agreement: Agreement | None = None
+        self._side: dict[str, list[Tensor]] = {}
 
     @property
     def is_due(self) -> bool:
@@ -53,6 +55,12 @@ class Reporting:
         """Decide whether own and received gradients are compared in this batch."""
         due = _is_due(self._engine.global_steps + 1, self._engine.interlocking.cosine_interval)
         self._agreement = Agreement(self._engine.device) if due else None
+        self._side = {}
+
+    def side_loss(self, side: SideLoss) -> None:
+        """A loss of the stage's own, of a micro-batch."""
+        if self.is_due:
+            self._side.setdefault(side.name, []).append(side.value.detach())
 
     def before_update(self, micro: MicroBatchInFlight, weights: Mapping[int, float]) -> None:
         """All gradients of the stage's output are there, whose ``weights`` are those of the trunk's gradient."""
@@ -65,6 +73,7 @@ class Reporting:
             self._at_the_step[measures.COSINE] = self._cosine(self._agreement)
         if not self.is_due:
             return
+        self._at_the_step |= {name: self._mean(torch.stack(values).mean()) for name, values in self._side.items()}
         module = self._engine.module
         self._at_the_step[measures.TRUNK_NORM] = _norm(module.trunk_parameters())
         if module.aux_head is not None:
@@ -112,6 +121,13 @@ class Reporting:
                 if self._engine.refresh_bytes:
                     events.append(("Train/copy of the LM head (bytes)", self._engine.refresh_bytes, report.step))
                 self._engine.monitor.write_events(events)
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over the replicas of the stage."""
+        grid = self._engine.grid
+        if grid.get_data_parallel_world_size() > 1:
+            dist.all_reduce(value, group=grid.get_data_parallel_group())
+        return value / grid.get_data_parallel_world_size()
 
     def _cosine(self, agreement: Agreement) -> Tensor:
         grid = self._engine.grid

@@ -32,7 +32,8 @@ class Operations(NamedTuple):
 
 
 def layer_operations(model: CausalLM, sequence_length: int) -> list[Operations]:
-    """Of every layer of ``layer_specs``.
+    """Of every layer of ``layer_specs``; one that is not trained has no W, and no B where none before it is either.
+    Adapters count as nothing.
 
     Args:
         model: the cut model.
@@ -41,7 +42,18 @@ def layer_operations(model: CausalLM, sequence_length: int) -> list[Operations]:
     attention = sequence_length * model.hidden_size
     embedding, *layers, readout = model.matrix_parameters()
     decoder = [Operations(layer + attention, layer + 2 * attention, layer) for layer in layers]
-    return [Operations(*[embedding] * 3), *decoder, Operations(*[readout] * 3)]
+    whole = [Operations(*[embedding] * 3), *decoder, Operations(*[readout] * 3)]
+    return [
+        Operations(each.forward, each.input_gradient * has_b, each.weight_gradient * has_w)
+        for each, (has_b, has_w) in zip(whole, backward_passes(model), strict=True)
+    ]
+
+
+def backward_passes(model: CausalLM) -> list[tuple[bool, bool]]:
+    """For every layer whether it has a B, and whether a W of its weights: what is trained decides."""
+    trained = [model.tuning.trains(index, model.num_layers) for index in range(model.num_layers)]
+    lowest = trained.index(True) if any(trained) else model.num_layers
+    return [(index >= lowest, each and model.tuning.lora is None) for index, each in enumerate(trained)]
 
 
 def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> Operations:

@@ -6,6 +6,7 @@ Each is built on its own from the shell. A meta copy tells its parameter count; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.documents import at_hand
-from ibp_deepspeed.models.recorder import Recorder, no_mask
+from ibp_deepspeed.models.recorder import Recorder, no_mask, plain_attributes
+from ibp_deepspeed.models.routers import routers
 from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
 from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward, split_linear
@@ -52,6 +54,9 @@ class DecoderLayer(nn.Module):
         self.layer = shell.copy_of(shell.layers[index])
         self.index = index
         self._recorder = recorder
+        self._router_logits: list[Tensor] = []
+        for router, place in routers(self.layer, shell.decoder) if shell.balances_experts else ():
+            router.register_forward_hook(partial(self._note, place))
 
     def compiled_parts(self) -> list[nn.Module]:
         """The model's layer; what the recorder does around it is Python's."""
@@ -64,7 +69,16 @@ class DecoderLayer(nn.Module):
             if isinstance(module, Conv1D):
                 split_linear(module, weight_gradients, transposed=True)
 
+    def take_router_logits(self) -> list[Tensor]:
+        """What its routers said in the last forward pass, [tokens, experts] each, if the config asks for their loss."""
+        taken, self._router_logits = self._router_logits, []
+        return taken
+
+    def _note(self, place: int, router: nn.Module, given: Any, output: Any) -> None:
+        self._router_logits.append(output[place] if isinstance(output, tuple) else output)
+
     def forward(self, hidden: Tensor) -> Tensor:
+        self._router_logits.clear()
         output = self.layer(hidden, **self._recorder.inputs_for(self.index, hidden))
         return output[0] if isinstance(output, tuple) else output
 
@@ -82,7 +96,7 @@ class Readout(nn.Module):
     def __init__(self, shell: Shell, rank: int | None = None) -> None:
         super().__init__()
         self.projection = shell.copy_of(shell.projection) if shell.projection is not None else None
-        swaps: list[tuple[nn.Module, nn.Module]] = [(shell.decoder, _PassThrough())]
+        swaps: list[tuple[nn.Module, nn.Module]] = [(shell.decoder, _PassThrough(shell.decoder))]
         if rank is not None:
             swaps.append((shell.readout, _product_of_two(shell.readout, rank)))
         self.readout = shell.copy_of(shell.model, *swaps)
@@ -217,7 +231,12 @@ class FollowingHead(AuxiliaryHead):
 
 
 class _PassThrough(nn.Module):
-    """Stands where the decoder stood and gives its input back as the decoder's output."""
+    """Stands where the decoder stood and gives its input back as the decoder's output; numbers are the decoder's."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        for name, value in plain_attributes(decoder).items():
+            setattr(self, name, value)
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _DecoderOutput:
         return _DecoderOutput(last_hidden_state=inputs_embeds)
@@ -228,6 +247,9 @@ class _DecoderOutput(SimpleNamespace):
 
     def __getattr__(self, name: str) -> None:
         return None
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
 
 
 def _product_of_two(readout: nn.Linear, rank: int) -> nn.Sequential:

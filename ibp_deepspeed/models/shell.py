@@ -7,36 +7,32 @@ alone gets real weights, drawn by the model's own rules from a seed of that laye
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.errors import ModelError, in_words
+from ibp_deepspeed.models.meta import MetaModel
 
-# Those that tests/models/test_causal_lm.py compares with the uncut model. Another may work: add it there first.
-PROVEN = (
-    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
-    "mistral", "mixtral", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
-    "stablelm", "starcoder2",
+_LAYERS = ("layers", "h", "blocks")
+_NORMS = (
+    "norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "layer_norm", "layernorm",
+    "embedding_norm",
 )  # fmt: skip
-_LAYERS = ("layers", "h")
-_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class Shell:
+class Shell(MetaModel):
     """The parts of a causal language model, on meta.
 
     Attributes:
         hf_config: an own copy of the config: LM head untied from the embedding, no cache.
         was_tied: whether the config given tied them.
+        balances_experts: whether it asked for the routers' loss, which the layers of each stage then have.
         model, decoder: the model and its decoder; decoder_name is the latter's path in the former.
         layers, layers_name: the ModuleList of decoder layers and its name in the decoder.
         norm, norm_name: the final norm and its name in the decoder.
@@ -50,71 +46,24 @@ class Shell:
     def __init__(self, hf_config: PretrainedConfig) -> None:
         _refuse(hf_config)
         self.was_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
-        self.model = meta_model(untied(hf_config))
-        self.hf_config = self.model.config
-        self.decoder: PreTrainedModel = self.model.get_decoder()
+        super().__init__(_model(hf_config))
+        self.balances_experts = bool(getattr(hf_config, "output_router_logits", False))
+        self.decoder = self._decoder()
         self.decoder_name = next(name for name, m in self.model.named_modules() if m is self.decoder)
         self.layers_name, self.layers = self._part(_LAYERS, nn.ModuleList, "list of decoder layers")
         self.norm_name, self.norm = self._part(_NORMS, nn.Module, "final norm")
         self.readout: nn.Linear = self.model.get_output_embeddings()
+        if self.readout is None:
+            raise ModelError(f"a model of type '{hf_config.model_type}' has no linear map to logits")
         self.readout_name = next(name for name, m in self.model.named_modules() if m is self.readout)
         projection = getattr(self.decoder, "project_out", None)
         self.projection = projection if isinstance(projection, nn.Module) else None
 
-    def __repr__(self) -> str:
-        return f"Shell({self.hf_config.model_type})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shell:
-        return self  # nothing in it changes, so copies of layers share it
-
-    def copy_of(self, part: M, *swaps: tuple[nn.Module, nn.Module]) -> M:
-        """A copy of a part, still on meta, in which the first of each pair of modules is replaced by the second."""
-        memo: dict[int, Any] = {id(old): new for old, new in swaps}
-        return copy.deepcopy(part, {**memo, id(self.hf_config): self.hf_config})
-
-    def initialise(
-        self, module: nn.Module, part: str, seed: int, dtype: torch.dtype, values: Mapping[str, Tensor]
-    ) -> None:
-        """Give the parameters of a module that are on meta real memory on the CPU, and values.
-
-        Args:
-            module: a copy of a part of the model.
-            part, seed: what drawn values depend on, and nothing else; they are drawn by the model's own rules.
-            dtype: values are drawn in fp32 and rounded to it. Buffers keep those that the model gave them.
-            values: by name in the module's state dict, instead of drawn ones.
-
-        Raises:
-            ModelError: a value of another shape, or a parameter that the model's rules forget.
-        """
-        for owner, name, parameter in _own_parameters(module):
-            if parameter.is_meta:
-                # NaN, so that a parameter that the model's rules forget is seen below
-                filled = torch.full(parameter.shape, torch.nan, dtype=torch.float32, device="cpu")
-                setattr(owner, name, nn.Parameter(filled, requires_grad=parameter.requires_grad))
-        if not module.state_dict().keys() <= values.keys():
-            with torch.no_grad(), _seeded(f"{seed}/{part}"):
-                for child in reversed(list(module.modules())):  # parents last: gpt2's rescale what children drew
-                    self.model._init_weights(child)
-        self._fill(module, part, values)
-        for owner, name, parameter in _own_parameters(module):
-            if parameter.isnan().any():
-                raise ModelError(
-                    f"model type '{self.hf_config.model_type}' leaves {type(owner).__name__}.{name} of {part} without "
-                    "an initial value (not a number)"
-                )
-            parameter.data = parameter.data.to(dtype)
-
-    @staticmethod
-    @torch.no_grad()
-    def _fill(module: nn.Module, part: str, values: Mapping[str, Tensor]) -> None:
-        state = module.state_dict()
-        for name, value in values.items():
-            if state[name].shape != value.shape:
-                raise ModelError(
-                    f"{part} has a weight {name} of {tuple(value.shape)}, the model's is {tuple(state[name].shape)}: "
-                    "the sizes in the model's config must be those of the weights."
-                )
-            state[name].copy_(value)
+    def _decoder(self) -> PreTrainedModel:
+        """Where the layers are; what some models call their decoder is the whole, or something else."""
+        found = [self.model.get_decoder(), self.model.base_model, getattr(self.model, "model", None)]
+        has_layers = (m for m in found if any(isinstance(getattr(m, name, None), nn.ModuleList) for name in _LAYERS))
+        return next(has_layers, found[0])
 
     def _part(self, names: tuple[str, ...], kind: type[M], what: str) -> tuple[str, M]:
         for name in names:
@@ -134,6 +83,8 @@ def untied(hf_config: PretrainedConfig) -> PretrainedConfig:
     hf_config.use_cache = False
     hf_config.output_hidden_states = False
     hf_config.output_attentions = False
+    if hasattr(hf_config, "output_router_logits"):
+        hf_config.output_router_logits = False
     return hf_config
 
 
@@ -147,16 +98,29 @@ def meta_model(hf_config: PretrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
 
 
+def _model(hf_config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        return meta_model(untied(hf_config))
+    except Exception as error:  # sizes that don't fit each other, a package that is missing: any kind of error
+        raise ModelError(
+            f"no model of type '{hf_config.model_type}' can be made of this config: {in_words(error)}"
+        ) from error
+
+
 def _refuse(hf_config: PretrainedConfig) -> None:
     kind = hf_config.model_type
-    if kind not in PROVEN:
+    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"model type '{kind}' has no causal language model in transformers, so it cannot be cut")
+    try:
+        text = hf_config.get_text_config()
+    except ValueError as error:  # it has several
+        raise ModelError(f"model type '{kind}' is of more than one model: {in_words(error)}") from error
+    if text is not hf_config:
         raise ModelError(
-            f"model type '{kind}' has not been proven to give the same logits cut and uncut; "
-            f"proven are {', '.join(PROVEN)}"
+            f"model type '{kind}' is of more than text: give the config of its text model alone ('{text.model_type}')"
         )
     wrong = {
         "layerdrop": "training that skips whole layers",
-        "output_router_logits": "a router loss, which would need every stage's router logits at the last stage",
         "add_cross_attention": "cross attention",
     }
     for name, meaning in wrong.items():
@@ -167,22 +131,3 @@ def _refuse(hf_config: PretrainedConfig) -> None:
             )
     if getattr(hf_config, "is_causal", True) is False:
         raise ModelError(f"is_causal=False in the config of model type '{kind}': only causal models are cut")
-
-
-def _own_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for owner in module.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            yield owner, name, parameter
-
-
-@contextmanager
-def _seeded(text: str) -> Iterator[None]:
-    """Draw from a seed made of a text; the generators of the caller are as before afterwards."""
-    state = torch.random.default_generator.get_state()
-    try:
-        # only the CPU's generator: torch.manual_seed would also set the accelerators'
-        digest = hashlib.sha256(text.encode()).digest()
-        torch.random.default_generator.manual_seed(int.from_bytes(digest[:7]))
-        yield
-    finally:
-        torch.random.default_generator.set_state(state)

@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 Decay = Literal["matrices", "all"]
 
+PLACEHOLDER = "nothing_to_train"
+"""The name of the one number, used by nothing, that the optimizer of a stage without anything to train has."""
+
 
 def parameter_groups(parameters: Iterable[nn.Parameter], decay: Decay) -> list[dict[str, Any]]:
     """Groups for an optimizer, none of them empty (DeepSpeed removes empty ones), each in the given order.

@@ -43,10 +43,10 @@ class Shape:
 
     @classmethod
     def of(cls, strategy: Strategy) -> Shape | None:
-        """Of a strategy; None if its exits follow no rule."""
+        """Of a strategy; None if its exits follow no rule, or stages have nothing to train."""
         exits, stages = strategy.placement.losses, strategy.stages
         gaps = {b - a for a, b in zip(exits, exits[1:], strict=False)}
-        if len(gaps) > 1:
+        if len(gaps) > 1 or strategy.frozen:
             return None
         gap = gaps.pop() if gaps else stages
         if strategy.mode == "sum":  # one gradient travels through all stages, as in backpropagation

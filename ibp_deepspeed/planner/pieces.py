@@ -12,25 +12,27 @@ from ibp_deepspeed.strategy.strategy import Strategy
 
 @dataclass(frozen=True)
 class Pieces:
-    """Of one stage and one micro-batch; F and W are once.
+    """Of one stage and one micro-batch; F is once, and W where there is something to train.
 
     Attributes:
         input_gradients: B.
         heads: auxiliary ones.
         borrowed_gradients: input gradients through borrowed layers.
         at_once: whether B and W of the update are one piece.
+        trains: whether there is an update.
     """
 
     input_gradients: int
     heads: int
     borrowed_gradients: int
     at_once: bool
+    trains: bool
 
     def time(self, costs: Costs) -> float:
         """In the unit of the costs."""
         of_b = self.input_gradients * costs.input_gradient + self.borrowed_gradients * costs.borrowed_gradient
-        whole = costs.weight_gradient + self.at_once * costs.at_once
-        return costs.forward + of_b + whole + self.heads * costs.head
+        of_w = self.trains * costs.weight_gradient + self.at_once * costs.at_once
+        return costs.forward + of_b + of_w + self.heads * costs.head
 
 
 def crossings(strategy: Strategy) -> list[int]:
@@ -53,10 +55,12 @@ def pieces(strategy: Strategy) -> list[Pieces]:
 def _of_stage(strategy: Strategy, stage: int, crossing: int) -> Pieces:
     here = strategy.placement.losses_at(stage)
     borrowed = sum(loss < stage and strategy.crosses(loss, stage) for loss in here)
+    heads = sum(loss < strategy.stages - 1 for loss in here)
+    if not strategy.trains(stage):
+        return Pieces(crossing - borrowed, heads, borrowed, at_once=False, trains=False)
     # The update computes one; if that is what goes upstream, it is not computed again.
     own = strategy.crosses(strategy.reach(stage), stage) and strategy.update_gives_input_gradient(stage)
-    heads = sum(loss < strategy.stages - 1 for loss in here)
-    return Pieces(1 + crossing - borrowed - own, heads, borrowed, not strategy.splits(stage))
+    return Pieces(1 + crossing - borrowed - own, heads, borrowed, not strategy.splits(stage), trains=True)
 
 
 def works(strategy: Strategy, costs: Sequence[Costs]) -> list[float]:

@@ -22,6 +22,7 @@ from ibp_deepspeed.schedule.instructions import (
     BackwardBorrowed,
     BackwardInput,
     BackwardPass,
+    BackwardThrough,
     BackwardWeight,
     ForwardPass,
     LoadMicroBatch,
@@ -30,6 +31,7 @@ from ibp_deepspeed.schedule.instructions import (
     RecvActivation,
     RecvGrad,
     ReduceGrads,
+    Release,
     SendActivation,
     SendGrad,
     UpdateInput,
@@ -48,7 +50,7 @@ class InterlockedTrainSchedule(PipeSchedule):
         width: N, the interlocking width.
         hop_slack: extra slots for a gradient's travel over each boundary.
         mode: ``furthest``, ``window`` or ``sum``.
-        options: of :class:`Strategy`: ``exits``, ``borrow``, ``split_backward``.
+        options: of :class:`Strategy`: ``exits``, ``borrow``, ``split_backward``, ``frozen``.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class InterlockedTrainSchedule(PipeSchedule):
     def _forward(self, micro_batch: int) -> list[PipeInstruction]:
         """Forward, the losses computed here, their input gradients upstream; without a reach, the update too."""
         k, strategy = self.stage_id, self.batch_strategy[micro_batch]
-        at = self._at(micro_batch)
+        at, awaited = self._at(micro_batch), strategy.awaited(k)
         commands: list[PipeInstruction] = [LoadMicroBatch(**at)]
         if not self.is_first_stage:
             commands.append(RecvActivation(**at))
@@ -145,18 +147,18 @@ class InterlockedTrainSchedule(PipeSchedule):
             if loss < k:
                 upstream = [BackwardBorrowed(**at, loss=loss), SendGrad(**at, loss=loss)]
                 commands += upstream if strategy.crosses(loss, k) else []
-            elif strategy.distance(k) == 0:
+            elif loss == awaited:
                 commands += self._update(micro_batch)
             elif strategy.crosses(loss, k):
                 commands += [BackwardInput(**at, loss=loss), SendGrad(**at, loss=loss)]
-        return commands
+        return commands if awaited is not None else [*commands, Release(**at)]
 
     def _backward(self, micro_batch: int, distance: int) -> list[PipeInstruction]:
         """What the losses computed ``distance`` stages further ask for: nothing beyond the micro-batch's own reach."""
         k, strategy = self.stage_id, self.batch_strategy[micro_batch]
         commands: list[PipeInstruction] = []
         for loss in strategy.placement.losses_at(k + distance):
-            commands += self._update(micro_batch) if loss == strategy.reach(k) else self._relay(micro_batch, loss)
+            commands += self._update(micro_batch) if loss == strategy.awaited(k) else self._relay(micro_batch, loss)
         return commands
 
     def _relay(self, micro_batch: int, loss: int) -> list[PipeInstruction]:
@@ -172,9 +174,12 @@ class InterlockedTrainSchedule(PipeSchedule):
     def _update(self, micro_batch: int) -> list[PipeInstruction]:
         """The trunk's one update gradient of a micro-batch; what upstream uses is sent as early as it exists."""
         k, strategy, at = self.stage_id, self.batch_strategy[micro_batch], self._at(micro_batch)
-        reach = strategy.reach(k)
+        reach = strategy.awaited(k)
+        assert reach is not None
         commands: list[PipeInstruction] = [] if strategy.distance(k) == 0 else [RecvGrad(**at, loss=reach)]
         send = [SendGrad(**at, loss=reach)] if strategy.crosses(reach, k) else []
+        if not strategy.trains(k):
+            return [*commands, BackwardThrough(**at), *send]
         if strategy.splits(k):
             return [*commands, UpdateInput(**at), *send]
         if send and not strategy.update_gives_input_gradient(k):

@@ -20,6 +20,7 @@ __all__ = [
     "BackwardBorrowed",
     "BackwardInput",
     "BackwardPass",
+    "BackwardThrough",
     "BackwardWeight",
     "ForwardPass",
     "Instruction",
@@ -30,6 +31,7 @@ __all__ = [
     "RecvActivation",
     "RecvGrad",
     "ReduceGrads",
+    "Release",
     "Schedule",
     "SendActivation",
     "SendGrad",
@@ -65,6 +67,7 @@ class Instruction(BufferOpInstruction):
         costs: the fields of ``Costs`` whose sum it takes.
         receives, sends: the link whose next message it waits for, or sends on.
         begins, ends: whether the micro-batch is in flight on this stage from here on, or up to here.
+        updates: of one that ends it, whether the trunk's gradient is accumulated by then.
     """
 
     letter: ClassVar[str] = ""
@@ -74,6 +77,7 @@ class Instruction(BufferOpInstruction):
     sends: ClassVar[Link | None] = None
     begins: ClassVar[bool] = False
     ends: ClassVar[bool] = False
+    updates: ClassVar[bool] = False
 
     buffer_id: int
     micro_batch: int
@@ -195,6 +199,20 @@ class BackwardPass(_Update, deepspeed_schedule.BackwardPass):
 
     letter, meaning = "BW", "backward pass (B and W)"
     costs = ("input_gradient", "weight_gradient", "at_once")
+    ends = updates = True
+
+
+class BackwardThrough(_Update):
+    """B of a trunk with nothing to train, for the last gradient that goes through it; frees the micro-batch."""
+
+    letter, meaning = "B", "input gradient (B), for the stage before"
+    costs = ("input_gradient",)
+    ends = True
+
+
+class Release(Instruction):
+    """Free a micro-batch for which no gradient comes: nothing to train here, nor before."""
+
     ends = True
 
 
@@ -216,7 +234,7 @@ class BackwardWeight(Instruction):
 
     letter, meaning = "W", "weight gradient (W)"
     costs = ("weight_gradient",)
-    ends = True
+    ends = updates = True
 
     def uses(self, table: StageStrategy) -> list[Value]:
         return [Value("weight gradient's factors", self.micro_batch)]

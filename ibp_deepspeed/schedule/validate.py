@@ -64,8 +64,8 @@ def validate(schedules: Sequence[Schedule], batch_strategy: BatchStrategy, chann
 
     Proved: every send meets its receive in order on its channel; no deadlock with channels of this depth, also from
     batch to batch; everything that is used is there; every trunk gets exactly one update gradient a micro-batch, made
-    of the losses that the micro-batch's strategy names; the optimizer steps once, after all of them; micro-batches in
-    flight stay within the bound.
+    of the losses that the micro-batch's strategy names, and none if it has nothing to train; the optimizer steps once,
+    after all of them; micro-batches in flight stay within the bound.
 
     Raises:
         ScheduleError: what is wrong, with the grid of stages × time.
@@ -132,6 +132,10 @@ class _StageCheck:
     def _end(self, instruction: Instruction) -> None:
         m = instruction.micro_batch
         self._require(m not in self.ended, "a second update gradient for a micro-batch")
+        if self.tables[m].trains:
+            self._require(instruction.updates, "ends a micro-batch without the trunk's gradient")
+        else:
+            self._require(not instruction.updates, "a gradient for a trunk with nothing to train")
         self._require(self.buffers.pop(instruction.buffer_id, None) == m, "frees a buffer of another micro-batch")
         self.ended.append(m)
         # an input gradient outlives the graph that it was made with

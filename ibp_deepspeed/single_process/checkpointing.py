@@ -25,6 +25,7 @@ from ibp_deepspeed.checkpoint.reshape import (
 from ibp_deepspeed.checkpoint.store import CheckpointStore
 from ibp_deepspeed.checkpoint.tensor_file import read
 from ibp_deepspeed.objectives.shared_readout import RefreshRule, fill_pending, source_readout
+from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 
 
@@ -152,7 +153,7 @@ class SingleProcessCheckpoints:
         for loss, boundary in self._heads().items():
             head = self._reference.aux_heads[loss]
             names.update({p: head_name(boundary, name) for name, p in head.named_parameters()})
-        return {p: names[p] for p in self._parameters(stage)}
+        return {p: names.get(p, PLACEHOLDER) for p in self._parameters(stage)}
 
     def _trained(self, stage: int) -> list[nn.Parameter]:
         """What the optimizer of a stage trains, in its order."""
@@ -162,7 +163,7 @@ class SingleProcessCheckpoints:
         """The parameters that these are, or of which they are the fp32 copies."""
         copied = zip(self._reference.masters(stage), self._reference.parameters(stage), strict=True)
         parameters = dict(copied)
-        return [parameters[p] for p in self._trained(stage)]
+        return [parameters.get(p, p) for p in self._trained(stage)]
 
     def _load_stages(self, folder: Path, saved: CheckpointReader) -> None:
         """Files of the same shape."""
@@ -189,7 +190,7 @@ class SingleProcessCheckpoints:
         for k, optimizer in enumerate(self._optimizers):
             self._reference.set_masters(self._parameters(k), None)
             places = zip(self._names(k).values(), self._trained(k), strict=True)
-            sources = {master: source_of(place, origins) for place, master in places}
+            sources = {master: source_of(place, origins) for place, master in places if place != PLACEHOLDER}
             named = {master: name for master, name in sources.items() if name}
             lines += [f"stage {k}, {line}" for line in restore_plain(optimizer, named, saved)]
         self._reference.masters_to_weights()

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.errors import ConfigError
-from ibp_deepspeed.objectives.evaluation import ExitMeans
+from ibp_deepspeed.objectives.evaluation import ExitMeans, weight_of
 from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
 from ibp_deepspeed.objectives.shared_readout import ReadoutSource, RefreshRule, install, source_readout
+from ibp_deepspeed.objectives.side_loss import MakeSideLoss, SideLoss
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 from ibp_deepspeed.strategy.strategy import Strategy
 from ibp_deepspeed.strategy.timeline import Timeline
@@ -38,6 +39,7 @@ class InterlockedReference:
             there is not used); or None for backpropagation without heads.
         loss_fn: ``loss_fn(outputs, labels)`` → scalar.
         interlocking: the configuration, as in the DeepSpeed JSON.
+        side_loss: gives a loss of a stage's own layers after their forward pass, a part of all exits' losses behind it.
 
     Attributes:
         placement: where the heads stand.
@@ -46,6 +48,8 @@ class InterlockedReference:
         batch: the number of the next batch, from 0; strategies and copies of the LM head follow it.
         taken: copies of the last LM head that are not used yet, by the batch at whose beginning they were taken.
         source: what makes these copies; None with private LM heads.
+        side_losses: of the last forward pass, by stage.
+        side_means: of the last batch: stage → name → mean over its micro-batches.
 
     Raises:
         ConfigError: more borrowed layers than a stage has, or what :class:`Timeline` refuses.
@@ -58,9 +62,12 @@ class InterlockedReference:
         aux_heads: Sequence[nn.Module | Objective | None] | None,
         loss_fn: Callable[[Any, Any], Tensor],
         interlocking: InterlockingConfig | Mapping[str, Any],
+        side_loss: MakeSideLoss | None = None,
     ) -> None:
         self.stages = list(stages)
-        self.loss_fn = loss_fn
+        self.loss_fn, self._side_loss = loss_fn, side_loss
+        self.side_losses: dict[int, SideLoss] = {}
+        self.side_means: dict[int, dict[str, float]] = {}
         self.interlocking = InterlockingConfig.parse(interlocking)
         count, self._has_heads = len(self.stages), aux_heads is not None
         Timeline(self.interlocking, count, 1, self._has_heads).distinct()  # refuses what needs heads
@@ -104,27 +111,33 @@ class InterlockedReference:
         """
         count = len(micro_batches)
         self._refresh_readouts(count)
+        self.side_means = {}
         strategies = Timeline(self.interlocking, len(self.stages), count, self._has_heads).at(self.batch)
         rows = []
         for i, (sample, strategy) in enumerate(zip(micro_batches, strategies.strategies, strict=True)):
             losses = self.losses(*sample, micro_batch=i)
             for j, loss in losses.items():
-                self._differentiate(loss / count, self._trained_by(j, strategy))
+                self._differentiate((loss + self._side_of(j)) / count, self._trained_by(j, strategy))
             rows.append({j: loss.detach() for j, loss in losses.items()})
+            for k, side in self.side_losses.items():
+                means = self.side_means.setdefault(k, {})
+                means[side.name] = means.get(side.name, 0.0) + side.value.item() / count
         self.batch += 1
         return self._means(rows)
 
     def evaluate(self, micro_batches: Sequence[Sample], measure: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
         """The K held-out losses, or another ``measure(outputs, labels)`` of the exits. Shape [K], float64.
 
-        Means over micro-batches, weighted by what counts in them if the loss function says so; a measure is not.
+        Means over micro-batches, weighted by what counts in them if the loss function, or the measure, says so. A
+        measure may give several numbers, [m]: the means are [K, m].
         """
         means = ExitMeans(len(self.stages))
         with torch.no_grad():
             for inputs, labels, *documents in micro_batches:
                 outputs, objectives = self.outputs(inputs, *documents), self.objectives
                 values = {k: (measure or objectives[k].measure)(outputs[k], labels) for k in outputs}
-                means.add(values, {k: 1.0 if measure else objectives[k].weight(labels) for k in outputs})
+                weights = {k: weight_of(measure, labels) if measure else objectives[k].weight(labels) for k in outputs}
+                means.add(values, weights)
         return means.means()
 
     def outputs(self, inputs: Any, documents: Documents | None = None) -> dict[int, Any]:
@@ -140,6 +153,9 @@ class InterlockedReference:
                 hidden, stage = self._borrowed(k)(hidden), self._own(k)
                 outputs[k - 1] = self.objectives[k - 1].outputs(hidden)
             hidden = stage(hidden)
+            side = None if self._side_loss is None else self._side_loss(stage.children())
+            if side is not None:
+                self.side_losses[k] = side
             if loss == k:
                 outputs[k] = self.objectives[k].outputs(hidden)
         return {**outputs, len(self.stages) - 1: hidden}
@@ -165,6 +181,10 @@ class InterlockedReference:
                 where = {"batch": self.batch, "micro_batch": micro_batch, "index": k}
                 losses[k] = objective.training_loss(outputs[k], labels, target=target, **where)
         return losses
+
+    def _side_of(self, loss: int) -> Tensor | float:
+        """What the stages up to an exit add to its loss."""
+        return sum(side.factor * side.value for stage, side in self.side_losses.items() if stage <= loss)
 
     def _trained_by(self, loss: int, strategy: Strategy) -> list[Weighted]:
         """The parameters that L_loss trains, with its weight: w_{j-k} ∂L_j/∂θ_k for trunks, ∂L_k/∂φ_k for heads."""
@@ -197,6 +217,8 @@ class InterlockedReference:
         borrow = self.placement.borrow
         if not borrow:
             return
+        if self._side_loss is not None:
+            raise ConfigError('a side_loss does not go together with "interlocking.aux_head.borrow".')
         for k, stage in enumerate(self.stages):
             if self.placement.borrowed_from(k) == 0:
                 continue

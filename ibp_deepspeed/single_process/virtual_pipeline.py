@@ -24,9 +24,11 @@ from ibp_deepspeed.config.deepspeed import check_ds_config, is_enabled, resolve_
 from ibp_deepspeed.documents import Documents
 from ibp_deepspeed.errors import BatchError, ConfigError
 from ibp_deepspeed.objectives.head import Objective
+from ibp_deepspeed.objectives.side_loss import MakeSideLoss
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, not_made
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
+from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 from ibp_deepspeed.single_process.reference import Sample
@@ -54,6 +56,7 @@ class VirtualPipeline:
             gradients in fp32.
         device: where everything is put.
         monitor: DeepSpeed's MonitorMaster, for what stages report every ``steps_per_print`` batches.
+        side_loss: see :class:`InterlockedReference`.
 
     Attributes:
         reference: the stages, heads and gradients.
@@ -72,6 +75,7 @@ class VirtualPipeline:
         ds_config: Mapping[str, Any],
         device: torch.device | str = "cpu",
         monitor: Any = None,
+        side_loss: MakeSideLoss | None = None,
     ) -> None:
         check_ds_config(ds_config)
         self.ds_config, self.monitor, self.global_rank = dict(ds_config), monitor, 0
@@ -81,7 +85,8 @@ class VirtualPipeline:
         for part in (*stages, *(head for head in aux_heads or () if head is not None)):
             module = part.module if isinstance(part, Objective) else part
             module.to(device=self.device, dtype=dtype)
-        self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(ds_config))
+            RunningStatistics([module])  # which stay in fp32
+        self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(ds_config), side_loss)
         if self.reference.interlocking.compile:
             compile_layers(
                 [layer for stage in stages for layer in stage], [*self.reference.aux_heads.values()], self.device
@@ -174,7 +179,8 @@ class VirtualPipeline:
         names = (measures.TRUNK_NORM, measures.HEAD_NORM)
         parts = self.reference.masters_by_part(stage)
         norms = {name: gradient_norm(part).item() for name, part in zip(names, parts, strict=False)}
-        return {**norms, measures.LEARNING_RATE: self.optimizers[stage].param_groups[0]["lr"]}
+        own = self.reference.side_means.get(stage, {})
+        return {**norms, **own, measures.LEARNING_RATE: self.optimizers[stage].param_groups[0]["lr"]}
 
     def _report(self, measured: list[dict[str, float]], losses: list[float]) -> None:
         seconds, self._seconds = sum(self._seconds) / len(self._seconds), []
@@ -238,7 +244,8 @@ class VirtualPipeline:
         if "betas" in kept:
             kept["betas"] = tuple(kept["betas"])
         defaults = {} if name.lower() == "sgd" else {"weight_decay": 0.01 if name.lower() == "adamw" else 0.0}
-        groups = parameter_groups(self.reference.masters(stage), self.reference.interlocking.decay)
+        trained = self.reference.masters(stage) or [nn.Parameter(torch.zeros(1, device=self.device))]  # as the engine's
+        groups = parameter_groups(trained, self.reference.interlocking.decay)
         return _OPTIMIZERS[name.lower()](groups, **{**defaults, **kept})
 
     def _clip(self) -> None:

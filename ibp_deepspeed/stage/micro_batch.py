@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.errors import BoundaryError
+from ibp_deepspeed.objectives.side_loss import SideLoss
 from ibp_deepspeed.rng import RandomState
 
 
@@ -21,6 +23,9 @@ class MicroBatchInFlight:
         borrowed: the first layers, where the loss of the stage before stands behind them.
         recompute: keep the stage's input instead of its graph between the input gradients that fall together
             with the forward pass and the next one, and run the trunk once more there (once, whatever their number).
+        again: what to enter around that second run.
+        side_loss: gives a loss of the trunk's own after each of its forward passes.
+        side_share: of this micro-batch in its mean, 1/M.
 
     Attributes:
         number: in its batch.
@@ -29,6 +34,7 @@ class MicroBatchInFlight:
         sample_checksum: of the samples that the labels belong to.
         documents: of its rows, where they hold several.
         cut: what the borrowed layers give, a leaf; None if nothing is borrowed here.
+        side: the trunk's own loss while there is a graph.
         outputs: h_k, on the last stage its loss, undivided; with its graph while that is kept.
         output_gradients: loss index → dL/dh_k, on the last stage dL/d(its undivided loss).
         borrowed_gradients: loss index → dL/d(cut), of the loss that stands there.
@@ -43,9 +49,14 @@ class MicroBatchInFlight:
         *,
         borrowed: Callable[[Any], Any] | None = None,
         recompute: bool = False,
+        again: Callable[[], AbstractContextManager[None]] = nullcontext,
+        side_loss: Callable[[], SideLoss | None] | None = None,
+        side_share: float = 1.0,
     ) -> None:
         self.trunk, self.borrowed = trunk, borrowed
-        self.recompute = recompute
+        self.recompute, self._again = recompute, again
+        self._side_loss, self._side_share = side_loss, side_share
+        self.side: SideLoss | None = None
         self.number = 0
         self.inputs: Any = None
         self.labels: Any = None
@@ -72,7 +83,7 @@ class MicroBatchInFlight:
     def drop_graph(self) -> None:
         """With recomputation on: forget the graph, keep the input (before the first recomputation only)."""
         if self.recompute and self.recomputations == 0:
-            self.outputs = self.cut = self._behind_borrowed = None
+            self.outputs = self.cut = self._behind_borrowed = self.side = None
 
     def backward_borrowed(self, loss: int) -> None:
         """dL_loss/dh_{k-1} of the loss that stands behind the borrowed layers; the graph stays."""
@@ -87,12 +98,16 @@ class MicroBatchInFlight:
         """
         outputs = self._graph()
         start = self.inputs if self.cut is None else self.cut
-        gradient = _input_gradient(outputs, start, self.output_gradients[loss])
+        gradient = _input_gradient(outputs, start, self.output_gradients[loss], *self._side_seed(1.0))
         self.input_gradients[loss] = gradient if self.cut is None else self._through_borrowed(gradient)
         return self.input_gradients[loss]
 
     def update(
-        self, weights: dict[int, float], parameters: list[torch.nn.Parameter] | None, borrowed_share: float = 0.0
+        self,
+        weights: dict[int, float],
+        parameters: list[torch.nn.Parameter] | None,
+        borrowed_share: float = 0.0,
+        side_weight: float = 1.0,
     ) -> None:
         """Accumulate the trunk's gradient of Σ weight · L.
 
@@ -100,6 +115,7 @@ class MicroBatchInFlight:
             weights: loss index → weight; all output gradients must be here.
             parameters: restrict the backward pass to these; None takes the gradient of the input too.
             borrowed_share: weight in the borrowed layers of the loss that stands behind them; the others keep the rest.
+            side_weight: of the trunk's own loss, which is a part of each of the losses.
         """
         outputs = self._graph()
         if not outputs.requires_grad:
@@ -109,7 +125,9 @@ class MicroBatchInFlight:
             term = self.output_gradients[loss] if weight == 1.0 else self.output_gradients[loss] * weight
             gradient = term if gradient is None else gradient + term
         if self.cut is None:
-            torch.autograd.backward(outputs, gradient, inputs=parameters)
+            side = self._side_seed(side_weight)
+            both = [outputs, *(value for value, _ in side)], [gradient, *(seed for _, seed in side)]
+            torch.autograd.backward(*both, inputs=parameters)
             return
         torch.autograd.backward(outputs, gradient)  # the cut is a leaf, so this ends there
         self._update_borrowed(parameters, borrowed_share)
@@ -140,7 +158,8 @@ class MicroBatchInFlight:
 
     def free(self) -> None:
         """Give everything back, but what weight gradients that were put off are made of."""
-        self.inputs = self.labels = self.outputs = self.cut = self._behind_borrowed = self.documents = None
+        self.inputs = self.labels = self.outputs = self.cut = self._behind_borrowed = None
+        self.side = self.documents = None
         self.output_gradients.clear()
         self.borrowed_gradients.clear()
 
@@ -155,7 +174,7 @@ class MicroBatchInFlight:
         if self.outputs is None:
             assert self._random_state is not None
             self.recomputations += 1
-            with self._random_state.restored(), torch.enable_grad():
+            with self._random_state.restored(), self._again(), torch.enable_grad():
                 self._run()
         return self.outputs
 
@@ -166,14 +185,24 @@ class MicroBatchInFlight:
                 self._behind_borrowed = self.borrowed(hidden)
                 hidden = self.cut = self._behind_borrowed.detach().requires_grad_(self._behind_borrowed.requires_grad)
             self.outputs = self.trunk(hidden)
+            self.side = None if self._side_loss is None else self._side_loss()
+
+    def _side_seed(self, weight: float) -> list[tuple[Tensor, Tensor]]:
+        """The trunk's own loss and its gradient in a loss of that weight; none if nothing is trained by it."""
+        if self.side is None or not self.side.value.requires_grad:
+            return []
+        value = self.side.value
+        return [(value, torch.full_like(value, weight * self.side.factor * self._side_share))]
 
     def _through_borrowed(self, gradient: Tensor) -> Tensor:
         assert self._behind_borrowed is not None
         return _input_gradient(self._behind_borrowed, self.inputs, gradient)
 
 
-def _input_gradient(outputs: Tensor, inputs: Tensor, output_gradient: Tensor) -> Tensor:
+def _input_gradient(outputs: Tensor, inputs: Tensor, output_gradient: Tensor, *side: tuple[Tensor, Tensor]) -> Tensor:
     """The vector-Jacobian product that takes a gradient from outputs to inputs; the graph stays.
+
+    ``side`` are other scalars that the loss is made of, and their gradients.
 
     Raises:
         BoundaryError: the outputs do not depend on anything that is differentiated.
@@ -182,5 +211,6 @@ def _input_gradient(outputs: Tensor, inputs: Tensor, output_gradient: Tensor) ->
         raise BoundaryError(
             "a stage's output carries no gradient, so no gradient can go upstream: don't detach hidden states."
         )
-    (gradient,) = torch.autograd.grad(outputs, inputs, output_gradient, retain_graph=True, materialize_grads=True)
+    both = [outputs, *(value for value, _ in side)], [output_gradient, *(seed for _, seed in side)]
+    (gradient,) = torch.autograd.grad(both[0], inputs, both[1], retain_graph=True, materialize_grads=True)
     return gradient

@@ -19,6 +19,8 @@ from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.errors import ModuleError
 from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
+from ibp_deepspeed.objectives.side_loss import MakeSideLoss, SideLoss
+from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
 
@@ -39,12 +41,14 @@ class InterlockedPipelineModule(PipelineModule):
             built on the next stage, and applied to what that stage's first ``borrow`` layers give.
         interlocking: the configuration, here or in the DeepSpeed JSON.
         partition_method: one of PipelineModule's names, or the K+1 layer indices at which stages begin and end.
+        side_loss: a loss of a stage's own layers, a part of all exits' losses behind it.
         kwargs: PipelineModule's.
 
     Attributes:
         placement: where the heads of all stages stand.
         objectives: of the losses that this stage computes, by their index.
         aux_head: the module of this stage's head, None where there is none.
+        frozen_stages: those whose trunk has nothing to train, known from :func:`ibp_deepspeed.initialize` on.
 
     Raises:
         ModuleError: more stages than layers, a world that the stages don't divide, wrong bounds, or stages with too few
@@ -61,6 +65,7 @@ class InterlockedPipelineModule(PipelineModule):
         aux_head: Callable[[int], nn.Module | Objective] | None,
         interlocking: InterlockingConfig | Mapping[str, Any] | None = None,
         partition_method: str | Sequence[int] = "parameters",
+        side_loss: MakeSideLoss | None = None,
         **kwargs: Any,
     ) -> None:
         layers = list(layers)
@@ -79,6 +84,8 @@ class InterlockedPipelineModule(PipelineModule):
         self._make_head = aux_head
         self.aux_head: nn.Module | None = None
         self.objectives: dict[int, Objective] = {}
+        self.frozen_stages: tuple[int, ...] = ()
+        self.side_loss = side_loss
         provisional = config or InterlockingConfig()
         self._place_heads(HeadPlacement.from_config(provisional, self.num_stages, self.has_aux_heads))
         self.configure(provisional)
@@ -125,6 +132,10 @@ class InterlockedPipelineModule(PipelineModule):
             return PipelineModule.forward(self, inputs)
         return self.remaining_layers(self.borrowed_layers(inputs))
 
+    def side_loss_of_layers(self) -> SideLoss | None:
+        """That of this stage's layers, right after their forward pass."""
+        return None if self.side_loss is None else self.side_loss(self.forward_funcs)
+
     def borrowed_layers(self, inputs: Any) -> Any:
         """The layers that stand before the head of the stage before, if any: h_{k-1} → what that head reads."""
         for layer in self.forward_funcs[: self.placement.borrowed_from(self.stage_id)]:
@@ -150,8 +161,17 @@ class InterlockedPipelineModule(PipelineModule):
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """θ_k, those that are trained."""
-        head = {id(p) for p in self.aux_head.parameters()} if self.aux_head is not None else set()
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in head]
+        others = {id(p) for p in self.aux_head.parameters()} if self.aux_head is not None else set()
+        return [
+            p for name, p in self.named_parameters() if p.requires_grad and id(p) not in others and name != PLACEHOLDER
+        ]
+
+    def give_optimizer_something(self) -> None:
+        """On a stage with nothing to train: one number that nobody uses, because DeepSpeed's optimizers need a
+        parameter."""
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            device = get_accelerator().device_name(self.local_rank)
+            self.register_parameter(PLACEHOLDER, nn.Parameter(torch.zeros(1, device=device)))
 
     def tied_across_stages(self) -> list[str]:
         """Keys of tied layers that live on more than one stage."""
@@ -194,6 +214,8 @@ class InterlockedPipelineModule(PipelineModule):
     def _check_borrow(self, placement: HeadPlacement) -> None:
         if not placement.borrow:
             return
+        if self.side_loss is not None:
+            raise ModuleError('a side_loss does not go together with "interlocking.aux_head.borrow".')
         for stage, (low, high) in enumerate(pairwise(self.parts)):
             if high - low <= placement.borrowed_from(stage):
                 raise ModuleError(
@@ -208,8 +230,6 @@ class InterlockedPipelineModule(PipelineModule):
         scalars = [name for name, p in self.named_parameters() if p.dim() == 0]
         if scalars:
             raise ModuleError(f"parameter {scalars[0]} of stage {self.stage_id} has no dimension: make its shape (1,).")
-        if not any(p.requires_grad for p in self.parameters()):
-            raise ModuleError(f"stage {self.stage_id} has no parameter to train: use fewer stages or other bounds.")
 
     def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
         """Overrides PipelineModule's: the stage's head goes to a file of its own beside the layers'."""

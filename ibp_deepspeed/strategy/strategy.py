@@ -33,6 +33,8 @@ class Strategy:
         exit_weights: in mode sum a weight for each exit (None: equal, summing to 1).
         split_backward: whether an update whose input gradient goes upstream computes and sends that first (B), and its
             weight gradients later (W).
+        frozen: the stages whose trunk has nothing to train, rising. They pass on the gradients that trunks before them
+            use, and none where there is no such trunk.
     """
 
     stages: int
@@ -44,6 +46,7 @@ class Strategy:
     exits: tuple[int, ...] | None = None
     exit_weights: tuple[float, ...] | None = None
     split_backward: bool = True
+    frozen: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.width < 1 or self.hop_slack < 0:
@@ -56,7 +59,10 @@ class Strategy:
             raise ValueError(
                 f"there are {len(self.placement.losses)} exits and {len(self.exit_weights)} weights: {self}"
             )
+        if any(not 0 <= stage < self.stages for stage in self.frozen):
+            raise ValueError(f"frozen names a stage that is not one of the {self.stages}: {self}")
         object.__setattr__(self, "exits", self.placement.losses)
+        object.__setattr__(self, "frozen", tuple(sorted(set(self.frozen))))
 
     @property
     def is_backpropagation(self) -> bool:
@@ -87,9 +93,24 @@ class Strategy:
         """The furthest exit whose loss trains trunk ``stage``."""
         return self.next_exits(stage)[-1]
 
+    def trains(self, stage: int) -> bool:
+        """Whether trunk ``stage`` has something to train."""
+        return stage not in self.frozen
+
+    def awaited(self, stage: int) -> int | None:
+        """The loss whose gradient goes through trunk ``stage`` last, after which a micro-batch is freed.
+
+        It is reach(k); with nothing to train the furthest loss that a trunk before it uses, None if there is none.
+        """
+        if self.trains(stage):
+            return self.reach(stage)
+        passing = [loss for loss in self.placement.losses if loss >= stage and self.crosses(loss, stage)]
+        return passing[-1] if passing else None
+
     def distance(self, stage: int) -> int:
-        """home(reach(k)) - k: how many boundaries the update gradient of trunk k crosses."""
-        return self.placement.home(self.reach(stage)) - stage
+        """home(reach(k)) - k: how many boundaries the update gradient of trunk k crosses; see :meth:`awaited`."""
+        awaited = self.awaited(stage)
+        return 0 if awaited is None else self.placement.home(awaited) - stage
 
     def weights(self, stage: int) -> dict[int, float]:
         """Loss index → its weight in the gradient of trunk ``stage``.
@@ -112,24 +133,34 @@ class Strategy:
     def terms(self, stage: int) -> dict[int, float]:
         """Index of an output gradient of ``stage`` → its factor in the update gradient of its trunk.
 
-        The weights, but in mode sum: what arrives as the last loss's is the weighted sum of all exits behind.
+        The weights, but in mode sum: what arrives as the last loss's is the weighted sum of all exits behind. With
+        nothing to train: of the gradient that is passed on last.
         """
+        awaited = self.awaited(stage)
+        if awaited is None:
+            return {}
+        if self.mode != "sum" and not self.trains(stage):
+            return {awaited: 1.0}
         weights = self.weights(stage)
         if self.mode != "sum" or stage == self.stages - 1:
             return weights
         own = {stage: weights[stage]} if stage in weights else {}
         return {**own, self.stages - 1: 1.0}
 
-    def users(self, loss: int) -> range:
-        """The trunks that loss ``loss`` trains (contiguous, empty if there is none)."""
-        return self._users.get(loss, range(0))
+    def side_weight(self, stage: int) -> float:
+        """Factor of a trunk's own side loss in its update, which is a part of each of the losses that train it."""
+        return sum(self.weights(stage).values()) if self.trains(stage) or self.mode == "sum" else 1.0
+
+    def users(self, loss: int) -> list[int]:
+        """The trunks that loss ``loss`` trains, rising (empty if there is none)."""
+        return self._users.get(loss, [])
 
     @cached_property
-    def _users(self) -> dict[int, range]:
-        found: dict[int, range] = {}
-        for k in range(self.stages):
+    def _users(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for k in filter(self.trains, range(self.stages)):
             for loss in self.weights(k):
-                found[loss] = range(found[loss].start if loss in found else k, k + 1)
+                found.setdefault(loss, []).append(k)
         return found
 
     def crosses(self, loss: int, stage: int) -> bool:
@@ -151,7 +182,7 @@ class Strategy:
 
         In mode window it is one more in the mean of the trunk's n losses, 1/(n+1); 0: it does not train them.
         """
-        if self.mode != "window" or not self.placement.borrowed_from(stage):
+        if self.mode != "window" or not self.placement.borrowed_from(stage) or not self.trains(stage):
             return 0.0
         return 1.0 / (len(self.weights(stage)) + 1)
 
@@ -161,12 +192,14 @@ class Strategy:
         It does when the whole trunk is trained by one loss, and in mode sum; a window of several needs an input
         gradient of its own for the last of them, because what travels is the gradient of one loss, unweighted.
         """
+        if not self.trains(stage):
+            return self.awaited(stage) is not None
         whole = self.mode == "sum" or len(self.weights(stage)) == 1 and not self.borrowed_share(stage)
         return whole and self.crosses(self.reach(stage), stage)
 
     def splits(self, stage: int) -> bool:
         """Whether the update of ``stage`` is made in two steps, B and W."""
-        return self.split_backward and self.update_gives_input_gradient(stage)
+        return self.split_backward and self.trains(stage) and self.update_gives_input_gradient(stage)
 
     @cached_property
     def _furthest_distance(self) -> int:
@@ -209,22 +242,25 @@ class StageStrategy:
     Attributes:
         stage: k.
         is_last: whether it ends in the model's own loss.
+        trains: whether its trunk has something to train.
         waits: whether the update gradient comes from another stage.
         computes_losses: whether a loss is computed here.
         sends_gradients: whether any gradient goes to the stage before.
         input_gradient_follows: whether a loss that is computed here goes upstream at once.
-        used: the losses that train some trunk.
+        used: the losses that train some trunk, or this stage's borrowed layers.
         crosses: the losses whose gradient goes to the stage before.
-        reach: the furthest loss that trains trunk k.
+        reach: the furthest loss that trains trunk k, or see :meth:`Strategy.awaited`.
         terms: see :meth:`Strategy.terms`.
         input_weight: what the update's input gradient is divided by before it goes upstream: the one loss's weight, 1
             for a weighted sum.
         update_gives_input_gradient: see :meth:`Strategy.update_gives_input_gradient`.
         borrowed_share: see :meth:`Strategy.borrowed_share`.
+        side_weight: see :meth:`Strategy.side_weight`.
     """
 
     stage: int
     is_last: bool
+    trains: bool
     waits: bool
     computes_losses: bool
     sends_gradients: bool
@@ -236,23 +272,29 @@ class StageStrategy:
     input_weight: float
     update_gives_input_gradient: bool
     borrowed_share: float
+    side_weight: float
 
     @classmethod
     def of(cls, strategy: Strategy, stage: int) -> StageStrategy:
         """The table of stage ``stage``."""
-        losses = strategy.placement.losses_at(stage)
+        losses, awaited = strategy.placement.losses_at(stage), strategy.awaited(stage)
+        reach = strategy.reach(stage) if awaited is None else awaited
+        borrowing = losses[:1] if strategy.borrowed_share(stage) else []
+        one_loss = strategy.mode != "sum" and strategy.trains(stage)
         return cls(
             stage=stage,
             is_last=stage == strategy.stages - 1,
+            trains=strategy.trains(stage),
             waits=strategy.distance(stage) > 0,
             computes_losses=bool(losses),
             sends_gradients=strategy.sends_gradients(stage),
             input_gradient_follows=any(strategy.crosses(loss, stage) for loss in losses),
-            used=frozenset(loss for loss in strategy.placement.losses if len(strategy.users(loss))),
+            used=frozenset(loss for loss in strategy.placement.losses if strategy.users(loss) or loss in borrowing),
             crosses=frozenset(loss for loss in strategy.placement.losses if strategy.crosses(loss, stage)),
-            reach=strategy.reach(stage),
+            reach=reach,
             terms=strategy.terms(stage),
-            input_weight=1.0 if strategy.mode == "sum" else strategy.weights(stage).get(strategy.reach(stage), 1.0),
+            input_weight=strategy.weights(stage).get(reach, 1.0) if one_loss else 1.0,
             update_gives_input_gradient=strategy.update_gives_input_gradient(stage),
             borrowed_share=strategy.borrowed_share(stage),
+            side_weight=strategy.side_weight(stage),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,7 +26,7 @@ class BatchStrategy:
     def __post_init__(self) -> None:
         if not self.strategies:
             raise ValueError("a batch needs at least one micro-batch")
-        if len({(s.stages, s.hop_slack, s.placement, s.split_backward) for s in self.strategies}) > 1:
+        if len({(s.stages, s.hop_slack, s.placement, s.split_backward, s.frozen) for s in self.strategies}) > 1:
             raise ValueError(f"the micro-batches of a batch differ in more than width, mode and weights: {self}")
 
     @classmethod
@@ -91,6 +92,7 @@ class Timeline:
         stages: K.
         micro_batches: M.
         aux_heads: whether there are auxiliary heads.
+        frozen: the stages whose trunk has nothing to train.
 
     Raises:
         ConfigError: a mixed width that is not above one it is mixed into; an exit that there is not, mode sum at
@@ -98,9 +100,15 @@ class Timeline:
     """
 
     def __init__(
-        self, interlocking: InterlockingConfig, stages: int, micro_batches: int, aux_heads: bool = True
+        self,
+        interlocking: InterlockingConfig,
+        stages: int,
+        micro_batches: int,
+        aux_heads: bool = True,
+        frozen: Iterable[int] = (),
     ) -> None:
         self._interlocking, self._stages, self._count, self._aux_heads = interlocking, stages, micro_batches, aux_heads
+        self._frozen = tuple(frozen)
         given = interlocking
         phases = [
             (p.from_step, self._strategy(p.width, p.mode, exit_weights=p.exit_weights or given.exit_weights))
@@ -185,6 +193,7 @@ class Timeline:
             exits,
             weights,
             given.splits_backward,
+            self._frozen,
         )
         if self._aux_heads:
             return strategy

@@ -79,6 +79,7 @@ class _About(BaseModel, extra="forbid"):
     last: int = Field(ge=1)
     interlocking: dict[str, Any]
     has_aux_heads: bool
+    frozen: list[int] = []
     device: str
     processes: list[_Process] = Field(min_length=1)
 

@@ -167,7 +167,7 @@ def _costs(row: Sequence[tuple[Span, float]]) -> Costs:
         values = [value for kind in kinds for value in seconds[kind]]
         return statistics.fmean(values) if values else None
 
-    alone, together = mean("BackwardInput", "UpdateInput"), mean("BackwardPass")
+    alone, together = mean("BackwardInput", "UpdateInput", "BackwardThrough"), mean("BackwardPass")
     apart = statistics.fmean(weights.values()) if weights else None
     if together is not None:
         alone = together / 2 if alone is None else alone
@@ -212,7 +212,7 @@ def _overlap(recording: Recording, processes: Sequence[Process]) -> float | None
 def _prediction(recording: Recording, costs: Sequence[Costs], boundaries: Sequence[Boundary]) -> Prediction:
     """The recorded batches of the same timeline, simulated, in a pipeline that is in motion before them."""
     config = InterlockingConfig.parse(recording.interlocking)
-    timeline = Timeline(config, recording.stages, recording.micro_batches, recording.has_aux_heads)
+    timeline = Timeline(config, recording.stages, recording.micro_batches, recording.has_aux_heads, recording.frozen)
     valid, depth = validated_timeline(timeline), timeline.channel_depth()
     numbers = range(recording.first - 1, recording.last)
     warm_up = settling_batches(timeline.at(numbers[0]), depth)

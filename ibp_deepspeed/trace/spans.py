@@ -68,6 +68,7 @@ class Recording:
         first, last: batches, from 1.
         interlocking: the block of the configuration.
         has_aux_heads: whether the model has auxiliary heads.
+        frozen: the stages whose trunk has nothing to train.
         device: what the stages ran on, and on whose clock: ``cuda`` spans are those of the compute stream.
         processes: by rank.
         spans: by rank and start.
@@ -82,6 +83,7 @@ class Recording:
     device: str
     processes: Sequence[Process]
     spans: Sequence[Span]
+    frozen: Sequence[int] = ()
 
     @property
     def batches(self) -> int:

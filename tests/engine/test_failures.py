@@ -17,7 +17,7 @@ from tests.launch import launch
         ("other samples", "rank 2: stages 1 and 2 look at different samples in batch 1, micro-batch 0"),
         ("other samples in a dictionary", "rank 2: stages 1 and 2 look at different samples in batch 1, micro-batch 0"),
         ("smaller micro-batch", r"rank 0: activations from stage 0 to stage 1 changed .* \(drop_last=True of a DataLo"),
-        ("frozen stage", "rank 3: stage 3 has no parameter to train: use fewer stages or other bounds"),
+        ("nothing to train", "no stage has a parameter to train: leave some layers with requires_grad"),
         ("data ends", "rank 0: the data of stage 0 ended in batch 2: give a repeating iterator"),
         ("tied", "'embedding' is tied across stages, which width 2 of 4 stages can't train: untie it"),
         ("no heads", "width 2 of 4 stages in mode furthest needs a head for every exit"),

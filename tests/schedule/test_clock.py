@@ -32,7 +32,10 @@ def strategies(draw: st.DrawFn, most_stages: int = 5) -> Strategy:
     )
     borrow = 0 if mode == "sum" or exits else draw(st.integers(0, 1))
     split, slack = draw(st.booleans()), draw(st.integers(0, 2))
-    return Strategy(stages, width, mode, hop_slack=slack, exits=exits, borrow=borrow, split_backward=split)
+    frozen = draw(st.just(()) | st.sets(st.integers(0, stages - 1)).map(tuple))
+    return Strategy(
+        stages, width, mode, hop_slack=slack, exits=exits, borrow=borrow, split_backward=split, frozen=frozen
+    )
 
 
 @settings(max_examples=150, deadline=None)

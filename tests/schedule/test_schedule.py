@@ -18,11 +18,18 @@ from ibp_deepspeed.schedule.instructions import (
     BackwardBorrowed,
     BackwardInput,
     BackwardPass,
+    BackwardWeight,
     ForwardPass,
+    LoadMicroBatch,
     OptimizerStep,
     PipeInstruction,
+    RecvActivation,
     RecvGrad,
+    ReduceGrads,
+    Release,
+    SendActivation,
     SendGrad,
+    UpdateInput,
 )
 from ibp_deepspeed.schedule.predict import predict, predict_timeline
 from ibp_deepspeed.schedule.simulator import Costs, Simulator
@@ -56,6 +63,39 @@ def test_every_small_schedule_with_chosen_exits_is_valid(stages: int) -> None:
         for strategy in dict.fromkeys(strategies):
             least = max(strategy.distance(k) for k in range(stages)) * strategy.hop_slots + 1
             validated_schedules(BatchStrategy.uniform(strategy, micro_batches), min(least, micro_batches))
+
+
+@pytest.mark.parametrize("stages", range(1, 6))
+def test_every_small_schedule_with_frozen_stages_is_valid(stages: int) -> None:
+    """K ≤ 5, M ≤ 3, N ≤ K, every set of stages with nothing to train, all modes, borrowed layers, B and W at once and
+    apart, at the least channel depth; below the lowest trained stage nothing but forward passes and heads."""
+    sets = itertools.chain.from_iterable(itertools.combinations(range(stages), n) for n in range(1, stages + 1))
+    below = {ForwardPass, AuxLoss, Release, LoadMicroBatch, RecvActivation, SendActivation}
+    for frozen, count, split in itertools.product(sets, (1, 2, 3), (False, True)):
+        options: dict[str, Any] = {"frozen": frozen, "split_backward": split}
+        strategies = [Strategy(stages, stages, "sum", **options)]
+        for width, mode, borrow in itertools.product(range(1, stages + 1), MODES, (0, 1)):
+            strategies.append(Strategy(stages, width, mode, borrow=borrow, **options))
+        lowest = min(set(range(stages)) - set(frozen), default=stages)
+        for strategy in strategies:
+            least = max(strategy.distance(k) for k in range(stages)) * strategy.hop_slots + 1
+            batch = BatchStrategy.uniform(strategy, count)
+            schedules = validated_schedules(batch, min(least, count))
+            for k, schedule in enumerate(schedules):
+                kinds = {type(i) for i in schedule.program} - {ReduceGrads, OptimizerStep}
+                assert k >= lowest or kinds <= below, "no backward pass and no gradients where nothing is trained"
+                assert k > lowest or SendGrad not in kinds, "nobody before it would use one"
+                assert k not in frozen or not kinds & {BackwardPass, UpdateInput, BackwardWeight}
+                assert strategy.most_in_flight(k, count) == 1 or k >= lowest
+
+
+def test_frozen_stages_take_their_forward_pass() -> None:
+    """Backpropagation on 4 stages, half of them frozen: F and a head are left of the first two, which hold nothing."""
+    plain, half = (predict(Strategy(4, 4, frozen=frozen), 4) for frozen in ((), (0, 1)))
+    assert plain.micro_batch_time == pytest.approx(3.8, abs=0.01)
+    assert half.micro_batch_time == pytest.approx(3.3, abs=0.01)
+    assert half.idle[:2] == pytest.approx([1 - 1.1 / half.micro_batch_time] * 2, abs=0.01)
+    assert half.in_flight[:2] == [1, 1] and plain.in_flight[0] == 4
 
 
 def mixtures(stages: int, micro_batches: int) -> Iterator[BatchStrategy]:
@@ -204,6 +244,18 @@ def test_the_validator_finds_a_mistake_and_shows_it(
     rows = [line for line in lines if line.startswith("stage ") and " | " in line]
     assert len(rows) == 4, "the grid has a row a stage"
     assert sum(row.count(">>") for row in rows) == 1, "exactly one step is marked"
+
+
+def test_the_validator_knows_who_has_something_to_train() -> None:
+    """A trained stage that only passes gradients on, and a frozen one that computes weight gradients."""
+    plain, frozen = (BatchStrategy.uniform(Strategy(4, 4, frozen=f, split_backward=False), 4) for f in ((), (2,)))
+    for right, wrong, message in (
+        (plain, frozen, "ends a micro-batch without the trunk's gradient"),
+        (frozen, plain, "a gradient for a trunk with nothing to train"),
+    ):
+        schedules = [InterlockedTrainSchedule.for_batch(wrong if k == 2 else right, k) for k in range(4)]
+        with pytest.raises(ScheduleError, match=message):
+            validate(schedules, right, right.channel_depth())
 
 
 @pytest.mark.parametrize(

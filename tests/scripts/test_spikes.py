@@ -92,11 +92,12 @@ class Spiking:
 
 def run(pipeline: Spiking, train: MicroBatchLoader, output: Path, steps: int) -> None:
     args = Namespace(steps=steps, output=output, save_interval=0, eval_interval=0, eval_micro_batches=0)
-    throughput: Any = Namespace(tokens_per_batch=1)
+    throughput: Any = Namespace(tokens_per_batch=1, counted="tokens")
     interruption: Any = Namespace(asked=False)
     given: Any = pipeline
     data: Any = Namespace(train=train)
-    Run(given, args, throughput, Agreement(None, 0), interruption).train(data, lambda: None)
+    evaluate: Any = None
+    Run(given, args, throughput, Agreement(None, 0), interruption, evaluate).train(data, lambda: None)
 
 
 @pytest.mark.parametrize(("spike", "late"), [(40, 0), (41, 3), (45, 3)])

@@ -49,9 +49,9 @@ class Misbehaving(Layer):
         return self.act(super().forward(hidden))
 
 
-def module_with(layer: Any, stages: int = 4, at: int = 3, and_next: bool = False) -> InterlockedPipelineModule:
+def module_with(layer: Any, stages: int = 4, at: int = 3) -> InterlockedPipelineModule:
     specs: list[Any] = layer_specs(stages, torch.float32)
-    specs[at : at + 1 + and_next] = [layer] * (1 + and_next)
+    specs[at] = layer
     return InterlockedPipelineModule(
         specs, num_stages=stages, loss_fn=loss_fn, aux_head=lambda k: Head(100 + k), partition_method="uniform"
     )
@@ -149,7 +149,7 @@ def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
         "other samples": lambda: train(make_module(4), phase, itertools.cycle(other)),
         "other samples in a dictionary": lambda: train(make_module(4), phase, dictionaries(rank)),
         "smaller micro-batch": lambda: train(make_module(4), phase, iter([*micro_batches(0, 3), smaller()])),
-        "frozen stage": lambda: train(module_with(LayerSpec(Idle), at=6, and_next=True), phase),
+        "nothing to train": lambda: train(make_module(4).requires_grad_(False), phase),
         "data ends": lambda: train(make_module(4), phase, iter(micro_batches(0, 3))),
         "tied": lambda: train(
             headless(tied, num_stages=4, loss_fn=loss_fn, aux_head=lambda k: Head(k), partition_method="uniform"), phase
@@ -196,10 +196,6 @@ def dying_data(rank: int) -> Iterator[Any]:
         time.sleep(2)
         os._exit(7)
     yield from itertools.cycle(micro_batches(1, 3))
-
-
-class Idle(nn.Identity):
-    """A layer without parameters."""
 
 
 class Scalar(nn.Module):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ibp_deepspeed import InterlockedReference, initialize
 from ibp_deepspeed.comm.message import Memory
+from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
 from tests.toys import make_module, make_reference, micro_batches
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
@@ -26,11 +27,12 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     replicas = dist.get_world_size() // stages
     engine = make_engine(case, stages, count, dtype, heads, replicas)
     reference = make_reference(stages, case["interlocking"], dtype, heads=heads, follow=follows(case))
+    freeze(case, [layer for trunk in reference.stages for layer in trunk.children()], reference.aux_heads)
     rank = engine.grid.get_data_parallel_rank()
     parameters = [p for k in range(stages) for p in reference.parameters(k)]
-    optimizers = [reference_optimizer(case, reference.parameters(k)) for k in range(stages)]
+    optimizers = [reference_optimizer(case, own) for k in range(stages) if (own := reference.parameters(k))]
     worst = {"gradient": 0.0, "parameter": 0.0, "loss": 0.0, "eval": 0.0}
-    gradients = record_first_gradients(engine)
+    gradients, messages = record_first_gradients(engine), count_gradient_messages(engine)
     for step in range(case.get("steps", 5)):
         rows = [micro_batches(step, count, dtype, r) for r in range(replicas)]
         loss = engine.train_batch(iter(rows[rank]))
@@ -43,6 +45,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
             and case.get("dtype") != "bf16"
             and replicas == 1
             and not case.get("clip")
+            and not case.get("frozen")
         ):
             worst["gradient"] = compare(gradients, [p.grad for p in reference.parameters(engine.stage_id)])
         for optimizer in optimizers:
@@ -54,11 +57,34 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
             worst["loss"] = max(worst["loss"], abs(loss.item() - expected) / abs(expected))
         if case.get("eval") and step == 2:
             worst["eval"] = compare_evaluation(engine, reference, count, dtype, rank, replicas)
-    worst["parameter"] = compare(list(engine.module.parameters()), stage_parameters(reference, engine.stage_id))
+    own = [p for name, p in engine.module.named_parameters() if name != PLACEHOLDER]
+    worst["parameter"] = compare(own, stage_parameters(reference, engine.stage_id))
+    worst["gradient messages"] = float(len(messages))
     worst["recomputations"] = float(engine.recomputations)
     worst["compiled"] = float(sum(layer._compiled_call_impl is not None for layer in engine.module.forward_funcs))
     engine.close()
     return worst
+
+
+def freeze(case: dict[str, Any], layers: Sequence[torch.nn.Module], heads: dict[int, torch.nn.Module]) -> None:
+    """Layers that are not trained, by their index in the uncut model, and heads by their stage."""
+    for index in case.get("frozen", ()):
+        layers[index].requires_grad_(False)
+    for stage in set(case.get("frozen_heads", ())) & heads.keys():
+        heads[stage].requires_grad_(False)
+
+
+def count_gradient_messages(engine: Any) -> list[Any]:
+    """Those that this stage sends from now on."""
+    sent: list[Any] = []
+    send = engine.links.send_gradient
+
+    def counting(*args: Any) -> None:
+        sent.append(args)
+        send(*args)
+
+    engine.links.send_gradient = counting
+    return sent
 
 
 def follows(case: dict[str, Any]) -> bool:
@@ -85,6 +111,9 @@ def make_engine(case: dict[str, Any], stages: int, count: int, dtype: torch.dtyp
         "interlocking": case["interlocking"],
     }
     module = make_module(stages, dtype=dtype, heads=heads, follow=follows(case))
+    first, head = 2 * module.stage_id, module.placement.head_at(module.stage_id)
+    mine = {**case, "frozen": [i - first for i in case.get("frozen", ()) if first <= i < first + 2]}
+    freeze(mine, module.forward_funcs, {} if head is None or module.aux_head is None else {head: module.aux_head})
     if not case.get("staged"):
         return initialize(model=module, config=config)[0]
     with mock.patch.object(Memory, "of", lambda device: Memory(device, staged=True)):  # as for a device behind gloo

@@ -72,7 +72,8 @@ def compare(record: RunRecord, history: History) -> Comparison | None:
 
 def _timeline(record: RunRecord) -> Timeline:
     interlocking = resolve_interlocking(record.ds_config)
-    return Timeline(interlocking, record.stages, record.micro_batches, aux_heads=interlocking.aux_head is not None)
+    heads = interlocking.aux_head is not None
+    return Timeline(interlocking, record.stages, record.micro_batches, aux_heads=heads, frozen=record.frozen)
 
 
 def _as_measured(costs: list[Costs], before: Prediction, busy: list[float]) -> list[Costs]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,19 @@ SAVE_SECONDS = 900.0
 """Between two checkpoints at most, where --save-interval is not given."""
 _SHORT = 50
 _BY_PROFILE = "profile:"
+_CHANGES = ("seed", "data", "tokenizer", "sequence-length", "document-masks", "batch-size")
+
+
+class Defaults(NamedTuple):
+    """What hyperparameters are where none is given, as the help says it."""
+
+    samples: str
+    micro_batches: str
+    rate: str
+    warmup: str
+
+
+_OF_TEXT = Defaults("8", "4", "0.25 / hidden size, a tenth of that with --init-from but --lora", "a 20th, at most 500")
 
 
 class Source(NamedTuple):
@@ -39,8 +53,17 @@ def parse_arguments(description: str | None, words: list[str] | None = None) -> 
     """
     parser = cli.parser(description)
     _add_what(parser)
-    _add_hyperparameters(parser)
-    _add_evaluation_and_checkpoints(parser)
+    add_hyperparameters(parser, _OF_TEXT)
+    add_evaluation_and_checkpoints(parser, _CHANGES)
+    add_trace_and_log(parser)
+    args = parser.parse_args(words)
+    args.mixture = args.data
+    args.data = args.mixture[0].folder
+    return args
+
+
+def add_trace_and_log(parser: argparse.ArgumentParser) -> None:
+    """What is recorded and shown."""
     parser.add_argument(
         "--trace",
         nargs="?",
@@ -51,10 +74,6 @@ def parse_arguments(description: str | None, words: list[str] | None = None) -> 
     )
     parser.add_argument("--verbose", action="store_true", help="show the log of DeepSpeed and Hugging Face")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args(words)
-    args.mixture = args.data
-    args.data = args.mixture[0].folder
-    return args
 
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +114,21 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override values of the model's config (default: none)",
     )
+    add(
+        "--freeze",
+        metavar="WHAT",
+        help="layers that are not trained: N, the embedding and the first N decoder layers, or names such as "
+        "embedding,layers.0-5,head (default: none)",
+    )
+    add(
+        "--lora",
+        nargs="?",
+        const="",
+        metavar="KEY=VALUE,…",
+        help="train low-rank adapters (peft) of the weights of --init-from, which stay as they are: rank=8,alpha=16,"
+        "dropout=0,targets=q_proj+v_proj, of which any can be left out: rank 8, alpha twice the rank, no dropout, the "
+        "targets that peft knows for the model type; or targets=all-linear (default: train the weights)",
+    )
     add("--stages", type=int, metavar="K", help="pipeline stages (default: the number of processes)")
     add("--one-process", action="store_true", help="all stages in this process, on one device; needs --stages")
     add(
@@ -113,22 +147,29 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="initial weights and order of data (default: %(default)s)")
 
 
-def _add_hyperparameters(parser: argparse.ArgumentParser) -> None:
+def add_hyperparameters(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
+    """Steps, batch and rate."""
     text = 'these fill in "auto" in the DeepSpeed JSON'
     add = parser.add_argument_group("how it is trained", text).add_argument
     add("--steps", type=int, default=200, metavar="N", help="batches to train (default: %(default)s)")
-    add("--micro-batch-size", type=int, metavar="B", help="samples of a micro-batch (default: 8)")
-    add("--gradient-accumulation-steps", type=int, metavar="M", help="micro-batches of a batch (default: 4)")
+    add("--micro-batch-size", type=int, metavar="B", help=f"samples of a micro-batch (default: {defaults.samples})")
+    add(
+        "--gradient-accumulation-steps",
+        type=int,
+        metavar="M",
+        help=f"micro-batches of a batch (default: {defaults.micro_batches})",
+    )
     add(
         "--learning-rate",
         type=float,
         metavar="X",
-        help="the highest of the schedule (default: 0.25 / hidden size, a tenth of that with --init-from)",
+        help=f"the highest of the schedule (default: {defaults.rate})",
     )
-    add("--warmup-steps", type=int, metavar="N", help="batches of rising rate (default: a 20th, at most 500)")
+    add("--warmup-steps", type=int, metavar="N", help=f"batches of rising rate (default: {defaults.warmup})")
 
 
-def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
+def add_evaluation_and_checkpoints(parser: argparse.ArgumentParser, changes: Sequence[str]) -> None:
+    """When and where; ``changes``: what may differ from the training that is resumed."""
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add(
         "--eval-interval",
@@ -178,7 +219,7 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
     add(
         "--allow-changed",
         nargs="+",
-        choices=["seed", "data", "tokenizer", "sequence-length", "document-masks", "batch-size"],
+        choices=changes,
         metavar="WHAT",
         help="with --resume, go on although this differs from the checkpoint's training, which is refused otherwise. "
         "seed: the rest of the epoch comes in another order, some samples twice, others not at all; data, "
@@ -209,7 +250,8 @@ def given_hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
 
 def default_hyperparameters(args: argparse.Namespace, hidden_size: int) -> dict[str, Any]:
     """Option → value where none was given. Wide models, and weights that have been trained, need smaller rates."""
-    rate = 0.25 / hidden_size / (1 if args.init_from is None else 10)
+    tenth = args.init_from is not None and args.lora is None
+    rate = 0.25 / hidden_size / (10 if tenth else 1)
     return {
         "--steps": args.steps,
         "--micro-batch-size": 8,

@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,14 +23,12 @@ from ibp_deepspeed.commands.training.spikes import WINDOW, SpikeWatch
 from ibp_deepspeed.commands.training.spikes import in_words as spikes_in_words
 from ibp_deepspeed.commands.training.throughput import Throughput
 from ibp_deepspeed.json_text import parsed
+from ibp_deepspeed.measures import in_words, or_null
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ibp_deepspeed.commands.training.start import Data
-    from ibp_deepspeed.data import HeldOut, MicroBatchLoader
-    from ibp_deepspeed.data.mixture import MixtureLoader
-    from ibp_deepspeed.models.exits.evaluation import Evaluation
+    from ibp_deepspeed.commands.training.training_plan import Data, Evaluated, HeldOutData, TrainingData
     from ibp_deepspeed.pipeline import Pipeline
 
 _PATIENCE = 10.0  # seconds for the last reports, of stages that have trained already
@@ -45,6 +43,7 @@ class Run:
         throughput: what turns times into tokens/s.
         agreement: of all ranks about what is done after a batch.
         interruption: whether the training is to end.
+        evaluate: all exits on held-out data, by all ranks together.
 
     Attributes:
         stopped: the batch after which an interruption ended it; 0: none did.
@@ -58,9 +57,10 @@ class Run:
         throughput: Throughput,
         agreement: Agreement,
         interruption: Interruption,
+        evaluate: Callable[[Pipeline, Any], Evaluated],
     ) -> None:
         self.pipeline, self.args, self.throughput = pipeline, args, throughput
-        self.agreement, self.interruption = agreement, interruption
+        self.agreement, self.interruption, self._evaluate = agreement, interruption, evaluate
         self.first = pipeline.global_rank == 0
         self.save_interval = save_interval(args)
         self.saved = time.monotonic()
@@ -75,12 +75,12 @@ class Run:
         self.speed = Speed(throughput.tokens_per_batch)
         self.text = ""
 
-    def train(self, data: Data, save: Callable[[], None]) -> Evaluation | None:
+    def train(self, data: Data, save: Callable[[], None]) -> Evaluated | None:
         """All batches; saves and evaluates at their intervals and at the end. Returns the last evaluation.
 
         What is trained is saved before it is evaluated. An interruption saves, and ends it.
         """
-        evaluated: Evaluation | None = None
+        evaluated: Evaluated | None = None
         for step in range(self.start + 1, self.args.steps + 1):
             self.agreement.before(step, self.wanted)
             began = time.perf_counter()
@@ -111,24 +111,19 @@ class Run:
         """Whether something is done after a batch at its interval."""
         return interval > 0 and step % interval == 0
 
-    def evaluate(self, step: int, held_out: HeldOut) -> Evaluation:
+    def evaluate(self, step: int, held_out: HeldOutData) -> Evaluated:
         """Held-out losses of all exits."""
-        from ibp_deepspeed.models.exits.evaluation import evaluate
-
-        evaluation = evaluate(self.pipeline, held_out)
+        evaluation = self._evaluate(self.pipeline, held_out)
         if self.first:
             self.reported(_PATIENCE)  # monitors such as wandb want steps in their order
-            self.write({"step": step, "held_out": or_null(evaluation.losses), "tokens": evaluation.tokens})
-            text = in_words(evaluation.losses)
-            self.display.say(f"batch {step}: held-out losses of the exits {text} ({evaluation.tokens:,} tokens)")
+            self.write({"step": step, **evaluation.row()})
+            self.display.say(f"batch {step}: {evaluation.in_words()}")
             monitor = self.pipeline.monitor
             if monitor is not None and monitor.enabled:
-                rows = evaluation.rows()
-                name = "held-out loss (nats per token)"
-                monitor.write_events([(f"Eval/stage {row['exit'] - 1}/{name}", row["loss"], step) for row in rows])
+                monitor.write_events(evaluation.events(step))
         return evaluation
 
-    def new_losses(self, step: int, train: MicroBatchLoader | MixtureLoader) -> Tensor | None:
+    def new_losses(self, step: int, train: TrainingData) -> Tensor | None:
         """On rank 0, behind batch ``step``: look at all losses that have come, and say which have jumped; returns the
         newest."""
         known = self.pipeline.losses_after(self.logged) if self.first else []
@@ -142,7 +137,7 @@ class Run:
                 self.display.say(spikes_in_words(self.logged, spikes, ids))
         return known[-1][0] if known else None
 
-    def drawn(self, step: int, train: MicroBatchLoader | MixtureLoader) -> str:
+    def drawn(self, step: int, train: TrainingData) -> str:
         """Of a mixture: keep how many tokens of each source batch ``step`` had; returns their shares in words."""
         from ibp_deepspeed.data.mixture import MixtureLoader
 
@@ -153,7 +148,7 @@ class Run:
         self.write({"step": step, "drawn": tokens})
         return ", of " + " ".join(f"{name} {n / sum(tokens.values()):.0%}" for name, n in tokens.items())
 
-    def show(self, step: int, train: MicroBatchLoader | MixtureLoader) -> None:
+    def show(self, step: int, train: TrainingData) -> None:
         """Progress of rank 0, with the newest losses that all stages have reported."""
         if not self.first:
             return
@@ -162,10 +157,10 @@ class Run:
         if losses is not None:
             self.write({"step": self.logged, "train": or_null(losses.tolist())})
             seconds, left = self.speed.recent(), timedelta(seconds=round(self.seconds_left(step)))
-            rate = f"{self.throughput.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
-            self.text = (
-                f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}){drawn}, {rate}, {left} left"
-            )
+            speed = f"{self.throughput.tokens_per_batch / seconds:,.0f} {self.throughput.counted}/s"
+            rate = f"{speed}, {seconds * 1e3:.0f} ms/batch"
+            known = f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}){drawn}"
+            self.text = f"{known}, {rate}, {left} left"
         self.display.advance(self.text)
         self.reported()
 
@@ -191,16 +186,6 @@ class Run:
         assert self.history is not None
         self.history.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
         self.history.flush()
-
-
-def in_words(losses: Sequence[float]) -> str:
-    """Of the exits that have one."""
-    return " ".join(f"{loss:.3f}" for loss in losses if not math.isnan(loss))
-
-
-def or_null(losses: Sequence[float]) -> list[float | None]:
-    """As JSON has them: null where a stage has none."""
-    return [None if math.isnan(loss) else loss for loss in losses]
 
 
 def open_history(path: Path, batches: int) -> IO[str]:

@@ -52,6 +52,11 @@ class Family:
         """Whether a folder is a family's, and no model's own."""
         return (folder / INDEX).exists() and not (folder / "config.json").exists()
 
+    @property
+    def exits(self) -> list[int]:
+        """Those that there are, the model last."""
+        return sorted(self._rows)
+
     def path(self, exit_: int) -> Path:
         """The folder of an exit's model.
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.checkpoint.store import check_plain, newest_tag, tagged
 from ibp_deepspeed.checkpoint.tensor_file import read
+from ibp_deepspeed.config.deepspeed import is_enabled
+from ibp_deepspeed.models.causal_lm import CausalLM
 from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.runs.base import base_weights
 from ibp_deepspeed.models.runs.description import Description
+from ibp_deepspeed.models.tuning import Tuning, merged_state
 
 _TEXTS = (".json", ".txt", ".jinja")
 
@@ -53,11 +59,46 @@ class Checkpoint:
         return (Path(path) / layout.LATEST).exists() or (Path(path) / layout.DESCRIPTION).exists()
 
     def layer_state(self, index: int) -> dict[str, Tensor]:
-        """The state dict of pipeline layer ``index``."""
+        """The state dict of pipeline layer ``index``; where it has adapters, with these in the base model's weights."""
+        stored = self.stored_state(index)
+        return stored if self.adapters is None else self._merged(index, stored)
+
+    def stored_state(self, index: int) -> dict[str, Tensor]:
+        """What the file of pipeline layer ``index`` holds."""
         found = layout.find_layer(self.folder, index)
         if found is None:
             raise ModelError(f"{self.folder} has no weights of layer {index} ({layout.layer(index)}).")
         return read(found)
+
+    @property
+    def adapters(self) -> Tuning | None:
+        """What says which weights have adapters; None: there are none, and the files hold all weights."""
+        tuning = self.description.tuning
+        return tuning if tuning is not None and tuning.lora is not None else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights as they were trained."""
+        return torch.bfloat16 if is_enabled(self.description.settings, "bf16") else torch.float32
+
+    @cached_property
+    def _base(self) -> CausalLM:
+        """The model that the adapters belong to."""
+        about = self.description
+        if self.adapters is None or self.adapters.base is None or about.init_from is None:
+            raise ModelError(f"{self.folder} does not say which model its adapters belong to.")
+        weights = base_weights(about.init_from, self.adapters.base, self.folder)
+        return CausalLM(about.hf_config(), weights=weights, dtype=self.dtype)
+
+    def _merged(self, index: int, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert self.adapters is not None
+        layer = self._base.build_layer(index)
+        try:
+            self.adapters.adapt(layer, index)
+            return merged_state(layer, stored)
+        except (RuntimeError, ValueError) as error:  # other shapes, or targets that the layer does not have
+            reason = str(error).splitlines()[-1].strip()
+            raise ModelError(f"{self.folder}: the adapters of layer {index} can't be used: {reason}") from error
 
     def layer(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Those of ``names`` in the state dict of layer ``index``, see :class:`.causal_lm.Weights`."""

@@ -12,6 +12,7 @@ from ibp_deepspeed.checkpoint.store import checked, newest_tag, tagged
 from ibp_deepspeed.models.errors import AllTrained, ModelError
 from ibp_deepspeed.models.runs.conditions import Changes, changes_since
 from ibp_deepspeed.models.runs.description import Description
+from ibp_deepspeed.models.tuning import EVERYTHING, Tuning
 
 
 class Resumption(NamedTuple):
@@ -53,6 +54,7 @@ def checkpoint_to_resume(
     checked(path)
     saved = Description.read(path)
     _check_same(path, saved, planned)
+    _check_same_tuning(path, saved.tuning or EVERYTHING, planned.tuning or EVERYTHING)
     changes = changes_since(path, saved, planned, allowed)
     batches = layout.batches_of(tag)
     if batches is not None and batches >= steps:
@@ -68,3 +70,16 @@ def _check_same(path: Path, saved: Description, planned: Description) -> None:
                 f"{path} was trained with model's {key} {theirs.get(key)}, not {ours.get(key)}: resume with the same, "
                 "or another --output."
             )
+
+
+def _check_same_tuning(path: Path, saved: Tuning, planned: Tuning) -> None:
+    if saved.model_copy(update={"base": planned.base}) != planned:
+        raise ModelError(
+            f"{path} was trained with {saved}, not {planned}: resume with the same --freeze and --lora, or give "
+            "another --output and begin with it (--init-from)."
+        )
+    if saved.base != planned.base:
+        raise ModelError(
+            f"{path} holds adapters of a model with digest {saved.base}, that of --init-from has {planned.base}: give "
+            "the model that they were trained on."
+        )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 
 from ibp_deepspeed.checkpoint import layout
-from ibp_deepspeed.models.causal_lm import Weights
 from ibp_deepspeed.models.config import load_config, overridden
+from ibp_deepspeed.models.cut_model import Weights
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.runs.checkpoint import Checkpoint
 from ibp_deepspeed.models.tokenizer import load_tokenizer
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A config, the weights (None: random ones), and texts that go into every checkpoint, by file name."""
+    """A config, the weights (None: random ones) and their folder, and texts that go into every checkpoint, by name."""
 
     hf_config: PretrainedConfig
     weights: Weights | None
     files: Mapping[str, str]
+    folder: Path | None = None
 
 
 def random_start(model: str, overrides: Mapping[str, Any]) -> StartingPoint:
@@ -63,7 +64,7 @@ def pretrained_start(path_or_name: str, overrides: Mapping[str, Any], data_token
         check_same_tokenizer(tokenizer, data_tokenizer)
     generation = folder / layout.GENERATION
     files = {layout.GENERATION: generation.read_text(encoding="utf-8")} if generation.exists() else {}
-    return StartingPoint(hf_config, weights, files)
+    return StartingPoint(hf_config, weights, files, folder)
 
 
 def check_same_tokenizer(of_model: Path, of_data: Path) -> None:
