@@ -157,7 +157,7 @@ def test_batches_do_not_change_the_files(
 ) -> None:
     monkeypatch.setattr("ibp_deepspeed.data.encoding._BATCH_DOCUMENTS", 7)
     assert files(_prepare(tmp_path / "sevens", tokenizer)) == files(prepared)
-    monkeypatch.setattr("ibp_deepspeed.data.token_file._BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("ibp_deepspeed.data.encoding._BATCH_CHARACTERS", 100)
     assert files(_prepare(tmp_path / "small", tokenizer)) == files(prepared)
 
 

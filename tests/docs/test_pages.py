@@ -1,4 +1,4 @@
-"""The commands of docs/huggingface.md, exits.md, vision.md and checkpoints.md, run in their order on small models."""
+"""The commands of pages on Hugging Face, exits, vision, checkpoints and data, run in their order on small models."""
 
 from __future__ import annotations
 
@@ -119,6 +119,22 @@ def check_exits_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     exec(compile(code, "docs/exits.md", "exec"), {})
     own = capfd.readouterr().out
     assert own.startswith("def main(") and printed.endswith(own)
+
+
+def test_commands_of_the_data_page(tmp_path: Path) -> None:
+    """Three sources, mixed."""
+    (tmp_path / "notes").mkdir()
+    for number, text in enumerate(DOCUMENTS):
+        (tmp_path / "notes" / f"{number}.txt").write_text(text)
+    (tmp_path / "path" / "to" / "set").mkdir(parents=True)
+    rows = (json.dumps({"body": text, "number": n}) for n, text in enumerate(DOCUMENTS))
+    (tmp_path / "path" / "to" / "set" / "train.jsonl").write_text("\n".join(rows))
+    printed = run_page("data.md", tmp_path)
+    assert "data: a mixture of 70.0% code, 20.0% notes, 10.0% set" in printed
+    assert "documents: packed whole into samples, and masked from each other (default)" in printed
+    history = (tmp_path / "runs/mixed/history.jsonl").read_text().splitlines()
+    drawn = [row["drawn"] for row in map(json.loads, history) if "drawn" in row]
+    assert [list(tokens) for tokens in drawn] == [["code", "notes", "set"]] * 3
 
 
 def test_commands_of_the_vision_page(tmp_path: Path) -> None:
