@@ -1,5 +1,6 @@
 """Between Hugging Face folders and checkpoints.
 
+    python scripts/convert_hf.py check --model path/to/model
     python scripts/convert_hf.py import --model path/to/model --out runs/imported
     python scripts/convert_hf.py export --checkpoint runs/first/checkpoint --out runs/first/hf
     python scripts/convert_hf.py export --checkpoint runs/first/checkpoint --exit 2 --out runs/first/half
@@ -26,6 +27,9 @@ def parse_arguments() -> argparse.Namespace:
     add = commands.add_parser("import", help="Hugging Face model → folder for train_lm.py --init-from").add_argument
     add("--model", required=True, metavar="DIR", help="folder of save_pretrained, or a name on the hub")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    command = commands.add_parser("check", help="prove with a small model of its config that a model can be cut")
+    add = command.add_argument
+    add("--model", required=True, metavar="NAME", help="shipped config, config file, folder or hub name")
     command = commands.add_parser("export", help="checkpoint → folder for from_pretrained, without the heads")
     add = command.add_argument
     add("--checkpoint", required=True, type=Path, metavar="DIR", help="folder written by train_lm.py, or by import")
@@ -51,6 +55,24 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=8, metavar="B", help="--all-exits: samples at once (default: %(default)s)")
     add("--max-batches", type=int, metavar="N", help="--all-exits: batches to measure (default: all held-out text)")
     return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Prove the cut of a model, whatever is known of its type, and show what was compared."""
+    from ibp_deepspeed.models import ModelError
+    from ibp_deepspeed.models.config import load_config
+    from ibp_deepspeed.models.proofs.first_use import proving
+    from ibp_deepspeed.models.proofs.proof import prove
+    from ibp_deepspeed.models.proofs.report import lines
+
+    config = load_config(args.model)
+    with proving():
+        proof = prove(config)
+    for line in lines(proof):
+        print(line)
+    if proof.refusal is not None:
+        raise ModelError(f"{proof.refusal}.")
+    print(f"a model of type '{proof.model_type}' with this config can be cut")
 
 
 def check_shard_size(text: str) -> None:
@@ -139,7 +161,9 @@ def main(phase: cli.SameOnAllRanks) -> None:
     cli.quiet()
     if args.command == "export":
         check_shard_size(args.shard_size)
-    if args.command == "import":
+    if args.command == "check":
+        check(args)
+    elif args.command == "import":
         from ibp_deepspeed.models.hf.importing import import_model
 
         folder = import_model(args.model, args.out)

@@ -17,6 +17,7 @@ from ibp_deepspeed.models.kinds import first_of_kind
 from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
 from ibp_deepspeed.models.objective import LanguageModelObjective
 from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
+from ibp_deepspeed.models.proofs.first_use import require_proof
 from ibp_deepspeed.models.recorder import MASKED_ATTENTION, Recorder
 from ibp_deepspeed.models.routers import SWITCH, RouterBalance
 from ibp_deepspeed.models.shell import Shell
@@ -38,7 +39,7 @@ class CausalLM(CutModel):
     stage to the last; ``was_tied`` tells.
 
     Args:
-        hf_config: of a type in ``ibp_deepspeed.models.shell.PROVEN``; it is copied.
+        hf_config: of any causal model whose cut is proved, see :mod:`ibp_deepspeed.models.proofs`; it is copied.
         seed: of all initial weights.
         dtype: of all parameters; initial values are drawn in fp32 and rounded to it.
         weights: of the layers, instead of random ones.
@@ -69,6 +70,7 @@ class CausalLM(CutModel):
         tuning: Tuning = EVERYTHING,
     ) -> None:
         self._shell = Shell(hf_config)
+        self._proved = require_proof(hf_config)
         self._recorder = Recorder(self._shell)
         super().__init__(self._shell, len(self._shell.layers), seed=seed, dtype=dtype, weights=weights)
         self._fresh_heads = fresh_heads or weights is None
@@ -153,13 +155,18 @@ class CausalLM(CutModel):
         """That documents in one row can be kept apart.
 
         Raises:
-            ModelError: the attention takes no mask as a tensor.
+            ModelError: the attention takes no mask as a tensor, or something else in the layers crosses documents.
         """
         kind = self.hf_config._attn_implementation
         if kind not in MASKED_ATTENTION:
             raise ModelError(
                 f"attention '{kind}' of the model's config takes no mask that keeps documents apart: use "
                 f"{' or '.join(MASKED_ATTENTION)}, or train with --no-document-masks"
+            )
+        if "documents" not in self._proved:
+            raise ModelError(
+                f"a model of type '{self.hf_config.model_type}' with this config can't keep documents in one row apart "
+                "(convert_hf.py check says why): train with --no-document-masks"
             )
 
     def trained_parameters(self) -> int:

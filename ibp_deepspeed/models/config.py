@@ -14,10 +14,13 @@ from ibp_deepspeed.models.errors import ModelError
 CONFIGS = Path(__file__).parent / "configs"
 """Of the models that are named in documentation, presets and benchmarks."""
 # The number of decoder layers, as the model types call it.
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _DEEPEST = 10_000
-# Lists with one entry per decoder layer, which have to follow a changed number of layers.
-_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+# Lists with one entry per decoder layer, which have to follow a changed number of layers, as have those of words.
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta", "num_attention_heads_per_layer")
+_OTHERS = ("architectures",)
+# Lists of numbers of layers.
+LAYER_NUMBERS = {"mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices"}
 
 
 def load_config(path_or_name: str | Path, **overrides: Any) -> PretrainedConfig:
@@ -60,7 +63,7 @@ def check_depth(values: Mapping[str, Any]) -> None:
     Raises:
         ModelError: it asks for more layers than any model has.
     """
-    for name in _DEPTHS:
+    for name in DEPTHS:
         layers = values.get(name)
         if isinstance(layers, int) and layers > _DEEPEST:
             raise ModelError(f"the config asks for {layers!r:.40} layers ({name}): give {_DEEPEST:,} at most")
@@ -110,12 +113,30 @@ def _changed(
 def with_layers(config: PretrainedConfig, kinds: Sequence[int]) -> PretrainedConfig:
     """A config of a model whose decoder layer i is of the kind of the given config's layer ``kinds[i]``."""
     values = config.to_dict()
-    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    values[name] = len(kinds)
-    for name in _PER_LAYER:
+    for name in per_layer_lists(config):
+        values[name] = [values[name][kind] for kind in kinds]
+    for name in LAYER_NUMBERS & values.keys():
         if isinstance(values.get(name), list):
-            values[name] = [values[name][kind] for kind in kinds]
-    return type(config).from_dict(values)
+            values[name] = [index for index, kind in enumerate(kinds) if kind in values[name]]
+    if isinstance(values.get("attention_types"), list):  # runs of layers, of which the list of layers is made
+        values["attention_types"] = [[[kind], 1] for kind in values["attention_layers"]]
+    names = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"), "decoder_layers"} & values.keys()
+    for name in names or {"num_layers"}:
+        values[name] = len(kinds)
+    changed = type(config).from_dict(values)
+    changed._attn_implementation = config._attn_implementation
+    return changed
+
+
+def per_layer_lists(config: PretrainedConfig) -> list[str]:
+    """Names of the config's lists that have an entry for each decoder layer."""
+    layers = config.num_hidden_layers
+    lists = {name: value for name, value in config.to_dict().items() if isinstance(value, list) and name not in _OTHERS}
+    return [
+        name
+        for name, value in lists.items()
+        if name in _PER_LAYER or (len(value) == layers and all(isinstance(entry, str) for entry in value))
+    ]
 
 
 def _cut_lists(values: dict[str, Any], base: PretrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +144,7 @@ def _cut_lists(values: dict[str, Any], base: PretrainedConfig, overrides: Mappin
     layers = overrides.get("num_hidden_layers", overrides.get(base.attribute_map.get("num_hidden_layers", "")))
     if layers is None:
         return values
-    for name in _PER_LAYER:
+    for name in per_layer_lists(base):
         if isinstance(values.get(name), list) and name not in overrides:
             if len(values[name]) < layers:
                 raise ModelError(

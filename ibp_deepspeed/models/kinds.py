@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from ibp_deepspeed.models.config import per_layer_lists
+
 
 def first_of_kind(layers: Sequence[nn.Module], hf_config: PretrainedConfig) -> list[int]:
     """For each decoder layer the first one that is like it: it is made of the same modules, its parameters have the
@@ -18,7 +20,8 @@ def first_of_kind(layers: Sequence[nn.Module], hf_config: PretrainedConfig) -> l
         layers: decoder layers, on any device.
         hf_config: of the model.
     """
-    values = [value for value in hf_config.to_dict().values() if isinstance(value, list) and len(value) == len(layers)]
+    lists = hf_config.to_dict()
+    values = [lists[name] for name in per_layer_lists(hf_config)]
     seen: dict[Any, int] = {}
     return [seen.setdefault(_kind(layer, [value[i] for value in values]), i) for i, layer in enumerate(layers)]
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.documents import at_hand
-from ibp_deepspeed.models.recorder import Recorder, no_mask
+from ibp_deepspeed.models.recorder import Recorder, no_mask, plain_attributes
 from ibp_deepspeed.models.routers import routers
 from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits
@@ -96,7 +96,7 @@ class Readout(nn.Module):
     def __init__(self, shell: Shell, rank: int | None = None) -> None:
         super().__init__()
         self.projection = shell.copy_of(shell.projection) if shell.projection is not None else None
-        swaps: list[tuple[nn.Module, nn.Module]] = [(shell.decoder, _PassThrough())]
+        swaps: list[tuple[nn.Module, nn.Module]] = [(shell.decoder, _PassThrough(shell.decoder))]
         if rank is not None:
             swaps.append((shell.readout, _product_of_two(shell.readout, rank)))
         self.readout = shell.copy_of(shell.model, *swaps)
@@ -231,7 +231,12 @@ class FollowingHead(AuxiliaryHead):
 
 
 class _PassThrough(nn.Module):
-    """Stands where the decoder stood and gives its input back as the decoder's output."""
+    """Stands where the decoder stood and gives its input back as the decoder's output; numbers are the decoder's."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        for name, value in plain_attributes(decoder).items():
+            setattr(self, name, value)
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _DecoderOutput:
         return _DecoderOutput(last_hidden_state=inputs_embeds)
@@ -242,6 +247,9 @@ class _DecoderOutput(SimpleNamespace):
 
     def __getattr__(self, name: str) -> None:
         return None
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
 
 
 def _product_of_two(readout: nn.Linear, rank: int) -> nn.Sequential:

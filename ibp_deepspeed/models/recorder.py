@@ -40,7 +40,8 @@ class Recorder:
         self._decoder = shell.copy_of(shell.decoder, (shell.layers, nn.ModuleList(self._notes)))
         _remove_weights(self._decoder, keep=shell.layers_name)
         self._decoder.eval()
-        self._is_eager = shell.hf_config._attn_implementation == "eager"
+        attends = any("Attention" in type(module).__name__ for module in shell.layers.modules())
+        self._is_eager = attends and shell.hf_config._attn_implementation == "eager"
         self._cache: dict[tuple[torch.Size, torch.dtype, torch.device], list[LayerInputs]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
@@ -68,8 +69,7 @@ class Recorder:
         with torch.inference_mode(False), torch.no_grad():
             self._decoder.to(device)
             embedded = torch.zeros(1, dtype=dtype, device=device).expand(shape)
-            self._decoder(inputs_embeds=embedded, use_cache=False, **more)
-            return [note.take() for note in self._notes]
+            return self._run(embedded, more)
 
     def _record_documents(self, documents: Documents, *key: Any) -> list[LayerInputs]:
         # a mask of four dimensions is handed on as it is, so that none is made here
@@ -81,6 +81,37 @@ class Recorder:
                 narrowed[id(mask)] = _within(documents.same, mask)
             inputs[_MASK] = narrowed[id(mask)]
         return recorded
+
+    def _run(self, hidden: Tensor, more: dict[str, Tensor]) -> list[LayerInputs]:
+        """Some decoders take a layer's output as it is, others the first of a tuple: what goes through tells."""
+        try:
+            return self._run_once(hidden, more)
+        except Exception:  # taking the first row of a batch fails somewhere, with any kind of error
+            if any(note.in_tuple for note in self._notes):
+                raise
+            self._return_tuples(True)
+            try:
+                return self._run_once(hidden, more)
+            except Exception:  # it was something else
+                self._return_tuples(False)
+                raise
+
+    def _return_tuples(self, do: bool) -> None:
+        for note in self._notes:
+            note.in_tuple = do
+
+    def _run_once(self, hidden: Tensor, more: dict[str, Tensor]) -> list[LayerInputs]:
+        output = self._decoder(inputs_embeds=hidden, use_cache=False, **more).last_hidden_state
+        recorded = [note.take(hidden.shape) for note in self._notes]
+        if output.shape != hidden.shape:
+            raise ModelError("the decoder gives hidden states of another shape than its layers")
+        return recorded
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Numbers, texts and switches that a module has by name: models ask their parts for them."""
+    own = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    return {name: value for name, value in own.items() if not name.startswith("_") and name != "training"}
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -103,25 +134,36 @@ def _within(same: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _Note(nn.Module):
-    """Stands where a decoder layer stood and notes its arguments by name."""
+    """Stands where a decoder layer stood and notes its arguments by name.
+
+    Attributes:
+        in_tuple: whether it returns its hidden states in a tuple.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        for name, value in plain_attributes(layer).items():
+            setattr(self, name, value)
         self._signature = inspect.signature(layer.forward)
         self._inputs: LayerInputs | None = None
+        self._shape: torch.Size | None = None
+        self.in_tuple = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         bound = self._signature.bind(*args, **kwargs)
         hidden, *rest = bound.arguments.items()
         self._inputs = {}
         for name, value in rest:
             is_keywords = self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             self._inputs.update(value if is_keywords else {name: value})
-        return hidden[1]
+        self._shape = hidden[1].shape
+        return (hidden[1],) if self.in_tuple else hidden[1]
 
-    def take(self) -> LayerInputs:
+    def take(self, shape: torch.Size) -> LayerInputs:
         if self._inputs is None:
             raise ModelError("the decoder left out one of its layers, so what that layer is given is not known")
+        if self._shape != shape:
+            raise ModelError("the decoder gives its layers hidden states of different shapes")
         inputs, self._inputs = self._inputs, None
         return inputs
 
@@ -134,8 +176,15 @@ class _Zero(nn.Module):
         return torch.zeros((), device=tensors[0].device)
 
 
+class _Through(nn.Module):
+    """Stands where something else with weights stood, and gives back the first tensor that it is given."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
 def _remove_weights(decoder: nn.Module, keep: str) -> None:
     """Replace whatever has parameters, so that the decoder runs on any device without any."""
     for name, child in list(decoder.named_children()):
         if name != keep and any(True for _ in child.parameters()):
-            setattr(decoder, name, _Zero() if isinstance(child, nn.Embedding) else nn.Identity())
+            setattr(decoder, name, _Zero() if isinstance(child, nn.Embedding) else _Through())

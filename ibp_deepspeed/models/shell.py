@@ -12,19 +12,16 @@ from typing import TypeVar
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ibp_deepspeed.models.errors import ModelError
+from ibp_deepspeed.models.errors import ModelError, in_words
 from ibp_deepspeed.models.meta import MetaModel
 
-# Those that tests/models/test_causal_lm.py compares with the uncut model. Another may work: add it there first.
-PROVEN = (
-    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
-    "mistral", "mixtral", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-    "smollm3", "stablelm", "starcoder2",
+_LAYERS = ("layers", "h", "blocks")
+_NORMS = (
+    "norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "layer_norm", "layernorm",
+    "embedding_norm",
 )  # fmt: skip
-_LAYERS = ("layers", "h")
-_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,16 +46,24 @@ class Shell(MetaModel):
     def __init__(self, hf_config: PretrainedConfig) -> None:
         _refuse(hf_config)
         self.was_tied = bool(getattr(hf_config, "tie_word_embeddings", False))
-        super().__init__(meta_model(untied(hf_config)))
+        super().__init__(_model(hf_config))
         self.balances_experts = bool(getattr(hf_config, "output_router_logits", False))
-        self.decoder: PreTrainedModel = self.model.get_decoder()
+        self.decoder = self._decoder()
         self.decoder_name = next(name for name, m in self.model.named_modules() if m is self.decoder)
         self.layers_name, self.layers = self._part(_LAYERS, nn.ModuleList, "list of decoder layers")
         self.norm_name, self.norm = self._part(_NORMS, nn.Module, "final norm")
         self.readout: nn.Linear = self.model.get_output_embeddings()
+        if self.readout is None:
+            raise ModelError(f"a model of type '{hf_config.model_type}' has no linear map to logits")
         self.readout_name = next(name for name, m in self.model.named_modules() if m is self.readout)
         projection = getattr(self.decoder, "project_out", None)
         self.projection = projection if isinstance(projection, nn.Module) else None
+
+    def _decoder(self) -> PreTrainedModel:
+        """Where the layers are; what some models call their decoder is the whole, or something else."""
+        found = [self.model.get_decoder(), self.model.base_model, getattr(self.model, "model", None)]
+        has_layers = (m for m in found if any(isinstance(getattr(m, name, None), nn.ModuleList) for name in _LAYERS))
+        return next(has_layers, found[0])
 
     def _part(self, names: tuple[str, ...], kind: type[M], what: str) -> tuple[str, M]:
         for name in names:
@@ -93,12 +98,26 @@ def meta_model(hf_config: PretrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
 
 
+def _model(hf_config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        return meta_model(untied(hf_config))
+    except Exception as error:  # sizes that don't fit each other, a package that is missing: any kind of error
+        raise ModelError(
+            f"no model of type '{hf_config.model_type}' can be made of this config: {in_words(error)}"
+        ) from error
+
+
 def _refuse(hf_config: PretrainedConfig) -> None:
     kind = hf_config.model_type
-    if kind not in PROVEN:
+    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"model type '{kind}' has no causal language model in transformers, so it cannot be cut")
+    try:
+        text = hf_config.get_text_config()
+    except ValueError as error:  # it has several
+        raise ModelError(f"model type '{kind}' is of more than one model: {in_words(error)}") from error
+    if text is not hf_config:
         raise ModelError(
-            f"model type '{kind}' has not been proven to give the same logits cut and uncut; "
-            f"proven are {', '.join(PROVEN)}"
+            f"model type '{kind}' is of more than text: give the config of its text model alone ('{text.model_type}')"
         )
     wrong = {
         "layerdrop": "training that skips whole layers",

@@ -96,6 +96,16 @@ def test_commands_of_the_hugging_face_and_exits_pages(
     check_exits_page(tmp_path, monkeypatch, capfd)
 
 
+def test_commands_of_the_first_hour(hub: Path, tmp_path: Path) -> None:
+    """From a model to its exits, then the recipes."""
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    printed = run_page("quickstart.md", tmp_path)
+    assert "begins with the weights of path/to/model, heads as its final norm and LM head" in printed
+    for folder in ("walk/family/exit-1", "walk/family/exit-4", "adapters/peft"):
+        assert list((tmp_path / "runs" / folder).glob("*.safetensors"))
+    assert "| 4 | 4 |" in printed and "runs/local" in printed
+
+
 def check_exits_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """It goes on where the other page ends; its code writes what its drafting command prints."""
     printed = run_page("exits.md", folder)

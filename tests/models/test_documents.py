@@ -12,8 +12,7 @@ from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.documents import Documents, at_hand, reading
 from ibp_deepspeed.models import CausalLM, ModelError
 from ibp_deepspeed.models.layers import AuxiliaryHead
-from ibp_deepspeed.models.shell import PROVEN
-from tests.models.test_causal_lm import SEQUENCE, VOCAB, build, perturbed, run, tiny, tokens, whole
+from tests.models.test_causal_lm import FAMILIES, SEQUENCE, VOCAB, build, perturbed, run, tiny, tokens, whole
 
 CPU = torch.device("cpu")
 ROWS = [[5, 6, 1], [12]]
@@ -36,7 +35,7 @@ def alone(input_ids: Tensor, run: Any) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("model_type", PROVEN)
+@pytest.mark.parametrize("model_type", FAMILIES)
 @torch.no_grad()
 def test_logits_are_those_of_each_document_alone(model_type: str) -> None:
     config = tiny(model_type)

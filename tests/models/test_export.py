@@ -22,9 +22,8 @@ from ibp_deepspeed.models.hf.importing import import_model
 from ibp_deepspeed.models.hf.save import write
 from ibp_deepspeed.models.layers import AuxiliaryHead
 from ibp_deepspeed.models.runs.description import Description
-from ibp_deepspeed.models.shell import PROVEN
 from tests.checkpoint.test_store import full_device
-from tests.models.test_causal_lm import perturbed, run, tiny, tokens
+from tests.models.test_causal_lm import FAMILIES, perturbed, run, tiny, tokens
 from tests.models.test_weights import saved
 from tests.prepared_data import DOCUMENTS
 
@@ -74,7 +73,7 @@ def test_weights_that_are_not_finite_are_named_as_such(tmp_path: Path) -> None:
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("model_type", PROVEN)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_both_exits_of_every_architecture(model_type: str, tmp_path: Path) -> None:
     """A private head is the model's norm and readout at another depth: nothing is lost."""
     layers, head = checkpoint(tmp_path / "run", model_type)

@@ -23,7 +23,7 @@ def balanced(model_type: str, layers: int = 3) -> Any:
     return tiny(model_type, output_router_logits=True, router_aux_loss_coef=COEFFICIENT, num_hidden_layers=layers)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
 def test_one_stage_has_the_loss_and_the_gradients_of_hugging_face(model_type: str) -> None:
     """The router's part is a tenth of the loss at least, so that its gradients count."""
     config = balanced(model_type)

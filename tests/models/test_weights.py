@@ -19,11 +19,10 @@ from ibp_deepspeed.models.config import load_config
 from ibp_deepspeed.models.hf.weights import PretrainedWeights, local_folder
 from ibp_deepspeed.models.layers import AuxiliaryHead, HeadLayer
 from ibp_deepspeed.models.runs.checkpoint import tokenizer_texts
-from ibp_deepspeed.models.shell import PROVEN
 from tests.forks import ROOT
-from tests.models.test_causal_lm import perturbed, run, tiny, tokens
+from tests.models.test_causal_lm import FAMILIES, perturbed, run, tiny, tokens
 
-CASES: list[tuple[str, dict[str, Any]]] = [(kind, {"tie_word_embeddings": False}) for kind in PROVEN]
+CASES: list[tuple[str, dict[str, Any]]] = [(kind, {"tie_word_embeddings": False}) for kind in FAMILIES]
 CASES += [(kind, {"tie_word_embeddings": True}) for kind in ("gpt2", "llama", "qwen3", "gemma2", "opt")]
 CASES += [("mistral", {"sliding_window": None, "tie_word_embeddings": False})]
 
