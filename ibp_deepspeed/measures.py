@@ -24,12 +24,18 @@ MEMORY = "memory (GiB)"
 PEAK_MEMORY = "peak memory (GiB)"
 BATCH_TIME = "time of a batch (s)"
 TOKENS = "throughput (tokens/s)"
+IMAGES = "throughput (images/s)"
 MFU = "MFU (share of peak)"
 
 
+def throughput(counted: str, unit: str = "") -> str:
+    """Of tokens or images; divided by the devices with a ``unit``: GPU, or process on a CPU."""
+    return f"throughput ({counted}/s{'/' * bool(unit)}{unit})"
+
+
 def tokens_each(unit: str) -> str:
-    """Throughput divided by the devices, ``unit`` being GPU, or process on a CPU."""
-    return f"throughput (tokens/s/{unit})"
+    """Throughput of tokens divided by the devices, ``unit`` being GPU, or process on a CPU."""
+    return throughput("tokens", unit)
 
 
 class Report(NamedTuple):
@@ -47,6 +53,16 @@ class Report(NamedTuple):
 def events(step: int, stages: Sequence[Mapping[str, float]]) -> list[tuple[str, float, int]]:
     """For DeepSpeed's monitors: (name, value, step) of each scalar of each stage."""
     return [(f"Train/stage {k}/{name}", value, step) for k, row in enumerate(stages) for name, value in row.items()]
+
+
+def in_words(losses: Sequence[float]) -> str:
+    """Of the exits that have one."""
+    return " ".join(f"{loss:.3f}" for loss in losses if not math.isnan(loss))
+
+
+def or_null(losses: Sequence[float]) -> list[float | None]:
+    """As JSON has them: null where a stage has none."""
+    return [None if math.isnan(loss) else loss for loss in losses]
 
 
 def without_nan(values: Mapping[str, float]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,8 +55,14 @@ class Pipeline(Protocol):
     def train_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Train on the next M micro-batches (inputs, labels[, sample ids])."""
 
-    def eval_batch(self, data_iter: Iterator[Any], num_micro_batches: int) -> Tensor:
-        """Held-out losses of the K exits, on every rank. Shape [K], float64."""
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any],
+        num_micro_batches: int,
+        measure: Callable[[Any, Any], Tensor] | None = None,
+    ) -> Tensor:
+        """Held-out losses of the K exits, on every rank, [K]; or what ``measure(outputs, labels)`` gives, [m] of each
+        exit: [K, m]. float64."""
 
     def latest_losses(self) -> tuple[Tensor, int] | None:
         """On rank 0: the newest complete set of all K training losses, and its batch (from 1)."""

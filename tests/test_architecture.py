@@ -16,7 +16,18 @@ import ibp_deepspeed
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     {"errors", "measures"},
-    {"atomic_files", "batches", "cli", "compilation", "documents", "folders", "json_text", "pipeline", "rng"},
+    {
+        "atomic_files",
+        "batches",
+        "cli",
+        "compilation",
+        "documents",
+        "folders",
+        "json_text",
+        "pipeline",
+        "rng",
+        "running_statistics",
+    },
     {"config", "comm", "data"},
     {"strategy", "objectives", "checkpoint", "optimizer"},
     {"schedule", "stage", "single_process"},

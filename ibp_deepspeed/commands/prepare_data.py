@@ -4,6 +4,7 @@ With --dialogues it prepares rows to fine-tune on, where the loss counts on resp
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,7 +48,10 @@ def parse_arguments() -> argparse.Namespace:
         "first 20,000 characters of each module, without tests and generated tables)",
     )
     source.add_argument(
-        "--dataset", metavar="NAME", help="take this data set of the Hugging Face hub instead (default: none)"
+        "--dataset",
+        metavar="NAME[:CONFIG]",
+        help="take this data set of the Hugging Face hub, or a folder that the datasets library reads, instead; only "
+        "what is used of it is downloaded (default: none)",
     )
     source.add_argument(
         "--whole-library",
@@ -62,9 +66,10 @@ def parse_arguments() -> argparse.Namespace:
         "with the tokenizer's chat template, if it has one; needs --tokenizer, and .jsonl, .parquet or a data set "
         "(default: text)",
     )
-    add("--dataset-config", metavar="NAME", help="configuration of the data set (default: its own default)")
+    add("--split", metavar="NAME", help="of the data set, part of which is then held out (default: train)")
     add(
         "--text-field",
+        "--text-column",
         metavar="NAME",
         default="text",
         help="field of the text in .jsonl, .parquet and data sets (default: %(default)s)",
@@ -99,10 +104,19 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--max-documents", metavar="N", type=int, help="take the first N documents (default: all)")
     add("--max-bytes", metavar="N", type=int, help="take the first documents, N bytes at most (default: all)")
+    add(
+        "--workers",
+        metavar="N",
+        type=int,
+        default=None,
+        help="processes that encode; what is written does not depend on their number (default: one a core)",
+    )
     add("--seed", metavar="N", type=int, default=0, help="decides which are held out (default: %(default)s)")
     arguments = parser.parse_args()
-    if arguments.dataset_config is not None and arguments.dataset is None:
-        parser.error("--dataset-config needs --dataset")
+    if arguments.split is not None and arguments.dataset is None:
+        parser.error("--split needs --dataset")
+    if arguments.workers is not None and arguments.workers < 1:
+        parser.error(f"--workers is {arguments.workers}: give 1 or more")
     if arguments.dialogues and arguments.input is None and arguments.dataset is None:
         parser.error("--dialogues needs rows: name them with --input or --dataset")
     if arguments.dialogues and arguments.tokenizer is None:
@@ -112,13 +126,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def open_source(arguments: argparse.Namespace) -> Corpus[Any]:
     limits = {"max_documents": arguments.max_documents, "max_bytes": arguments.max_bytes}
-    if arguments.dialogues:
-        if arguments.dataset is not None:
-            return hub_dialogues(arguments.dataset, config=arguments.dataset_config, **limits)
-        return open_dialogues(arguments.input, **limits)
     if arguments.dataset is not None:
-        field, config = arguments.text_field, arguments.dataset_config
-        return hub_corpus(arguments.dataset, config=config, text_field=field, **limits)
+        name, _, config = arguments.dataset.partition(":")
+        where: dict[str, Any] = {"config": config or None, "split": arguments.split or "train", **limits}
+        where["keep_in"] = arguments.out.resolve().parent
+        if arguments.dialogues:
+            return hub_dialogues(name, **where)
+        return hub_corpus(name, text_field=arguments.text_field, **where)
+    if arguments.dialogues:
+        return open_dialogues(arguments.input, **limits)
     if arguments.input is not None:
         return open_corpus(arguments.input, text_field=arguments.text_field, **limits)
     return standard_library(whole=arguments.whole_library, **limits)
@@ -147,6 +163,7 @@ def prepare(arguments: argparse.Namespace) -> Manifest:
         seed=arguments.seed,
         held_out_fraction=arguments.held_out_fraction,
         overwrite=arguments.overwrite,
+        workers=arguments.workers or len(os.sched_getaffinity(0)),
     )
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ibp_deepspeed.data.records import RECORD_SUFFIXES, file_records, find_files, hub_records, lines, sorted_files
+from ibp_deepspeed.data.hub import HubRows
+from ibp_deepspeed.data.records import RECORD_SUFFIXES, file_records, find_files, lines, sorted_files
 from ibp_deepspeed.data.token_file import SplitName
 from ibp_deepspeed.errors import DataError
 
@@ -153,23 +154,29 @@ def hub_corpus(
     name: str,
     *,
     config: str | None = None,
+    split: str = "train",
     text_field: str = "text",
     max_documents: int | None = None,
     max_bytes: int | None = None,
+    keep_in: Path | None = None,
 ) -> Corpus[str]:
-    """The "train" split of a data set that `datasets.load_dataset` finds, a document a row.
+    """A split of a data set that `datasets.load_dataset` finds, streamed, a document a row; see HubRows.
 
-    Raises DataError when the data set cannot be loaded or has no such field.
+    Raises DataError when the data set cannot be loaded; in reading, when it has no such field.
     """
-    rows = hub_records(name, config)
-    if text_field not in rows.column_names:
-        raise _no_such_field(f"the data set {name}", text_field, rows.column_names)
+    rows = HubRows(name, config, split, (text_field,), keep_in)
 
     def read() -> Iterator[str]:
-        for number, row in enumerate(rows.select_columns([text_field])):
+        for number, row in enumerate(rows):
             yield _text_of(row, f"row {number} of {name}", text_field)
 
-    return Corpus(name if config is None else f"{name} ({config})", read, max_documents, max_bytes)
+    return Corpus(hub_name(name, config, split), read, max_documents, max_bytes)
+
+
+def hub_name(name: str, config: str | None, split: str) -> str:
+    """A data set in words."""
+    named = name if config is None else f"{name} ({config})"
+    return named if split == "train" else f"{named}, split {split}"
 
 
 def _read_text(path: Path) -> str:

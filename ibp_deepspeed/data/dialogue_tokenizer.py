@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ibp_deepspeed.data.dialogues import ASSISTANT, Dialogue
-from ibp_deepspeed.data.token_file import Row
+from ibp_deepspeed.data.encoding import Row
 from ibp_deepspeed.data.tokenizer import TextTokenizer
 from ibp_deepspeed.errors import DataError, first_line
 

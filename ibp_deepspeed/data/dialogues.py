@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ibp_deepspeed.data.corpus import Corpus
-from ibp_deepspeed.data.records import RECORD_SUFFIXES, file_records, find_files, hub_records
+from ibp_deepspeed.data.corpus import Corpus, hub_name
+from ibp_deepspeed.data.hub import HubRows
+from ibp_deepspeed.data.records import RECORD_SUFFIXES, file_records, find_files
 from ibp_deepspeed.errors import DataError
 
 ASSISTANT = "assistant"
+_FIELDS = ("prompt", "response", "completion", "messages")
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,22 @@ def open_dialogues(
 
 
 def hub_dialogues(
-    name: str, *, config: str | None = None, max_documents: int | None = None, max_bytes: int | None = None
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    max_documents: int | None = None,
+    max_bytes: int | None = None,
+    keep_in: Path | None = None,
 ) -> Corpus[Dialogue]:
-    """The rows of the "train" split of a data set that `datasets.load_dataset` finds; errors as open_dialogues."""
-    rows = hub_records(name, config)
+    """The rows of a split of a data set that `datasets.load_dataset` finds, see HubRows; errors as open_dialogues."""
+    rows = HubRows(name, config, split, _FIELDS, keep_in)
 
     def read() -> Iterator[Dialogue]:
         for number, record in enumerate(rows):
             yield Dialogue.of(f"row {number} of {name}", record)
 
-    return Corpus(name if config is None else f"{name} ({config})", read, max_documents, max_bytes)
+    return Corpus(hub_name(name, config, split), read, max_documents, max_bytes)
 
 
 def _pair(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:

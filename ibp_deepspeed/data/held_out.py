@@ -1,20 +1,20 @@
 """What an evaluation reads: samples spread evenly over a split, each once, in micro-batches of one shape."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from ibp_deepspeed.data.joined import Joined
-from ibp_deepspeed.data.loader import MicroBatch, micro_batch
-from ibp_deepspeed.data.samples import IGNORED, PackedWindows, Samples, samples_of
+from ibp_deepspeed.data.loader import micro_batch
+from ibp_deepspeed.data.sample_loader import Indices, MicroBatch
+from ibp_deepspeed.data.samples import PackedWindows, Samples, samples_of
 from ibp_deepspeed.data.share import Share, at_least
+from ibp_deepspeed.data.spread import IGNORED, Spread
 from ibp_deepspeed.data.token_file import TokenFile
-from ibp_deepspeed.errors import DataError
 
 
-class HeldOut:
+class HeldOut(Spread):
     """The same micro-batches at every iteration, of one data-parallel rank, in the form of the loader's.
 
     The samples are number 0, n/m, 2n/m, … of the n that the split has, so that no odd document decides.
@@ -46,26 +46,14 @@ class HeldOut:
         document_masks: bool | None = None,
     ) -> None:
         at_least("sequence_length", sequence_length, 1)
-        if samples is not None and samples < 1:
-            raise DataError(f"an evaluation on {samples} samples: give 1 or more")
-        self._share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
+        share = Share(micro_batch_size, data_parallel_rank, data_parallel_size)
         self._samples: Samples
         if isinstance(token_file, TokenFile):
             self._samples = samples_of(token_file, sequence_length, document_masks)
         else:
             self._samples = Joined(token_file, sequence_length, document_masks)
         self._samples.require(1, "an evaluation", ", or hold more out: prepare_data.py --held-out-fraction")
-        self.available = len(self._samples)
-        self.samples = self.available if samples is None else min(samples, self.available)
-        self._ids = np.arange(self.samples, dtype=np.int64) * self.available // self.samples
-
-    def __len__(self) -> int:
-        """Micro-batches of each rank."""
-        return -(-self.samples // self._share.global_size)
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for index in range(len(self)):
-            yield self._micro_batch(self._ids[self._share.entries(index)])
+        super().__init__(len(self._samples), share, samples)
 
     @cached_property
     def tokens(self) -> int:
@@ -85,10 +73,5 @@ class HeldOut:
         apart = ", documents apart" if any(isinstance(part, PackedWindows) for part in parts) else ""
         return f"{part} {self.available:,} samples{spread}, {self.tokens:,} tokens{apart}"
 
-    def _micro_batch(self, ids: npt.NDArray[np.int64]) -> MicroBatch:
-        size = self._share.micro_batch_size
-        missing = size - len(ids)
-        ids = np.append(ids, np.repeat(self._ids[:1], missing))
-        found = micro_batch(self._samples, ids)
-        found[1][size - missing :] = IGNORED
-        return found
+    def _take(self, ids: Indices) -> MicroBatch:
+        return micro_batch(self._samples, ids)

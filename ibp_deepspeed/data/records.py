@@ -1,6 +1,6 @@
-"""Reading sources as they are: lines of text files, and rows of .jsonl, .parquet and hub data sets as dictionaries.
+"""Reading sources as they are: lines of text files, and rows of .jsonl and .parquet files as dictionaries.
 
-Each row comes with where it is, for error messages: a file and the number of its line or row, or a data set's.
+Each row comes with where it is, for error messages: a file and the number of its line or row.
 """
 
 import os
@@ -63,19 +63,6 @@ def lines(path: Path) -> Iterator[str]:
 def file_records(path: Path, field: str | None = None) -> Iterator[Record]:
     """The rows of a .jsonl or .parquet file; of the latter only `field` is read, if it is given and there."""
     return _parquet_records(path, field) if path.suffix == ".parquet" else _jsonl_records(path)
-
-
-def hub_records(name: str, config: str | None) -> Any:
-    """The "train" split of a data set that `datasets.load_dataset` finds; DataError when it cannot be loaded."""
-    import datasets  # slow to import, and only this source needs it
-
-    try:
-        return datasets.load_dataset(name, config, split="train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"the data set {name} (config {config}) could not be loaded ({first_line(error)}): "
-            "check its name, --dataset-config and the network, or give local data with --input"
-        ) from error
 
 
 def _jsonl_records(path: Path) -> Iterator[Record]:

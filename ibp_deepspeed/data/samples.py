@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ibp_deepspeed.data.packing import Packing
+from ibp_deepspeed.data.spread import IGNORED
 from ibp_deepspeed.data.token_file import COUNTS, FIRST, TokenFile
 from ibp_deepspeed.errors import DataError
 
-IGNORED = -100  # a label that does not count in the loss
 _NO_BOUNDS = "was prepared by an earlier version, without the bounds of its documents"
 
 Indices = npt.NDArray[np.int64]

@@ -8,10 +8,10 @@ counts in the loss, and whether a row begins there. Folders that earlier version
 import hashlib
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from ibp_deepspeed.atomic_files import replace_folder
+from ibp_deepspeed.data.encoding import Encoded, Row, encoded
 from ibp_deepspeed.errors import DataError, first_line
 from ibp_deepspeed.folders import check_entries, relative_name
 from ibp_deepspeed.json_text import small_text
@@ -42,16 +43,6 @@ TOKENIZER_FOLDER = "tokenizer"
 COUNTS, FIRST = 1, 2
 _BOUND = np.dtype("<u8")
 _AGAIN = "run scripts/prepare_data.py again with --overwrite"
-# A batch that the tokenizer encodes at once ends at either limit, so that memory stays small.
-_BATCH_DOCUMENTS = 256
-_BATCH_CHARACTERS = 1 << 22
-
-
-class Row(NamedTuple):
-    """The token ids of one document, and which of them count in the loss (None: a text, where all do)."""
-
-    ids: list[int]
-    counts: list[bool] | None = None
 
 
 class Encoder(Protocol):
@@ -268,11 +259,13 @@ def write_tokens(
     seed: int,
     held_out_fraction: float,
     overwrite: bool = False,
+    workers: int = 1,
 ) -> Manifest:
     """Encodes the documents (what the tokenizer takes), each into the files of its split, and writes the folder.
 
     Everything goes to a hidden folder beside the target first, which takes the target's name only when all of
-    it is on the disk. `source`, `seed` and `held_out_fraction` are recorded in the manifest as given.
+    it is on the disk. `source`, `seed` and `held_out_fraction` are recorded in the manifest as given. With more
+    `workers` so many processes encode what is long; what is written is the same, byte for byte.
 
     Raises DataError when the target may not be written (see check_target) or a split gets no document.
     """
@@ -283,10 +276,10 @@ def write_tokens(
     partial.mkdir()
     try:
         dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocabulary_size <= 1 << 16 else "uint32"
-        train, heldout = (_SplitWriter(partial, split, dtype, tokenizer) for split in get_args(SplitName))
-        for batch in _batches(documents):
-            for writer in (train, heldout):
-                writer.append([document for split, document in batch if split == writer.split])
+        train, heldout = (_SplitWriter(partial, split, tokenizer.vocabulary_size) for split in get_args(SplitName))
+        writers: dict[SplitName, _SplitWriter] = {"train": train, "heldout": heldout}
+        for part in encoded(documents, tokenizer, _little_endian(dtype), workers):
+            writers[part.split].append(part)
         tokenizer.save(partial / TOKENIZER_FOLDER)
         manifest = Manifest(
             source=source,
@@ -319,29 +312,26 @@ def unigram_entropy(train_counts: npt.NDArray[np.int64], heldout_counts: npt.NDA
 class _SplitWriter:
     """Streams the tokens and marks of one split to its files and keeps what the manifest says of them."""
 
-    def __init__(self, folder: Path, split: SplitName, dtype: str, tokenizer: Encoder) -> None:
+    def __init__(self, folder: Path, split: SplitName, vocabulary_size: int) -> None:
         self.split = split
-        self.loss_counts = np.zeros(tokenizer.vocabulary_size, dtype=np.int64)  # of the tokens that count
-        self._dtype = _little_endian(dtype)
-        self._tokenizer = tokenizer
+        self.loss_counts = np.zeros(vocabulary_size, dtype=np.int64)  # of the tokens that count
         self._tokens, self._marks = _GrowingFile(folder / f"{split}.bin"), _GrowingFile(folder / f"{split}.marks.bin")
         self._bounds = _GrowingFile(folder / f"{split}.bounds.bin")
         self._documents = self._longest = self._highest = 0
 
-    def append(self, documents: list[Any]) -> None:
-        if not documents:
-            return
-        rows = self._tokenizer.rows(documents)
-        tokens = np.concatenate([np.array(row.ids, dtype=self._dtype) for row in rows])
-        if rows[0].counts is None:
-            ends = self._tokens.items + np.cumsum([len(row.ids) for row in rows])
-            self._bounds.append(np.append([] if self._documents else [0], ends).astype(_BOUND))
+    def append(self, encoded: Encoded[SplitName]) -> None:
+        tokens, lengths = encoded.tokens, encoded.lengths
+        ends = np.cumsum(lengths)
+        if encoded.counts is None:
+            bounds = np.append([] if self._documents else [0], self._tokens.items + ends)
+            self._bounds.append(bounds.astype(_BOUND))
         self._tokens.append(tokens)
-        self._documents += len(rows)
-        self._longest = max(self._longest, *(len(row.ids) for row in rows))
+        self._documents += len(lengths)
+        self._longest = max(self._longest, int(lengths.max()))
         self._highest = max(self._highest, int(tokens.max()))
-        if rows[0].counts is not None:
-            marks = np.concatenate([_marks_of(row) for row in rows])
+        if encoded.counts is not None:
+            marks = encoded.counts * np.uint8(COUNTS)
+            marks[ends - lengths] = FIRST  # a first token never counts, as there is nothing to predict it from
             self._marks.append(marks)
             tokens = tokens[marks & COUNTS != 0]
         self.loss_counts += np.bincount(tokens, minlength=len(self.loss_counts))
@@ -389,26 +379,6 @@ class _GrowingFile:
             file.write(data)
         self.items += len(array)
         self.sha256.update(data)
-
-
-def _marks_of(row: Row) -> MarkArray:
-    """The marks of one row; its first token never counts, as there is nothing to predict it from."""
-    marks = np.array(row.counts, dtype=np.uint8) * np.uint8(COUNTS)
-    marks[0] = FIRST
-    return marks
-
-
-def _batches(documents: Iterable[tuple[SplitName, Any]]) -> Iterator[list[tuple[SplitName, Any]]]:
-    batch: list[tuple[SplitName, Any]] = []
-    characters = 0
-    for split, document in documents:
-        batch.append((split, document))
-        characters += len(str(document))
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _little_endian(dtype: str) -> np.dtype[np.unsignedinteger[Any]]:

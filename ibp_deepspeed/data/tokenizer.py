@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ibp_deepspeed.data.corpus import END_OF_TEXT
-from ibp_deepspeed.data.token_file import Row
+from ibp_deepspeed.data.encoding import Row
 from ibp_deepspeed.errors import DataError, first_line
 
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text
@@ -33,11 +33,15 @@ class TextTokenizer:
         self.eos_id: int = vocabulary[tokenizer.eos_token]
         # Ids may have gaps: a model's table needs the highest id plus one, not the number of tokens.
         self.vocabulary_size: int = max(vocabulary.values()) + 1
-        self._tokenizer = tokenizer
+        self._tokenizer, self._name = tokenizer, name
         self._encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._encoder.encode_special_tokens = True
         self._encoder.no_truncation()
         self._encoder.no_padding()
+
+    def __reduce__(self) -> tuple[type["TextTokenizer"], tuple[Any, str]]:
+        # made again where it is unpickled, in a process that helps: the encoder's settings are not in its JSON
+        return TextTokenizer, (self._tokenizer, self._name)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """One list of ids for each document, its last id `eos_id`."""

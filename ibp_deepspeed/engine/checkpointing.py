@@ -21,6 +21,7 @@ from ibp_deepspeed.engine.moment import locate
 from ibp_deepspeed.engine.optimizer_step import SteppingEngine
 from ibp_deepspeed.errors import CheckpointError
 from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
+from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ class CheckpointingEngine(SteppingEngine):
     """An engine with these checkpoints in the place of DeepSpeed's."""
 
     _checkpoints: EngineCheckpoints
+    _statistics: RunningStatistics
 
     def _configure_checkpointing(self) -> None:
         """Overrides DeepSpeedEngine's: its checkpoint engines read with torch.load, the usual one all that a pickle can
@@ -220,6 +222,7 @@ class CheckpointingEngine(SteppingEngine):
             NonFiniteError: weights are not finite; likewise.
         """
         save = super().save_checkpoint
+        self._statistics.average(self.grid.get_data_parallel_group())
 
         def write(made: Path, state: Mapping[str, Any]) -> None:
             save(str(made.parent), made.name, state, False, exclude_frozen_parameters)

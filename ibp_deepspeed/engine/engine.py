@@ -6,6 +6,7 @@ import atexit
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ibp_deepspeed.engine.reporting import Reporting
 from ibp_deepspeed.engine.watchdog import Position, Watchdog
 from ibp_deepspeed.errors import InterlockingError, TraceError
 from ibp_deepspeed.measures import Report
+from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
 from ibp_deepspeed.schedule.validate import ScheduleMaker, validated_timeline
 from ibp_deepspeed.stage.losses import StageLosses
@@ -69,6 +71,7 @@ class InterlockedPipelineEngine(ExecutingEngine):
             head = self.module.aux_head
             compile_layers(self.module.forward_funcs, [] if head is None else [head], torch.device(self.device))
         self._trunk_parameters = self.module.trunk_parameters()
+        self._statistics = RunningStatistics(self.module.children())
         self._borrowed = self.module.placement.borrowed_from(self.stage_id)
         self._set_schedule()
         self.links = StageLinks(self.grid, self.device, self._channel_depth)
@@ -230,23 +233,31 @@ class InterlockedPipelineEngine(ExecutingEngine):
         return self._reporting.take(patience)
 
     @torch.no_grad()
-    def eval_batch(self, data_iter: Any, num_micro_batches: int | None = None) -> Tensor:  # type: ignore[override]
+    def eval_batch(  # type: ignore[override]
+        self,
+        data_iter: Any,
+        num_micro_batches: int | None = None,
+        measure: Callable[[Any, Any], Tensor] | None = None,
+    ) -> Tensor:
         """Held-out losses of all exits; a synchronisation of the pipeline.
 
         Args:
             data_iter: as for :meth:`train_batch`; the training iterator is kept.
             num_micro_batches: how many to take (default M).
+            measure: ``measure(outputs, labels)`` → what is measured instead of the losses, one number or several, [m];
+                with ``weight(labels)``, if micro-batches do not count alike.
 
         Returns:
             the K losses, means over micro-batches (weighted by what counts in them, if the loss function says so) and
-            data-parallel ranks, on every rank (NaN: no head). Shape [K], float64.
+            data-parallel ranks, on every rank (NaN: no head). Shape [K], or [K, m] of a measure, float64.
         """
         training_iterator, training_loader = self.data_iterator, self.training_dataloader
         self.data_iterator = data_iter
         was_training = self.module.training
         self.module.eval()
         try:
-            losses = evaluate(self, num_micro_batches or self.micro_batches)
+            self._statistics.average(self.grid.get_data_parallel_group())
+            losses = evaluate(self, num_micro_batches or self.micro_batches, measure)
             self.position.at(None)
             return losses
         except BaseException as error:

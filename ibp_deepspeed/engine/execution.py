@@ -85,13 +85,14 @@ class ExecutingEngine(CheckpointingEngine):
 
     def _exec_load_micro_batch(self, buffer_id: int, micro_batch: int) -> None:
         recompute = self._recompute and self._schedule.tables[micro_batch].waits
+        again = self._statistics.kept
         if self._borrowed:
             layers, borrowed = self.module.remaining_layers, self.module.borrowed_layers
-            micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute)
+            micro = MicroBatchInFlight(layers, borrowed=borrowed, recompute=recompute, again=again)
         else:
             side = self.module.side_loss_of_layers if self.module.side_loss is not None else None
-            share = 1 / self.micro_batches
-            micro = MicroBatchInFlight(self.module.trunk, recompute=recompute, side_loss=side, side_share=share)
+            about: dict[str, Any] = {"side_loss": side, "side_share": 1 / self.micro_batches}
+            micro = MicroBatchInFlight(self.module.trunk, recompute=recompute, again=again, **about)
         micro.number = micro_batch
         micro.inputs, micro.labels, micro.sample_checksum, micro.documents = self.load_micro_batch()
         self.pipe_buffers["in_flight"][buffer_id] = micro

@@ -11,22 +11,19 @@ from torch import Tensor, nn
 
 from ibp_deepspeed import InterlockedPipelineModule, InterlockingConfig
 from ibp_deepspeed.config.deepspeed import resolve_interlocking
-from ibp_deepspeed.models.causal_lm import CausalLM
-from ibp_deepspeed.models.errors import ModelError
-from ibp_deepspeed.models.objective import LanguageModelObjective
-from ibp_deepspeed.models.routers import SWITCH, RouterBalance
-from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
+from ibp_deepspeed.models.cut_model import CutModel
+from ibp_deepspeed.objectives.head import Objective
 from ibp_deepspeed.single_process.virtual_pipeline import VirtualPipeline
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
 
 def stage_objective(
-    model: CausalLM,
+    model: CutModel,
     interlocking: InterlockingConfig,
     bounds: Sequence[int],
     stage: int,
     token_counts: Tensor | None = None,
-) -> LanguageModelObjective:
+) -> Objective:
     """The objective of the loss of a stage but the last, with its head, on the CPU.
 
     Args:
@@ -38,68 +35,46 @@ def stage_objective(
     """
     assert interlocking.aux_head is not None
     placement = HeadPlacement.from_config(interlocking, len(bounds) - 1)
-    decoder_layers = placement.boundary(stage, bounds) - 1
-    objective = LanguageModelObjective(model.aux_head(stage, interlocking.aux_head, after=decoder_layers))
+    objective = model.objective(stage, interlocking.aux_head, after=placement.boundary(stage, bounds) - 1)
     objective.token_counts = token_counts
     return objective
 
 
-def router_loss(model: CausalLM, interlocking: InterlockingConfig) -> RouterBalance | None:
-    """The side loss of a stage's experts; None: the model's config does not ask for it.
-
-    Raises:
-        ModelError: it does, and that can't be done with these settings.
-    """
-    options = interlocking.aux_head
-    if model.balances_experts:
-        why = {
-            "compile": interlocking.compile,
-            "aux_head.blocks": options is not None and options.blocks > 0,
-            "aux_head.borrow": options is not None and options.borrow > 0,
-        }
-        for name in (name for name, given in why.items() if given):
-            raise ModelError(
-                f'"interlocking.{name}" does not go together with the loss of a router ({SWITCH}=True in the model\'s '
-                "config): leave one of them out."
-            )
-    return model.router_balance()
-
-
 def pipeline_module(
-    model: CausalLM,
+    model: CutModel,
     interlocking: InterlockingConfig,
     num_stages: int,
     manual: Sequence[int] | None = None,
     token_counts: Tensor | None = None,
 ) -> InterlockedPipelineModule:
-    """This rank's stage of a language model with its head.
+    """This rank's stage of a cut model with its head.
 
     Args:
         model: the cut model.
         interlocking: strategy and options of the heads.
         num_stages: K.
-        manual: a partition, see :meth:`CausalLM.partition`; None balances the work of layers and heads.
+        manual: a partition, see :meth:`CutModel.partition`; None balances the work of layers and heads.
         token_counts: see :func:`stage_objective`.
     """
     options = interlocking.aux_head
     bounds = model.partition(num_stages, aux_heads=options, exits=interlocking.exits_for(num_stages), manual=manual)
 
-    def aux_head(stage: int) -> LanguageModelObjective:
+    def aux_head(stage: int) -> Objective:
         return stage_objective(model, interlocking, bounds, stage, token_counts)
 
     return InterlockedPipelineModule(
         model.layer_specs(),
         num_stages=num_stages,
-        loss_fn=CausalLMLoss(options.chunk_tokens if options else None),
+        loss_fn=model.loss_fn(options),
         aux_head=aux_head if options else None,
         interlocking=interlocking,
         partition_method=bounds,
-        side_loss=router_loss(model, interlocking),
+        side_loss=model.side_loss(interlocking),
     )
 
 
 def virtual_pipeline(
-    model: CausalLM,
+    model: CutModel,
     ds_config: Mapping[str, Any],
     num_stages: int,
     manual: Sequence[int] | None = None,
@@ -108,13 +83,13 @@ def virtual_pipeline(
     token_counts: Tensor | None = None,
     kind: Callable[..., VirtualPipeline] = VirtualPipeline,
 ) -> VirtualPipeline:
-    """All stages of a language model on one device, with the weights that processes would start from.
+    """All stages of a cut model on one device, with the weights that processes would start from.
 
     Args:
         model: the cut model.
         ds_config: DeepSpeed configuration.
         num_stages: K.
-        manual: a partition, see :meth:`CausalLM.partition`.
+        manual: a partition, see :meth:`CutModel.partition`.
         device: where they go.
         monitor: DeepSpeed's, for the losses.
         token_counts: see :func:`stage_objective`.
@@ -131,6 +106,4 @@ def virtual_pipeline(
             stage_objective(model, interlocking, bounds, stage, token_counts) if stage in exits else None
             for stage in range(num_stages - 1)
         ]
-    loss_fn = CausalLMLoss(options.chunk_tokens if options else None)
-    side_loss = router_loss(model, interlocking)
-    return kind(stages, heads, loss_fn, ds_config, device, monitor, side_loss)
+    return kind(stages, heads, model.loss_fn(options), ds_config, device, monitor, model.side_loss(interlocking))

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig
 from ibp_deepspeed.models.costs import backward_passes, head_operations, layer_operations
+from ibp_deepspeed.models.cut_model import CutModel, Weights, count_parameters
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.kinds import first_of_kind
 from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
+from ibp_deepspeed.models.objective import LanguageModelObjective
 from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
 from ibp_deepspeed.models.proofs.first_use import require_proof
 from ibp_deepspeed.models.recorder import MASKED_ATTENTION, Recorder
-from ibp_deepspeed.models.routers import RouterBalance
+from ibp_deepspeed.models.routers import SWITCH, RouterBalance
 from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.models.tuning import EVERYTHING, Tuning
+from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
 if TYPE_CHECKING:
@@ -30,24 +32,11 @@ PRIVATE = AuxHeadConfig()
 _NANOSECONDS = 1e9  # partitions are of whole numbers
 
 
-class Weights(Protocol):
-    """Where the weights of pipeline layers are read from."""
+class CausalLM(CutModel):
+    """How one Hugging Face causal language model is cut into pipeline layers: embedding, decoder layers, head.
 
-    def layer(self, index: int, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Those of ``names`` in the state dict of layer ``index`` of a cut model.
-
-        Raises:
-            ModelError: one is missing or can't be read.
-        """
-
-
-class CausalLM:
-    """How one Hugging Face causal language model is cut into pipeline layers.
-
-    Layers are built one at a time, on the CPU, with random weights that depend on the seed and the layer's index
-    alone: not on the number of stages, nor on what else was built; or with given weights. The LM head has its own
-    weights even where the model's config ties it to the embedding, which would tie the first stage to the last;
-    ``was_tied`` tells.
+    The LM head has its own weights even where the model's config ties it to the embedding, which would tie the first
+    stage to the last; ``was_tied`` tells.
 
     Args:
         hf_config: of any causal model whose cut is proved, see :mod:`ibp_deepspeed.models.proofs`; it is copied.
@@ -68,6 +57,8 @@ class CausalLM:
         ModelError: a model that cannot be cut, by name and with the reason; targets that it does not have.
     """
 
+    blocks_called = "decoder layers"
+
     def __init__(
         self,
         hf_config: PretrainedConfig,
@@ -81,23 +72,48 @@ class CausalLM:
         self._shell = Shell(hf_config)
         self._proved = require_proof(hf_config)
         self._recorder = Recorder(self._shell)
-        self._seed = seed
-        self._dtype = dtype
-        self._weights = weights
+        super().__init__(self._shell, len(self._shell.layers), seed=seed, dtype=dtype, weights=weights)
         self._fresh_heads = fresh_heads or weights is None
         self.tuning = tuning
         if tuning.lora is not None:
             self.tuning = tuning.model_copy(update={"lora": tuning.lora.for_model(self._shell)})
-        self.num_layers = len(self._shell.layers) + 2
         self.vocab_size: int = self._shell.hf_config.vocab_size
         self.hidden_size: int = self._shell.hf_config.hidden_size
         self.was_tied = self._shell.was_tied
-        self.hf_config: PretrainedConfig = self._shell.hf_config
+
+    def objective(self, stage: int, options: AuxHeadConfig, after: int) -> LanguageModelObjective:
+        """Next tokens, read out by :meth:`aux_head`."""
+        return LanguageModelObjective(self.aux_head(stage, options, after))
+
+    def loss_fn(self, options: AuxHeadConfig | None) -> CausalLMLoss:
+        """Next tokens' cross-entropy."""
+        return CausalLMLoss(options.chunk_tokens if options else None)
 
     @property
     def balances_experts(self) -> bool:
         """Whether the config asks for the loss of its routers."""
         return self._shell.balances_experts
+
+    def side_loss(self, interlocking: InterlockingConfig) -> RouterBalance | None:
+        """The loss of a stage's routers; None: the model's config does not ask for it.
+
+        Raises:
+            ModelError: it does, and that can't be done with these settings, or the architecture has none.
+        """
+        if not self.balances_experts:
+            return None
+        options = interlocking.aux_head
+        why = {
+            "compile": interlocking.compile,
+            "aux_head.blocks": options is not None and options.blocks > 0,
+            "aux_head.borrow": options is not None and options.borrow > 0,
+        }
+        for name in (name for name, given in why.items() if given):
+            raise ModelError(
+                f'"interlocking.{name}" does not go together with the loss of a router ({SWITCH}=True in the model\'s '
+                "config): leave one of them out."
+            )
+        return self.router_balance()
 
     def router_balance(self) -> RouterBalance | None:
         """The loss of the routers of a stage; None: the config does not ask for it.
@@ -107,23 +123,9 @@ class CausalLM:
         """
         return RouterBalance(self._shell) if self.balances_experts else None
 
-    def layer_specs(self) -> list[LayerSpec]:
-        """[embedding, decoder layers, head] for ``PipelineModule``; each builds its layer with real weights."""
-        return [_CutLayerSpec(self, index) for index in range(self.num_layers)]
-
     def build_layer(self, index: int) -> nn.Module:
-        """Layer ``index`` of ``layer_specs`` with real weights on the CPU.
-
-        Raises:
-            ModelError: the given weights lack one, or have one of another shape.
-        """
-        module = self._meta_layer(index)
-        values = self._weights.layer(index, list(module.state_dict())) if self._weights is not None else {}
-        return self.tuning.apply(self._initialised(module, f"layer {index}", values), index, self._seed)
-
-    def empty_layer(self, index: int) -> nn.Module:
-        """Layer ``index`` on the CPU with weights of no value, which takes no time."""
-        return self._meta_layer(index).to_empty(device="cpu")
+        """Overrides CutModel's: with what of the layer is trained, and adapters."""
+        return self.tuning.apply(super().build_layer(index), index, self._seed)
 
     def layer_class(self, index: int) -> type[nn.Module]:
         """The class of layer ``index``."""
@@ -167,10 +169,6 @@ class CausalLM:
                 "(convert_hf.py check says why): train with --no-document-masks"
             )
 
-    def parameter_counts(self) -> list[int]:
-        """Parameters of every layer of ``layer_specs``; nothing is materialised."""
-        return [_count(self._meta_layer(index)) for index in range(self.num_layers)]
-
     def trained_parameters(self) -> int:
         """Of all layers together those that are trained; nothing is materialised."""
         layers = (self.tuning.apply(self._meta_layer(index), index, self._seed) for index in range(self.num_layers))
@@ -191,7 +189,7 @@ class CausalLM:
 
     def aux_head_parameters(self, options: AuxHeadConfig = PRIVATE) -> int:
         """Parameters of one auxiliary head, copied ones included."""
-        return _count(self._meta_head(options, self.num_layers))
+        return count_parameters(self._meta_head(options, self.num_layers))
 
     def partition(
         self,
@@ -223,14 +221,9 @@ class CausalLM:
         Raises:
             ModelError: more stages than decoder layers, or a manual partition that does not fit.
         """
-        decoder_layers = self.num_layers - 2
-        if not 1 <= num_stages <= decoder_layers:
-            raise ModelError(
-                f"{num_stages} stages do not fit a model with {decoder_layers} decoder layers: every stage needs "
-                f"at least one, so choose 1 to {decoder_layers} stages"
-            )
+        self._check_stages(num_stages)
         if manual is not None:
-            return manual_bounds(manual, num_stages, decoder_layers)
+            return manual_bounds(manual, num_stages, self.num_layers - 2)
         if measured is None:
             layers = [layer.total for layer in layer_operations(self, sequence_length)]
             head = head_operations(self, aux_heads, sequence_length).total if aux_heads else 0.0
@@ -272,28 +265,6 @@ class CausalLM:
 
     def _drawn(self, index: int) -> dict[str, Tensor]:
         return self._initialised(self._meta_layer(index), f"layer {index}").state_dict()
-
-    def _initialised(self, module: nn.Module, part: str, values: Mapping[str, Tensor] | None = None) -> nn.Module:
-        self._shell.initialise(module, part, self._seed, self._dtype, values or {})
-        return module
-
-    def __repr__(self) -> str:
-        return f"CausalLM({self._shell.hf_config.model_type})"
-
-
-class _CutLayerSpec(LayerSpec):  # type: ignore[misc]
-    """One layer of a cut model, built by the model that knows the whole."""
-
-    def __init__(self, model: CausalLM, index: int) -> None:
-        super().__init__(model.layer_class(index), model, index)
-
-    def build(self, log: bool = False) -> nn.Module:
-        model, index = self.module_args
-        return model.build_layer(index)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _matrices(module: nn.Module, chosen_experts: int | None) -> int:

@@ -8,8 +8,11 @@ from math import inf
 
 from ibp_deepspeed.models.errors import ModelError
 
+Extra = int | Callable[[int, int], int]
+"""A cost of a stage on top of its units: a number, or that of a stage with units m … n-1, from m and n."""
 
-def balanced_sizes(costs: Sequence[int], extra: Sequence[int]) -> list[int]:
+
+def balanced_sizes(costs: Sequence[int], extra: Sequence[Extra]) -> list[int]:
     """Cut units in a row into one non-empty run per stage.
 
     Among the partitions whose largest stage is smallest, the one with the least sum of squared stage costs is
@@ -38,12 +41,15 @@ def sizes_to_bounds(sizes: Sequence[int]) -> list[int]:
     return bounds
 
 
-def manual_bounds(manual: Sequence[int], num_stages: int, decoder_layers: int) -> list[int]:
+def manual_bounds(
+    manual: Sequence[int], num_stages: int, decoder_layers: int, called: str = "decoder layers"
+) -> list[int]:
     """Bounds for a partition given by hand.
 
     Args:
         manual: ``num_stages`` numbers of decoder layers, or ``num_stages + 1`` bounds into the
             ``decoder_layers + 2`` layers [embedding, decoder layers, head].
+        called: what the layers between the first and the last one are called in a message.
 
     Raises:
         ModelError: it is neither.
@@ -55,14 +61,14 @@ def manual_bounds(manual: Sequence[int], num_stages: int, decoder_layers: int) -
     if len(sizes) == num_stages + 1 and rises and (sizes[0], sizes[-1]) == (0, decoder_layers + 2):
         return sizes
     raise ModelError(
-        f"the partition {sizes} does not fit {num_stages} stages of a model with {decoder_layers} decoder layers: "
-        f"give {num_stages} numbers of decoder layers, each at least 1, with sum {decoder_layers}, "
+        f"the partition {sizes} does not fit {num_stages} stages of a model with {decoder_layers} {called}: "
+        f"give {num_stages} numbers of {called}, each at least 1, with sum {decoder_layers}, "
         f"or {num_stages + 1} rising bounds from 0 to {decoder_layers + 2}"
     )
 
 
 def _best(
-    costs: Sequence[int], extra: Sequence[int], combine: Callable[[float, int], float]
+    costs: Sequence[int], extra: Sequence[Extra], combine: Callable[[float, int], float]
 ) -> tuple[float, list[int]]:
     """Value and sizes of the partition with the least value, folded over stages with ``combine``."""
     ends = [0, *accumulate(costs)]
@@ -70,7 +76,11 @@ def _best(
     best: list[tuple[float, list[int]]] = [(0, [])] + [(inf, [])] * len(costs)
     for more in extra:
         best = [(inf, [])] + [
-            min((combine(best[m][0], ends[n] - ends[m] + more), [*best[m][1], n - m]) for m in range(n))
+            min((combine(best[m][0], ends[n] - ends[m] + _of(more, m, n)), [*best[m][1], n - m]) for m in range(n))
             for n in range(1, len(costs) + 1)
         ]
     return best[-1]
+
+
+def _of(extra: Extra, first: int, end: int) -> int:
+    return extra(first, end) if callable(extra) else extra

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.layers import DecoderLayer
-from ibp_deepspeed.models.shell import Shell, seeded
+from ibp_deepspeed.models.meta import seeded
+from ibp_deepspeed.models.shell import Shell
 
 ALL_LINEAR = "all-linear"
 """In the place of targets: every linear map of a decoder layer, as peft calls it."""

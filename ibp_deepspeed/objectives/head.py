@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import InterlockingError
+from ibp_deepspeed.objectives.evaluation import weight_of
 from ibp_deepspeed.objectives.sampled_softmax import NegativeSample
 from ibp_deepspeed.objectives.shared_readout import head_readout
 from ibp_deepspeed.objectives.token_sampling import TokenSample
@@ -112,8 +113,7 @@ class Objective:
 
     def weight(self, labels: Any) -> Tensor | float:
         """How much a micro-batch counts in an evaluation's mean: what ``loss_fn.weight(labels)`` says, or 1."""
-        weigh = getattr(self.loss_fn, "weight", None)
-        return 1.0 if weigh is None else weigh(labels)
+        return weight_of(self.loss_fn, labels)
 
     def copied_readout(self) -> list[Tensor]:
         """The module's copies of the last stage's LM head; empty if it needs none.

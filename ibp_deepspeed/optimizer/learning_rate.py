@@ -1,9 +1,10 @@
-"""Learning-rate schedules: DeepSpeed's by their names, and one that it lacks."""
+"""Learning-rate schedules: DeepSpeed's by their names, and those that it lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,7 +53,44 @@ class WarmupStableDecayLR(lr_schedules.WarmupLR):
         return min(super()._get_gamma(), decayed)
 
 
-_OURS = {WarmupStableDecayLR.__name__: WarmupStableDecayLR}
+class StepDecayLR(lr_schedules.WarmupLR):
+    """A constant rate that falls at some points of a training, as residual networks are trained (He et al. 2016).
+
+    Args:
+        optimizer: as DeepSpeed's schedules; its rate is the first one.
+        total_num_steps: batches of the whole training.
+        milestones: parts of it, rising, after each of which the rate is multiplied by ``gamma``.
+        gamma: above 0, at most 1.
+        last_batch_iteration: of DeepSpeed's schedules.
+
+    Raises:
+        ConfigError: milestones, a factor or a number of steps that make no such schedule.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        total_num_steps: int,
+        milestones: Sequence[float],
+        gamma: float = 0.1,
+        last_batch_iteration: int = -1,
+    ) -> None:
+        if not milestones or not all(0 < low < high for low, high in pairwise([*milestones, 1.0])):
+            raise ConfigError(f'"scheduler.params.milestones" is {milestones}: give rising parts above 0 and below 1.')
+        if not 0 < gamma <= 1:
+            raise ConfigError(f'"scheduler.params.gamma" is {gamma}: give a factor above 0 and at most 1.')
+        if total_num_steps < 1:
+            raise ConfigError(f'"scheduler.params.total_num_steps" is {total_num_steps}: give at least 1.')
+        self.gamma, self.steps = gamma, [round(part * total_num_steps) for part in milestones]
+        super().__init__(optimizer, last_batch_iteration=last_batch_iteration)
+
+    def get_lr(self) -> list[float]:
+        """Overrides WarmupLR's: the rates of the next batch, also of the first."""
+        passed = sum(self.last_batch_iteration + 1 >= step for step in self.steps)
+        return [rate * self.gamma**passed for rate in self.max_lrs]
+
+
+_OURS = {each.__name__: each for each in (WarmupStableDecayLR, StepDecayLR)}
 
 
 def configured_schedule(ds_config: Mapping[str, Any]) -> Callable[[Any], Any] | None:

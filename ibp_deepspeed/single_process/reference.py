@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.errors import ConfigError
-from ibp_deepspeed.objectives.evaluation import ExitMeans
+from ibp_deepspeed.objectives.evaluation import ExitMeans, weight_of
 from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
 from ibp_deepspeed.objectives.shared_readout import ReadoutSource, RefreshRule, install, source_readout
 from ibp_deepspeed.objectives.side_loss import MakeSideLoss, SideLoss
@@ -128,14 +128,16 @@ class InterlockedReference:
     def evaluate(self, micro_batches: Sequence[Sample], measure: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
         """The K held-out losses, or another ``measure(outputs, labels)`` of the exits. Shape [K], float64.
 
-        Means over micro-batches, weighted by what counts in them if the loss function says so; a measure is not.
+        Means over micro-batches, weighted by what counts in them if the loss function, or the measure, says so. A
+        measure may give several numbers, [m]: the means are [K, m].
         """
         means = ExitMeans(len(self.stages))
         with torch.no_grad():
             for inputs, labels, *documents in micro_batches:
                 outputs, objectives = self.outputs(inputs, *documents), self.objectives
                 values = {k: (measure or objectives[k].measure)(outputs[k], labels) for k in outputs}
-                means.add(values, {k: 1.0 if measure else objectives[k].weight(labels) for k in outputs})
+                weights = {k: weight_of(measure, labels) if measure else objectives[k].weight(labels) for k in outputs}
+                means.add(values, weights)
         return means.means()
 
     def outputs(self, inputs: Any, documents: Documents | None = None) -> dict[int, Any]:

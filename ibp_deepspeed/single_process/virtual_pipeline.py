@@ -28,6 +28,7 @@ from ibp_deepspeed.objectives.side_loss import MakeSideLoss
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, not_made
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
+from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 from ibp_deepspeed.single_process.reference import Sample
@@ -84,6 +85,7 @@ class VirtualPipeline:
         for part in (*stages, *(head for head in aux_heads or () if head is not None)):
             module = part.module if isinstance(part, Objective) else part
             module.to(device=self.device, dtype=dtype)
+            RunningStatistics([module])  # which stay in fp32
         self.reference = FullPrecisionSums(stages, aux_heads, loss_fn, resolve_interlocking(ds_config), side_loss)
         if self.reference.interlocking.compile:
             compile_layers(

@@ -28,7 +28,8 @@ class StageLosses:
         self._sums, self._weights = {}, {}
 
     def add(self, index: int, loss: Tensor, weight: Tensor | float | None = None) -> None:
-        """L_index of a micro-batch, a scalar: it counts from now on, by its weight (None: all alike)."""
+        """L_index of a micro-batch, a scalar (or several numbers): it counts from now on, by its weight (None: all
+        alike)."""
         value = loss.detach() if weight is None else loss.detach() * weight
         self._sums[index] = self._sums[index] + value if index in self._sums else value
         self._weights[index] = self._weights.get(index, 0) + (1 if weight is None else weight)
@@ -46,6 +47,6 @@ class StageLosses:
         if self._grid.get_data_parallel_world_size() == 1:
             return total / weight
         weight = torch.as_tensor(weight, dtype=torch.float64, device=total.device)
-        both = torch.stack([total.double(), weight])
+        both = torch.cat([total.double().reshape(-1), weight.reshape(-1)])
         dist.all_reduce(both, group=self._grid.get_data_parallel_group())
-        return (both[0] / both[1]).to(total.dtype)
+        return (both[:-1] / both[-1]).view_as(total).to(total.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class MicroBatchInFlight:
         borrowed: the first layers, where the loss of the stage before stands behind them.
         recompute: keep the stage's input instead of its graph between the input gradients that fall together
             with the forward pass and the next one, and run the trunk once more there (once, whatever their number).
+        again: what to enter around that second run.
         side_loss: gives a loss of the trunk's own after each of its forward passes.
         side_share: of this micro-batch in its mean, 1/M.
 
@@ -47,11 +49,12 @@ class MicroBatchInFlight:
         *,
         borrowed: Callable[[Any], Any] | None = None,
         recompute: bool = False,
+        again: Callable[[], AbstractContextManager[None]] = nullcontext,
         side_loss: Callable[[], SideLoss | None] | None = None,
         side_share: float = 1.0,
     ) -> None:
         self.trunk, self.borrowed = trunk, borrowed
-        self.recompute = recompute
+        self.recompute, self._again = recompute, again
         self._side_loss, self._side_share = side_loss, side_share
         self.side: SideLoss | None = None
         self.number = 0
@@ -171,7 +174,7 @@ class MicroBatchInFlight:
         if self.outputs is None:
             assert self._random_state is not None
             self.recomputations += 1
-            with self._random_state.restored(), torch.enable_grad():
+            with self._random_state.restored(), self._again(), torch.enable_grad():
                 self._run()
         return self.outputs
 

@@ -1,8 +1,8 @@
 """Weight gradients that are computed later than the input gradients of the same backward pass (B, then W).
 
-A linear layer keeps its input and the gradient of its output; everything else of the graph is freed by B. Its product
-of the two is the one that autograd would have made, so numbers do not change, and nothing is computed twice. Other
-weights (of norms, of experts in one tensor) get their gradients in B.
+A linear layer, or a convolution of images, keeps its input and the gradient of its output; everything else of the
+graph is freed by B. Its product of the two is the one that autograd would have made, so numbers do not change, and
+nothing is computed twice. Other weights (of norms, of experts in one tensor) get their gradients in B.
 """
 
 from __future__ import annotations
@@ -66,13 +66,15 @@ class SplitsBackward(Protocol):
 
 
 def split_backward(layers: Iterable[Any], weight_gradients: WeightGradients) -> None:
-    """Make the linear layers in some layers hand over their weights' gradients; what is :class:`SplitsBackward` does so
-    for all that is in it. Other layers are left as they are."""
+    """Make linear layers and convolutions in some layers hand over their weights' gradients; what is
+    :class:`SplitsBackward` does so for all that is in it. Other layers are left as they are."""
     for layer in dict.fromkeys(layers):
         if isinstance(layer, SplitsBackward):
             layer.split_backward(weight_gradients)
         elif type(layer) is nn.Linear:
             split_linear(layer, weight_gradients)
+        elif type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            layer.forward = MethodType(partial(_convolve, weight_gradients), layer)  # type: ignore[method-assign]
         elif isinstance(layer, nn.Module):
             split_backward(layer.children(), weight_gradients)
 
@@ -115,6 +117,63 @@ class _Linear(torch.autograd.Function):
             return None, None, None, None, None
         product = rows @ (weight.t() if ctx.transposed else weight)
         return product.view(inputs.shape), None, None, None, None
+
+
+def _convolve(weight_gradients: WeightGradients, module: nn.Conv2d, inputs: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and module.weight.requires_grad and module.weight.is_leaf and inputs.dim() == 4:
+        return _Convolution.apply(inputs, module.weight, module.bias, module, weight_gradients)
+    return nn.Conv2d.forward(module, inputs)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution of images [B, C, h, w], zeros around them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Conv2d, gradients: WeightGradients
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.bias, ctx.gradients = bias, gradients
+        ctx.shape = (module.stride, module.padding, module.dilation, False, (0, 0), module.groups)
+        return F.conv2d(inputs, weight, bias, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+        inputs, weight = ctx.saved_tensors
+        ctx.gradients.add(partial(_add_convolution, weight, ctx.bias, inputs.detach(), gradient, ctx.shape))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        product = _back(gradient, inputs, weight, None, ctx.shape, (True, False, False))
+        return product[0], None, None, None, None
+
+
+def _add_convolution(
+    weight: Tensor, bias: Tensor | None, inputs: Tensor, gradient: Tensor, shape: tuple[Any, ...]
+) -> None:
+    """W of a convolution."""
+    has_bias = bias is not None and bias.requires_grad
+    with torch.no_grad():
+        _, found, of_bias = _back(gradient, inputs, weight, bias, shape, (False, True, has_bias))
+    torch.autograd.backward(weight, found)
+    if bias is not None and has_bias:
+        torch.autograd.backward(bias, of_bias)
+
+
+def _back(
+    gradient: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: tuple[Any, ...],
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What autograd calls too: gradients of input, weight and bias, those that are wanted."""
+    sizes = None if bias is None else list(bias.shape)
+    back: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        gradient, inputs, weight, sizes, *shape, wanted
+    )
+    return back
 
 
 def _add_gradients(weight: Tensor, bias: Tensor | None, read: Tensor, rows: Tensor, transposed: bool) -> None:

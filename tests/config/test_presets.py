@@ -16,12 +16,15 @@ from ibp_deepspeed.config.deepspeed import check_ds_config, load_ds_config, reso
 from ibp_deepspeed.config.known_keys import TOP_LEVEL, unknown_keys
 from ibp_deepspeed.engine import initialize
 from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.optimizer.learning_rate import check_schedule
 from ibp_deepspeed.schedule.validate import validated_timeline
 from ibp_deepspeed.strategy.timeline import Timeline
 
 DEFAULTS: dict[str, Any] = {option: 1e-3 if option == "--learning-rate" else 4 for option in FILLED.values()}
 STRATEGIES = ("local", "solo", "modules", "pairwise", "3wise", "global", "finetune")
-PRESETS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+EVERY = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+PRESETS = [path for path in EVERY if not path.stem.startswith("vision_")]
+VISION = [path for path in EVERY if path not in PRESETS]
 
 
 class Listening(dict[str, Any]):
@@ -128,3 +131,17 @@ def test_gpu_presets_need_no_nvcc_and_what_needs_it_is_refused(
         return
     with pytest.raises(ConfigError, match='"torch_adam": true with "fused": true'):
         initialize._check_fused_adam(settings)
+
+
+def test_presets_for_images_have_the_papers_optimizer_and_schedule() -> None:
+    """Its released code's: SGD 0.1 with momentum, every parameter decays, a tenth at 91, 136 and 182 of 200 epochs."""
+    assert [path.stem for path in VISION] == [f"vision_{name}" for name in ("3wise", "global", "local", "pairwise")]
+    for path, width in zip(VISION, (3, 4, 1, 2), strict=True):
+        settings = fill_auto(load_ds_config(path), {}, DEFAULTS | {"--learning-rate": 0.1, "--steps": 200}, replicas=1)
+        assert unknown_keys(settings) == []
+        check_ds_config(settings)
+        check_schedule(settings)
+        config = resolve_interlocking(settings)
+        assert config.width_for(4) == width and config.decay == "all" and settings["gradient_clipping"] == 0.0
+        assert settings["optimizer"] == {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4}}
+        assert [200 * part for part in settings["scheduler"]["params"]["milestones"]] == [91, 136, 182]

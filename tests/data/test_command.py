@@ -123,7 +123,8 @@ def test_command_says_a_user_error_in_one_line(tmp_path: Path) -> None:
         ("--vocab-size", "many"),
         ("--input", "a", "--dataset", "b"),
         ("--input", "a", "--whole-library"),
-        ("--dataset-config", "c"),
+        ("--split", "c"),
+        ("--workers", "0"),
         ("--dialogues", "--input", "a.jsonl"),
         ("--dialogues", "--tokenizer", "t"),
         ("--nonsense",),
@@ -142,4 +143,27 @@ def test_help_gives_each_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         _main(monkeypatch, "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    assert text.count("(default: ") == 14
+    assert text.count("(default: ") == 15
+
+
+def test_command_streams_a_split_of_a_data_set(
+    tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that the datasets library reads itself, with two splits; the column of the text has another name."""
+    (tmp_path / "set").mkdir()
+    for split, documents in (("train", DOCUMENTS[:20]), ("validation", DOCUMENTS[20:])):
+        rows = (json.dumps({"body": text, "n": n}) for n, text in enumerate(documents))
+        (tmp_path / "set" / f"{split}.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.arrow_dataset.Dataset.__getitem__", None)  # nothing but streams
+    tokenizer.save(tmp_path / "tok")
+    out = tmp_path / "deep" / "out"
+    given = ("--dataset", tmp_path / "set", "--split", "validation", "--tokenizer", tmp_path / "tok", "--out", out)
+    assert _main(monkeypatch, *given, "--text-column", "body", "--max-documents", 15, "--workers", 1) == 0
+    assert sorted(decoded(out, "train") + decoded(out, "heldout")) == sorted(DOCUMENTS[20:35])
+    assert capsys.readouterr().out.splitlines()[0] == f"{out}: {tmp_path / 'set'}, split validation"
+    assert [path.name for path in out.parent.iterdir()] == ["out"], "what was kept of the stream is gone"
+    assert _main(monkeypatch, *given, "--overwrite") == 1
+    assert 'has no field "text" (it has body, n): name the field of the text with' in capsys.readouterr().err
+    assert _main(monkeypatch, *given[:3], "test", *given[4:], "--overwrite") == 1
+    assert "split test) could not be loaded" in capsys.readouterr().err

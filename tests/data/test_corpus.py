@@ -151,7 +151,7 @@ def test_hub_corpus_reads_rows_and_names_a_missing_set(tmp_path: Path, monkeypat
     corpus = hub_corpus(str(tmp_path / "set"))
     assert list(corpus) == list(corpus) == DOCUMENTS
     with pytest.raises(DataError, match='has no field "body"'):
-        hub_corpus(str(tmp_path / "set"), text_field="body")
+        list(hub_corpus(str(tmp_path / "set"), text_field="body"))
     with pytest.raises(DataError, match=r"could not be loaded.*--input"):
         hub_corpus(str(tmp_path / "nothing" / "here" / "at all"))
 

@@ -155,9 +155,9 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_batches_do_not_change_the_files(
     prepared: Path, tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ibp_deepspeed.data.token_file._BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr("ibp_deepspeed.data.encoding._BATCH_DOCUMENTS", 7)
     assert files(_prepare(tmp_path / "sevens", tokenizer)) == files(prepared)
-    monkeypatch.setattr("ibp_deepspeed.data.token_file._BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("ibp_deepspeed.data.encoding._BATCH_CHARACTERS", 100)
     assert files(_prepare(tmp_path / "small", tokenizer)) == files(prepared)
 
 

@@ -1,4 +1,4 @@
-"""The commands of docs/huggingface.md, docs/exits.md and docs/checkpoints.md, run in their order on small models."""
+"""The commands of pages on Hugging Face, exits, vision, checkpoints and data, run in their order on small models."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ def at_small_size(words: list[str]) -> list[str]:
         for option in {"--steps", "--save-interval"} & set(words):
             value = words.index(option) + 1
             words[value] = str(int(words[value]) // 100)
+    if words[1] == "scripts/train_vision.py":
+        value = words.index("--steps") + 1
+        words[value] = str(int(words[value]) // 100)
     if words[1] == "scripts/prepare_data.py" and "--dialogues" not in words:
         words += ["--max-bytes", "200000"]
     if words[1] == "scripts/evaluate_lm.py" or "--all-exits" in words:
@@ -93,6 +96,16 @@ def test_commands_of_the_hugging_face_and_exits_pages(
     check_exits_page(tmp_path, monkeypatch, capfd)
 
 
+def test_commands_of_the_first_hour(hub: Path, tmp_path: Path) -> None:
+    """From a model to its exits, then the recipes."""
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    printed = run_page("quickstart.md", tmp_path)
+    assert "begins with the weights of path/to/model, heads as its final norm and LM head" in printed
+    for folder in ("walk/family/exit-1", "walk/family/exit-4", "adapters/peft"):
+        assert list((tmp_path / "runs" / folder).glob("*.safetensors"))
+    assert "| 4 | 4 |" in printed and "runs/local" in printed
+
+
 def check_exits_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """It goes on where the other page ends; its code writes what its drafting command prints."""
     printed = run_page("exits.md", folder)
@@ -106,6 +119,31 @@ def check_exits_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     exec(compile(code, "docs/exits.md", "exec"), {})
     own = capfd.readouterr().out
     assert own.startswith("def main(") and printed.endswith(own)
+
+
+def test_commands_of_the_data_page(tmp_path: Path) -> None:
+    """Three sources, mixed."""
+    (tmp_path / "notes").mkdir()
+    for number, text in enumerate(DOCUMENTS):
+        (tmp_path / "notes" / f"{number}.txt").write_text(text)
+    (tmp_path / "path" / "to" / "set").mkdir(parents=True)
+    rows = (json.dumps({"body": text, "number": n}) for n, text in enumerate(DOCUMENTS))
+    (tmp_path / "path" / "to" / "set" / "train.jsonl").write_text("\n".join(rows))
+    printed = run_page("data.md", tmp_path)
+    assert "data: a mixture of 70.0% code, 20.0% notes, 10.0% set" in printed
+    assert "documents: packed whole into samples, and masked from each other (default)" in printed
+    history = (tmp_path / "runs/mixed/history.jsonl").read_text().splitlines()
+    drawn = [row["drawn"] for row in map(json.loads, history) if "drawn" in row]
+    assert [list(tokens) for tokens in drawn] == [["code", "notes", "set"]] * 3
+
+
+def test_commands_of_the_vision_page(tmp_path: Path) -> None:
+    """A residual network and a vision Transformer learn digits; evaluation and export are of the first."""
+    printed = run_page("vision.md", tmp_path)
+    assert "accuracies" in printed and "every key there, the same logits" in printed
+    assert (tmp_path / "runs/digits/hf/preprocessor_config.json").exists() and (
+        tmp_path / "runs/vit/checkpoint"
+    ).exists()
 
 
 def test_commands_of_the_checkpoints_page(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ibp_deepspeed import InterlockedReference
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.models import CausalLM, ModelError
-from ibp_deepspeed.models.build import router_loss
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
 from tests.launch import launch
 from tests.models.test_causal_lm import build, perturbed, shifted, tiny, tokens, whole
@@ -24,7 +23,7 @@ def balanced(model_type: str, layers: int = 3) -> Any:
     return tiny(model_type, output_router_logits=True, router_aux_loss_coef=COEFFICIENT, num_hidden_layers=layers)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
 def test_one_stage_has_the_loss_and_the_gradients_of_hugging_face(model_type: str) -> None:
     """The router's part is a tenth of the loss at least, so that its gradients count."""
     config = balanced(model_type)
@@ -93,7 +92,7 @@ def test_stages_take_the_means_over_their_own_layers() -> None:
 def test_what_it_does_not_go_with_is_one_sentence(name: str) -> None:
     block = {"compile": True} if name == "compile" else {"aux_head": {name: 1}}
     with pytest.raises(ModelError, match=f'{name}" does not go together with the loss of a router'):
-        router_loss(CausalLM(balanced("mixtral")), InterlockingConfig.parse(block))
+        CausalLM(balanced("mixtral")).side_loss(InterlockingConfig.parse(block))
 
 
 def test_the_engine_trains_with_it_as_one_process_does() -> None:

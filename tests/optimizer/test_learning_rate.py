@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ibp_deepspeed.errors import ConfigError
-from ibp_deepspeed.optimizer.learning_rate import WarmupStableDecayLR, configured_schedule
+from ibp_deepspeed.optimizer.learning_rate import StepDecayLR, WarmupStableDecayLR, configured_schedule
 
 
 def schedule(**changes: Any) -> WarmupStableDecayLR:
@@ -58,3 +58,17 @@ def test_names_are_deepspeeds_and_ours() -> None:
     assert made is not None and type(made(optimizer)).__name__ == "WarmupLR"
     with pytest.raises(ConfigError, match="known are .*WarmupStableDecayLR"):
         configured_schedule({"scheduler": {"type": "Cosine"}})
+
+
+def test_steps_are_those_of_torchs_milestones() -> None:
+    """The paper's: a tenth after 91, 136 and 182 of 200 epochs, from the first batch on without a warm-up."""
+    ours, theirs = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1) for _ in range(2))
+    made = StepDecayLR(ours, 200, [0.455, 0.68, 0.91])
+    want = torch.optim.lr_scheduler.MultiStepLR(theirs, [91, 136, 182], gamma=0.1)
+    for _ in range(200):
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"])
+        theirs.step()
+        made.step()
+        want.step()
+    with pytest.raises(ConfigError, match=r'"scheduler.params.milestones" is \[0.5, 0.5\]'):
+        StepDecayLR(ours, 200, [0.5, 0.5])

@@ -14,6 +14,7 @@ import torch
 
 from ibp_deepspeed.commands.reporting.page import write_page
 from ibp_deepspeed.commands.training.agreement import Agreement
+from ibp_deepspeed.commands.training.callbacks import Callbacks
 from ibp_deepspeed.commands.training.loop import Run
 from ibp_deepspeed.commands.training.spikes import LEAST, Spike, SpikeWatch
 from ibp_deepspeed.data import MicroBatchLoader, open_tokens
@@ -92,11 +93,13 @@ class Spiking:
 
 def run(pipeline: Spiking, train: MicroBatchLoader, output: Path, steps: int) -> None:
     args = Namespace(steps=steps, output=output, save_interval=0, eval_interval=0, eval_micro_batches=0)
-    throughput: Any = Namespace(tokens_per_batch=1)
+    throughput: Any = Namespace(tokens_per_batch=1, counted="tokens")
     interruption: Any = Namespace(asked=False)
     given: Any = pipeline
     data: Any = Namespace(train=train)
-    Run(given, args, throughput, Agreement(None, 0), interruption).train(data, lambda: None)
+    evaluate: Any = None
+    callbacks = Callbacks([], args, given)
+    Run(given, args, throughput, Agreement(None, 0), interruption, evaluate, callbacks).train(data, lambda: None)
 
 
 @pytest.mark.parametrize(("spike", "late"), [(40, 0), (41, 3), (45, 3)])

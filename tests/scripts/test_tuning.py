@@ -249,3 +249,8 @@ def test_what_does_not_fit_is_one_sentence(trained: Path, data: Path, base: Path
         done = script("evaluate_lm.py", "--checkpoint", changed, "--max-batches", "1")
         assert_one_sentence(done, sentence)
         assert "holds adapters alone" in done.stderr
+    damaged = tmp_path / "damaged"
+    shutil.copytree(copy / "checkpoint" / "global_step3", damaged)
+    (damaged / about.name).write_text(about.read_text().replace('"rank": 4', '"rank": 5'))
+    done = script("evaluate_lm.py", "--checkpoint", damaged, "--max-batches", "1")
+    assert_one_sentence(done, "the adapters of layer 1 can't be used: size mismatch")

@@ -67,7 +67,24 @@ def computed() -> nn.Sequential:
     )
 
 
-STAGES: list[Callable[[], nn.Sequential]] = [llama, gpt2, mixtral, shared, frozen, computed]
+def convolutions() -> nn.Sequential:
+    """Of one image with two channels: strides, groups, dilation, with a bias and without, frozen ones."""
+    torch.manual_seed(5)
+    layers = [
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 8, 1),
+        nn.PixelShuffle(2),
+        nn.Conv2d(2, 2, 3, stride=2, padding=1),
+    ]
+    layers[4].weight.requires_grad_(False)
+    layers[6].bias.requires_grad_(False)  # type: ignore[union-attr]
+    return nn.Sequential(nn.Unflatten(0, (1, 2)), *layers, nn.Flatten(0, 1))
+
+
+STAGES: list[Callable[[], nn.Sequential]] = [llama, gpt2, mixtral, shared, frozen, computed, convolutions]
 
 
 def train(layers: nn.Sequential, *, split: bool, dtype: torch.dtype) -> tuple[Gradients, list[Tensor], int]:

@@ -20,10 +20,11 @@ def recording(
     latency: float = 0.0,
     warm_up: int = 30,
     batches: int = 2,
+    frozen: Sequence[int] = (),
 ) -> Recording:
     """Of ``batches`` batches after ``warm_up`` of them: as the engine would record the simulated run."""
     stages = len(costs)
-    timeline = Timeline(InterlockingConfig.parse(block), stages, micro_batches, True)
+    timeline = Timeline(InterlockingConfig.parse(block), stages, micro_batches, True, frozen)
     schedules = validated_timeline(timeline)[timeline.at(0)]
     simulator = Simulator(
         [schedules] * (warm_up + batches),
@@ -45,6 +46,7 @@ def recording(
         device="cpu",
         processes=[Process(stage, stage, 0, "here") for stage in range(stages)],
         spans=spans,
+        frozen=frozen,
     )
 
 

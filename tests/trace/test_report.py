@@ -46,6 +46,15 @@ def test_what_was_simulated_is_found_again(name: str, latency: float) -> None:
     assert max(latencies) == pytest.approx(latency) and all(x == pytest.approx(latency) or x == 0 for x in latencies)
 
 
+def test_stages_with_nothing_to_train_are_found_again() -> None:
+    """The second passes gradients on, the last trains nothing: what was recorded is predicted with that."""
+    report = analyse(recording({"strategy": "global"}, COSTS, frozen=(1, 3)))
+    assert report.batch_time == pytest.approx(report.predicted.batch_time, rel=0.02)
+    assert report.costs[1].input_gradient == pytest.approx(COSTS[1].input_gradient)
+    assert report.costs[1].weight_gradient == report.costs[3].weight_gradient == 0
+    assert "BW" not in report.stages[1].computing and "W" not in report.stages[1].computing
+
+
 def test_a_wait_names_its_cause_its_peer_and_its_longest() -> None:
     """A slow last stage: in local learning the others wait until it has received enough, in backpropagation for its
     gradients."""

@@ -22,6 +22,7 @@ class History:
     Attributes:
         train: (batch, losses of the stages), NaN where a stage has none.
         held_out: the same of evaluations.
+        accuracy: the same of how often classes were right, where there are some.
         stages: (batch, what each stage reported).
         spikes: (batch, exits whose loss jumped, ids of the batch's samples); an exit has "exit" (from 1), "loss" and
             "median", of the batches before.
@@ -30,6 +31,7 @@ class History:
 
     train: list[tuple[int, list[float]]] = field(default_factory=list)
     held_out: list[tuple[int, list[float]]] = field(default_factory=list)
+    accuracy: list[tuple[int, list[float]]] = field(default_factory=list)
     stages: list[tuple[int, list[dict[str, float]]]] = field(default_factory=list)
 
     spikes: list[tuple[int, list[dict[str, float]], list[int]]] = field(default_factory=list)
@@ -52,7 +54,7 @@ class History:
         for number, line in enumerate(lines, 1):
             try:
                 row = parsed(line)
-                for kind in ("train", "held_out"):
+                for kind in ("train", "held_out", "accuracy"):
                     if kind in row:
                         losses = [math.nan if loss is None else float(loss) for loss in row[kind]]
                         getattr(history, kind).append((int(row["step"]), losses))

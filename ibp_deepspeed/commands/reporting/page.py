@@ -60,7 +60,7 @@ def render(record: RunRecord, history: History, folder: Path) -> str:
         "command": shlex.join(record.command),
         "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(record.started)),
         "facts": _facts(record, history),
-        "plots": plots(history, record.stages, entropy, unit),
+        "plots": plots(history, record.stages, entropy, unit, record.counted),
         "comparison": compare(record, history),
         "one_process": record.processes == 1,
         "rows": _table(record, history),
@@ -95,7 +95,7 @@ def _facts(record: RunRecord, history: History) -> list[Fact]:
             found.append(Fact(f"{name} of the model", f"{losses[-1]:.3f}"))
     times = [time for k in range(record.stages) if (time := history.batch_time(k)) is not None]
     if times:
-        found.append(Fact("tokens a second", f"{record.tokens_per_batch / max(times):,.0f}"))
+        found.append(Fact(f"{record.counted} a second", f"{record.tokens_per_batch / max(times):,.0f}"))
     drawn = history.drawn_tokens()
     for name, tokens in drawn.items():
         found.append(Fact(f"tokens of {name}", f"{tokens:,} ({tokens / sum(drawn.values()):.1%})"))
@@ -118,7 +118,8 @@ def _table(record: RunRecord, history: History) -> tuple[list[str], list[list[st
 
 
 def _has_gpu(history: History) -> bool:
-    return any(measures.tokens_each("GPU") in stage for _, stages in history.stages[-1:] for stage in stages)
+    names = {measures.throughput(counted, "GPU") for counted in ("tokens", "images")}
+    return any(not names.isdisjoint(stage) for _, stages in history.stages[-1:] for stage in stages)
 
 
 def _duration(seconds: float) -> str:

@@ -47,7 +47,7 @@ class Plot:
     svg: str
 
 
-def plots(history: History, stages: int, unigram_entropy: float, unit: str) -> list[Plot]:
+def plots(history: History, stages: int, unigram_entropy: float, unit: str, counted: str = "tokens") -> list[Plot]:
     """Those that a run's values allow.
 
     Args:
@@ -55,15 +55,19 @@ def plots(history: History, stages: int, unigram_entropy: float, unit: str) -> l
         stages: K.
         unigram_entropy: of the data, drawn as a line beside the losses.
         unit: GPU or process, what throughput is divided by.
+        counted: tokens, or images.
     """
+    nats, of_labels = ("nats per token", "unigrams") if counted == "tokens" else ("nats", "class frequencies")
     names = [f"stage {k}" for k in range(stages)]
     train = [losses_of(history.train, stages, k) for k in range(stages)]
     held_out = [losses_of(history.held_out, stages, k) for k in range(stages)]
-    line = ("unigrams", unigram_entropy)
+    accuracy = [losses_of(history.accuracy, stages, k) for k in range(stages)]
+    line = (of_labels, unigram_entropy)
     found = [
-        _lines("Training losses of the exits", "nats per token", names, train, line=line),
-        _lines("Held-out losses of the exits", "nats per token", names, held_out, line=line, marker="o"),
-        _lines("Throughput", "tokens/s", names, _series(history, stages, measures.TOKENS), zero=True),
+        _lines("Training losses of the exits", nats, names, train, line=line),
+        _lines("Held-out losses of the exits", nats, names, held_out, line=line, marker="o"),
+        _lines("Held-out accuracy of the exits", "share", names, accuracy, marker="o"),
+        _lines("Throughput", f"{counted}/s", names, _series(history, stages, measures.throughput(counted)), zero=True),
         _time_of_stages(history, stages),
         _lines("Peak memory", "GiB", names, _series(history, stages, measures.PEAK_MEMORY), zero=True),
         _lines("Gradient norm of trunks", "norm", names, _series(history, stages, measures.TRUNK_NORM), log=True),

@@ -20,7 +20,7 @@ from ibp_deepspeed.json_text import parsed, small_text
 if TYPE_CHECKING:
     import argparse
 
-    from ibp_deepspeed.commands.training.plan import Plan
+    from ibp_deepspeed.commands.training.training_plan import TrainingPlan
 
 _PACKAGES = ("ibp_deepspeed", "torch", "deepspeed", "transformers", "numpy")
 
@@ -37,13 +37,14 @@ class RunRecord:
         about: what was printed at the start.
         bounds: stage k has layers bounds[k] … bounds[k+1]-1.
         micro_batches: M.
-        tokens_per_batch: of all replicas.
+        tokens_per_batch: of all replicas; images where these are counted.
         costs: of each stage's pieces of work from counted operations, see ``schedule.simulator.Costs``.
         ds_config: with its "interlocking" block and without "auto".
         model: the Hugging Face configuration.
         options: of the command line.
         processes: 1 with --one-process.
-        unigram_entropy: of the data, nats per token.
+        unigram_entropy: of the data's tokens, or of its classes, in nats.
+        counted: tokens, or images.
         interrupted: the batch after which a signal ended it; 0: none did.
         frozen: stages with nothing to train but a head.
         summary: what was printed at the end.
@@ -64,6 +65,7 @@ class RunRecord:
     options: dict[str, Any]
     processes: int
     unigram_entropy: float
+    counted: str = "tokens"
     ended: float | None = None
     interrupted: int = 0
     frozen: list[int] = field(default_factory=list)
@@ -97,7 +99,7 @@ class RunRecord:
 
 
 def record_of(
-    plan: Plan, args: argparse.Namespace, about: Sequence[str], first_step: int, batch_size: int
+    plan: TrainingPlan, args: argparse.Namespace, about: Sequence[str], first_step: int, batch_size: int
 ) -> RunRecord:
     """Of a run that is about to train.
 
@@ -110,11 +112,8 @@ def record_of(
     """
     import torch
 
-    from ibp_deepspeed.models.workload import units
-
-    options = plan.interlocking.aux_head
     with torch.random.fork_rng(devices=[]):  # a layer is run to be counted: the training's dropout must not notice
-        costs = units(plan.model, options, plan.bounds, args.sequence_length)
+        costs = plan.costs(args)
     return RunRecord(
         command=[Path(sys.argv[0]).name, *sys.argv[1:]],
         started=time.time(),
@@ -124,14 +123,15 @@ def record_of(
         about=list(about),
         bounds=plan.bounds,
         micro_batches=plan.ds_config.get("gradient_accumulation_steps") or 1,
-        tokens_per_batch=batch_size * args.sequence_length,
+        tokens_per_batch=batch_size * plan.per_sample(args),
         costs=[asdict(cost) for cost in costs],
         ds_config=plan.ds_config,
         model=plan.model.hf_config.to_diff_dict(),
         options=vars(args),
         processes=1 if args.one_process else plan.num_stages * plan.replicas,
         frozen=list(plan.frozen_stages),
-        unigram_entropy=plan.unigram_entropy,
+        unigram_entropy=plan.label_entropy(),
+        counted=plan.counted,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ibp_deepspeed.commands.training.plan import Plan
+    from ibp_deepspeed.commands.training.training_plan import TrainingPlan
 
 _CODE = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "deepspeed", "transformers")
@@ -29,18 +29,15 @@ _OF_ONE_HOST = (
 """Options that may differ: paths, whose contents are compared where they decide what is computed."""
 
 
-def alike(plan: Plan, args: argparse.Namespace) -> dict[str, str]:
+def alike(plan: TrainingPlan, args: argparse.Namespace) -> dict[str, str]:
     """Name in words → value; what is long is a digest. Weights of ``--init-from`` are not read for it."""
-    from ibp_deepspeed.data.token_file import MANIFEST
-
     about, options = plan.description, {key: str(value) for key, value in vars(args).items() if key not in _OF_ONE_HOST}
     return {
         **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
         "Python's version": platform.python_version(),
         **{f"{name}'s version": version(name) for name in _PACKAGES},
-        "ibp_deepspeed's code": _digest(*(path.read_bytes() for path in _sources())),
-        "the data's manifest": _digest(*((source.folder / MANIFEST).read_bytes() for source in args.mixture)),
-        "the weights of --data": str([source.weight for source in args.mixture]),
+        "ibp_deepspeed's code": digest(*(path.read_bytes() for path in _sources())),
+        "the data": plan.data_digest(args),
         "the DeepSpeed configuration": _digest_of(about.settings, about.interlocking),
         "the model's configuration": _digest_of(about.model),
         "what is trained of it": "" if about.tuning is None else about.tuning.model_dump_json(),
@@ -54,10 +51,10 @@ def _sources() -> list[Path]:
 
 
 def _digest_of(*values: Any) -> str:
-    return _digest(json.dumps(values, sort_keys=True, default=str).encode())
+    return digest(json.dumps(values, sort_keys=True, default=str).encode())
 
 
-def _digest(*parts: bytes) -> str:
+def digest(*parts: bytes) -> str:
     found = hashlib.sha256()
     for part in parts:
         found.update(part)

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ibp_deepspeed import cli
+from ibp_deepspeed.commands.training.monitors import MONITORS
+from ibp_deepspeed.commands.training.trainer_names import with_our_names
 
 EVAL_MICRO_BATCHES = 16
 SAVE_SECONDS = 900.0
 """Between two checkpoints at most, where --save-interval is not given."""
 _SHORT = 50
 _BY_PROFILE = "profile:"
+_CHANGES = ("seed", "data", "tokenizer", "sequence-length", "document-masks", "batch-size")
+
+
+class Defaults(NamedTuple):
+    """What hyperparameters are where none is given, as the help says it."""
+
+    samples: str
+    micro_batches: str
+    rate: str
+    warmup: str
+
+
+_OF_TEXT = Defaults("8", "4", "0.25 / hidden size, a tenth of that with --init-from but --lora", "a 20th, at most 500")
 
 
 class Source(NamedTuple):
@@ -39,8 +55,18 @@ def parse_arguments(description: str | None, words: list[str] | None = None) -> 
     """
     parser = cli.parser(description)
     _add_what(parser)
-    _add_hyperparameters(parser)
-    _add_evaluation_and_checkpoints(parser)
+    add_hyperparameters(parser, _OF_TEXT)
+    add_evaluation_and_checkpoints(parser, _CHANGES)
+    add_callbacks(parser)
+    add_trace_and_log(parser)
+    args = parser.parse_args(with_our_names(words))
+    args.mixture = args.data
+    args.data = args.mixture[0].folder
+    return args
+
+
+def add_trace_and_log(parser: argparse.ArgumentParser) -> None:
+    """What is recorded and shown."""
     parser.add_argument(
         "--trace",
         nargs="?",
@@ -51,10 +77,6 @@ def parse_arguments(description: str | None, words: list[str] | None = None) -> 
     )
     parser.add_argument("--verbose", action="store_true", help="show the log of DeepSpeed and Hugging Face")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args(words)
-    args.mixture = args.data
-    args.data = args.mixture[0].folder
-    return args
 
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
@@ -128,22 +150,29 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="initial weights and order of data (default: %(default)s)")
 
 
-def _add_hyperparameters(parser: argparse.ArgumentParser) -> None:
+def add_hyperparameters(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
+    """Steps, batch and rate."""
     text = 'these fill in "auto" in the DeepSpeed JSON'
     add = parser.add_argument_group("how it is trained", text).add_argument
     add("--steps", type=int, default=200, metavar="N", help="batches to train (default: %(default)s)")
-    add("--micro-batch-size", type=int, metavar="B", help="samples of a micro-batch (default: 8)")
-    add("--gradient-accumulation-steps", type=int, metavar="M", help="micro-batches of a batch (default: 4)")
+    add("--micro-batch-size", type=int, metavar="B", help=f"samples of a micro-batch (default: {defaults.samples})")
+    add(
+        "--gradient-accumulation-steps",
+        type=int,
+        metavar="M",
+        help=f"micro-batches of a batch (default: {defaults.micro_batches})",
+    )
     add(
         "--learning-rate",
         type=float,
         metavar="X",
-        help="the highest of the schedule (default: 0.25 / hidden size, a tenth of that with --init-from but --lora)",
+        help=f"the highest of the schedule (default: {defaults.rate})",
     )
-    add("--warmup-steps", type=int, metavar="N", help="batches of rising rate (default: a 20th, at most 500)")
+    add("--warmup-steps", type=int, metavar="N", help=f"batches of rising rate (default: {defaults.warmup})")
 
 
-def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
+def add_evaluation_and_checkpoints(parser: argparse.ArgumentParser, changes: Sequence[str]) -> None:
+    """When and where; ``changes``: what may differ from the training that is resumed."""
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add(
         "--eval-interval",
@@ -193,13 +222,39 @@ def _add_evaluation_and_checkpoints(parser: argparse.ArgumentParser) -> None:
     add(
         "--allow-changed",
         nargs="+",
-        choices=["seed", "data", "tokenizer", "sequence-length", "document-masks", "batch-size"],
+        choices=changes,
         metavar="WHAT",
         help="with --resume, go on although this differs from the checkpoint's training, which is refused otherwise. "
         "seed: the rest of the epoch comes in another order, some samples twice, others not at all; data, "
         "sequence-length, document-masks: the epoch begins again, with other samples; tokenizer: token ids may mean "
         "other words; batch-size: the order stays, samples that fill no whole micro-batch are passed over "
         "(default: nothing)",
+    )
+
+
+def add_callbacks(parser: argparse.ArgumentParser) -> None:
+    """Who is told what happens, and may end it."""
+    add = parser.add_argument_group("who is told, and may end it").add_argument
+    add(
+        "--report-to",
+        nargs="+",
+        choices=MONITORS,
+        metavar="NAME",
+        help=f"monitors that write losses and measures: {', '.join(MONITORS)} (default: those that the DeepSpeed JSON "
+        "enables)",
+    )
+    add(
+        "--callbacks",
+        nargs="+",
+        default=[],
+        metavar="MODULE:CLASS",
+        help="transformers' TrainerCallbacks of your own, called on rank 0 (default: none)",
+    )
+    add(
+        "--early-stopping-patience",
+        type=int,
+        metavar="N",
+        help="end after so many evaluations in which the last exit's held-out loss is no lower (default: never)",
     )
 
 

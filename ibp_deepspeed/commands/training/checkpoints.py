@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ibp_deepspeed.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from ibp_deepspeed.commands.training.plan import Plan
-    from ibp_deepspeed.data import MicroBatchLoader
-    from ibp_deepspeed.data.mixture import MixtureLoader
+    from ibp_deepspeed.commands.training.training_plan import TrainingData, TrainingPlan
     from ibp_deepspeed.models.runs.conditions import Changes
     from ibp_deepspeed.pipeline import Pipeline
 
 
-def save(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, train: MicroBatchLoader | MixtureLoader) -> None:
+def save(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace, train: TrainingData) -> None:
     """A checkpoint in DeepSpeed's layout, with what evaluation, export and resuming need; old ones go."""
     from ibp_deepspeed.checkpoint import layout
     from ibp_deepspeed.checkpoint.store import keep_newest
@@ -28,7 +26,7 @@ def save(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, train: MicroB
         keep_newest(folder, args.keep)
 
 
-def resume(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> None:
+def resume(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace) -> None:
     """Resume from a checkpoint, if there is one, and say what is otherwise than it was, and what another shape has
     changed."""
     from ibp_deepspeed.optimizer.parameter_groups import settings_of
@@ -47,7 +45,7 @@ def resume(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def set_position(train: MicroBatchLoader | MixtureLoader, plan: Plan, args: argparse.Namespace) -> None:
+def set_position(train: TrainingData, plan: TrainingPlan, args: argparse.Namespace) -> None:
     """Have the training data resume where the checkpoint was written, also in batches of another size."""
     from ibp_deepspeed.checkpoint import layout
     from ibp_deepspeed.json_text import parsed, small_text

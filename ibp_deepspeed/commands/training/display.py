@@ -21,6 +21,7 @@ _COLUMNS = {
     "waiting": (measures.WAITING, "{:.0%}"),
     "memory, GiB": (measures.PEAK_MEMORY, "{:.2f}"),
     "tokens/s": (measures.TOKENS, "{:,.0f}"),
+    "images/s": (measures.IMAGES, "{:,.0f}"),
 }
 """Of the table: name → what is shown, and how."""
 _MOST_ROWS = 16

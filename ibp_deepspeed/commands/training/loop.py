@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ibp_deepspeed import measures
 from ibp_deepspeed.commands.reporting.files import HISTORY
 from ibp_deepspeed.commands.reporting.history import History
-from ibp_deepspeed.commands.training.agreement import SAVE, STOP, Agreement
+from ibp_deepspeed.commands.training.agreement import END, EVALUATE, SAVE, STOP, Agreement
 from ibp_deepspeed.commands.training.arguments import SAVE_SECONDS, save_interval
 from ibp_deepspeed.commands.training.display import display_for
 from ibp_deepspeed.commands.training.interruption import Interruption
@@ -23,14 +23,13 @@ from ibp_deepspeed.commands.training.spikes import WINDOW, SpikeWatch
 from ibp_deepspeed.commands.training.spikes import in_words as spikes_in_words
 from ibp_deepspeed.commands.training.throughput import Throughput
 from ibp_deepspeed.json_text import parsed
+from ibp_deepspeed.measures import in_words, or_null
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ibp_deepspeed.commands.training.start import Data
-    from ibp_deepspeed.data import HeldOut, MicroBatchLoader
-    from ibp_deepspeed.data.mixture import MixtureLoader
-    from ibp_deepspeed.models.exits.evaluation import Evaluation
+    from ibp_deepspeed.commands.training.callbacks import Callbacks
+    from ibp_deepspeed.commands.training.training_plan import Data, Evaluated, HeldOutData, TrainingData
     from ibp_deepspeed.pipeline import Pipeline
 
 _PATIENCE = 10.0  # seconds for the last reports, of stages that have trained already
@@ -45,9 +44,12 @@ class Run:
         throughput: what turns times into tokens/s.
         agreement: of all ranks about what is done after a batch.
         interruption: whether the training is to end.
+        evaluate: all exits on held-out data, by all ranks together.
+        callbacks: of the user; none on other ranks.
 
     Attributes:
         stopped: the batch after which an interruption ended it; 0: none did.
+        ended: the batch after which callbacks had it end, before the last; 0: they did not.
         speed: how long the batches have taken.
     """
 
@@ -58,13 +60,15 @@ class Run:
         throughput: Throughput,
         agreement: Agreement,
         interruption: Interruption,
+        evaluate: Callable[[Pipeline, Any], Evaluated],
+        callbacks: Callbacks,
     ) -> None:
         self.pipeline, self.args, self.throughput = pipeline, args, throughput
-        self.agreement, self.interruption = agreement, interruption
-        self.first = pipeline.global_rank == 0
+        self.agreement, self.interruption, self._evaluate = agreement, interruption, evaluate
+        self.callbacks, self.first = callbacks, pipeline.global_rank == 0
         self.save_interval = save_interval(args)
         self.saved = time.monotonic()
-        self.stopped = 0
+        self.stopped = self.ended = 0
         self.display = display_for(self.first, args.steps, pipeline.global_steps)
         self.history = open_history(args.output / HISTORY, pipeline.global_steps) if self.first else None
         self.spikes = SpikeWatch()
@@ -75,60 +79,71 @@ class Run:
         self.speed = Speed(throughput.tokens_per_batch)
         self.text = ""
 
-    def train(self, data: Data, save: Callable[[], None]) -> Evaluation | None:
+    def train(self, data: Data, save: Callable[[], None]) -> Evaluated | None:
         """All batches; saves and evaluates at their intervals and at the end. Returns the last evaluation.
 
         What is trained is saved before it is evaluated. An interruption saves, and ends it.
         """
-        evaluated: Evaluation | None = None
+        evaluated: Evaluated | None = None
+        self.callbacks.begin()
         for step in range(self.start + 1, self.args.steps + 1):
+            self.callbacks.before()
             self.agreement.before(step, self.wanted)
             began = time.perf_counter()
             self.pipeline.train_batch(data.train)
             self.speed.seconds.append(time.perf_counter() - began)
             self.show(step, data.train)
-            last, agreed = step == self.args.steps, self.agreement.after(step)
+            self.callbacks.after(step)
+            agreed = self.agreement.after(step)
+            last = step == self.args.steps or END in agreed
             if last or agreed or self.due(step, self.save_interval):
-                save()
-                self.saved = time.monotonic()
+                self.save(save)
             if STOP in agreed and not last:
                 self.stopped = step
                 break
-            if self.args.eval_micro_batches != 0 and (last or self.due(step, self.args.eval_interval)):
+            due = last or EVALUATE in agreed or self.due(step, self.args.eval_interval)
+            if due and self.args.eval_micro_batches != 0:
                 evaluated = self.evaluate(step, data.at_the_end if last else data.on_the_way)
+            if last:
+                self.ended = step if step < self.args.steps else 0
+                break
         self.reported(_PATIENCE)
         self.new_losses(self.pipeline.global_steps, data.train)
         self.display.close()
+        self.callbacks.end()
         return evaluated
+
+    def save(self, save: Callable[[], None]) -> None:
+        """A checkpoint, by all ranks."""
+        save()
+        self.saved = time.monotonic()
+        self.callbacks.saved()
 
     def wanted(self) -> set[str]:
         """What this rank wants to be done after the next batch."""
         late = self.args.save_interval is None and time.monotonic() - self.saved > SAVE_SECONDS
-        return {word for word, is_wanted in ((SAVE, late), (STOP, self.interruption.asked)) if is_wanted}
+        asked = {word for word, is_wanted in ((SAVE, late), (STOP, self.interruption.asked)) if is_wanted}
+        return asked | self.callbacks.wanted()
 
     @staticmethod
     def due(step: int, interval: int) -> bool:
         """Whether something is done after a batch at its interval."""
         return interval > 0 and step % interval == 0
 
-    def evaluate(self, step: int, held_out: HeldOut) -> Evaluation:
+    def evaluate(self, step: int, held_out: HeldOutData) -> Evaluated:
         """Held-out losses of all exits."""
-        from ibp_deepspeed.models.exits.evaluation import evaluate
-
-        evaluation = evaluate(self.pipeline, held_out)
+        evaluation = self._evaluate(self.pipeline, held_out)
         if self.first:
             self.reported(_PATIENCE)  # monitors such as wandb want steps in their order
-            self.write({"step": step, "held_out": or_null(evaluation.losses), "tokens": evaluation.tokens})
-            text = in_words(evaluation.losses)
-            self.display.say(f"batch {step}: held-out losses of the exits {text} ({evaluation.tokens:,} tokens)")
+            self.write({"step": step, **evaluation.row()})
+            self.display.say(f"batch {step}: {evaluation.in_words()}")
             monitor = self.pipeline.monitor
             if monitor is not None and monitor.enabled:
-                rows = evaluation.rows()
-                name = "held-out loss (nats per token)"
-                monitor.write_events([(f"Eval/stage {row['exit'] - 1}/{name}", row["loss"], step) for row in rows])
+                monitor.write_events(evaluation.events(step))
+        self.callbacks.evaluated(evaluation)
         return evaluation
 
-    def new_losses(self, step: int, train: MicroBatchLoader | MixtureLoader) -> Tensor | None:
+    def new_losses(self, step: int, train: TrainingData) -> Tensor | None:
         """On rank 0, behind batch ``step``: look at all losses that have come, and say which have jumped; returns the
         newest."""
         known = self.pipeline.losses_after(self.logged) if self.first else []
@@ -142,7 +157,7 @@ class Run:
                 self.display.say(spikes_in_words(self.logged, spikes, ids))
         return known[-1][0] if known else None
 
-    def drawn(self, step: int, train: MicroBatchLoader | MixtureLoader) -> str:
+    def drawn(self, step: int, train: TrainingData) -> str:
         """Of a mixture: keep how many tokens of each source batch ``step`` had; returns their shares in words."""
         from ibp_deepspeed.data.mixture import MixtureLoader
 
@@ -153,19 +168,21 @@ class Run:
         self.write({"step": step, "drawn": tokens})
         return ", of " + " ".join(f"{name} {n / sum(tokens.values()):.0%}" for name, n in tokens.items())
 
-    def show(self, step: int, train: MicroBatchLoader | MixtureLoader) -> None:
+    def show(self, step: int, train: TrainingData) -> None:
         """Progress of rank 0, with the newest losses that all stages have reported."""
         if not self.first:
             return
         drawn = self.drawn(step, train)
         losses = self.new_losses(step, train)
         if losses is not None:
-            self.write({"step": self.logged, "train": or_null(losses.tolist())})
+            row = or_null(losses.tolist())
+            self.write({"step": self.logged, "train": row})
+            self.callbacks.logged(self.logged, row)
             seconds, left = self.speed.recent(), timedelta(seconds=round(self.seconds_left(step)))
-            rate = f"{self.throughput.tokens_per_batch / seconds:,.0f} tokens/s, {seconds * 1e3:.0f} ms/batch"
-            self.text = (
-                f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}){drawn}, {rate}, {left} left"
-            )
+            speed = f"{self.throughput.tokens_per_batch / seconds:,.0f} {self.throughput.counted}/s"
+            rate = f"{speed}, {seconds * 1e3:.0f} ms/batch"
+            known = f"losses of the exits {in_words(losses.tolist())} (batch {self.logged}){drawn}"
+            self.text = f"{known}, {rate}, {left} left"
         self.display.advance(self.text)
         self.reported()
 
@@ -191,16 +208,6 @@ class Run:
         assert self.history is not None
         self.history.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
         self.history.flush()
-
-
-def in_words(losses: Sequence[float]) -> str:
-    """Of the exits that have one."""
-    return " ".join(f"{loss:.3f}" for loss in losses if not math.isnan(loss))
-
-
-def or_null(losses: Sequence[float]) -> list[float | None]:
-    """As JSON has them: null where a stage has none."""
-    return [None if math.isnan(loss) else loss for loss in losses]
 
 
 def open_history(path: Path, batches: int) -> IO[str]:

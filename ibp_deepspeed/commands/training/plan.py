@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from ibp_deepspeed.commands.planning.subject import check_positions
+from ibp_deepspeed.commands.training.alike import digest
 from ibp_deepspeed.commands.training.arguments import (
     default_hyperparameters,
     given_hyperparameters,
     parse_overrides,
 )
-from ibp_deepspeed.commands.training.monitors import check_monitors, monitors_under
+from ibp_deepspeed.commands.training.job import (
+    check_numbers,
+    checked,
+    processes,
+    warn_of_schedule,
+    warn_of_unknown_keys,
+)
+from ibp_deepspeed.commands.training.monitors import monitors_under, reporting_to
 from ibp_deepspeed.commands.training.output import check_output
 from ibp_deepspeed.commands.training.partition import stage_bounds
+from ibp_deepspeed.commands.training.report import flops_per_token
+from ibp_deepspeed.commands.training.sources import text_lines
+from ibp_deepspeed.commands.training.training_plan import TrainingPlan
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
     from ibp_deepspeed.commands.training.mixture import Mixture
+    from ibp_deepspeed.commands.training.training_plan import Data
     from ibp_deepspeed.config.interlocking import InterlockingConfig
     from ibp_deepspeed.data import TokenFile
     from ibp_deepspeed.models import CausalLM
+    from ibp_deepspeed.models.exits.evaluation import Evaluation
     from ibp_deepspeed.models.runs.conditions import Changes, Conditions
     from ibp_deepspeed.models.runs.description import Description
     from ibp_deepspeed.models.runs.start import StartingPoint
     from ibp_deepspeed.models.tuning import Tuning
+    from ibp_deepspeed.pipeline import Pipeline
+    from ibp_deepspeed.schedule.simulator import Costs
 
 
 @dataclass
-class Plan:
+class Plan(TrainingPlan):
     """What a run consists of.
 
     Attributes:
@@ -68,17 +83,83 @@ class Plan:
     files: dict[str, str]
     changes: Changes | None = None
 
+    counted = "tokens"
+
+    def per_sample(self, args: argparse.Namespace) -> int:
+        """Tokens."""
+        length: int = args.sequence_length
+        return length
+
+    def flops(self, args: argparse.Namespace) -> float:
+        """Of a token."""
+        return flops_per_token(self, args.sequence_length)
+
+    def costs(self, args: argparse.Namespace) -> list[Costs]:
+        """Of each stage; decoder layers of the mean stage take 1 forward."""
+        from ibp_deepspeed.models.workload import units
+
+        return units(self.model, self.interlocking.aux_head, self.bounds, args.sequence_length)
+
+    def head_parameters(self) -> list[int]:
+        """All heads are alike."""
+        heads, options = len(self.interlocking.exits_for(self.num_stages)) - 1, self.interlocking.aux_head
+        return [] if options is None else [self.model.aux_head_parameters(options)] * heads
+
     @property
     def frozen_stages(self) -> tuple[int, ...]:
         """Those with nothing to train but a head."""
         return self.model.tuning.frozen_stages(self.bounds)
 
-    @property
-    def unigram_entropy(self) -> float:
-        """Of the held-out data, in nats per token."""
+    def label_entropy(self) -> float:
+        """Of the tokens' frequencies in the training data."""
         from ibp_deepspeed.data.joined import joined_entropy
 
         return joined_entropy([self.train] if self.mixture is None else self.mixture.train)
+
+    def data_digest(self, args: argparse.Namespace) -> str:
+        """Of the manifests, which have checksums of the files, and of the weights of a mixture."""
+        from ibp_deepspeed.data.token_file import MANIFEST
+
+        weights = str([source.weight for source in args.mixture]).encode()
+        return digest(*((source.folder / MANIFEST).read_bytes() for source in args.mixture), weights)
+
+    def data_lines(self, args: argparse.Namespace) -> list[str]:
+        """The vocabulary, the sources, and whether documents are kept apart."""
+        return text_lines(self, args)
+
+    def open_data(self, pipeline: Pipeline, args: argparse.Namespace) -> Data:
+        """Tokens."""
+        from ibp_deepspeed.commands.training.start import open_data
+
+        return open_data(pipeline, self, args)
+
+    def remarks(self, pipeline: Pipeline, args: argparse.Namespace, data: Data) -> list[str]:
+        """Where weights are from, what heads share, what of the data is left out."""
+        from ibp_deepspeed.commands.training.start import remarks
+
+        return remarks(pipeline, self, args, data)
+
+    def evaluate(self, pipeline: Pipeline, held_out: Any) -> Evaluation:
+        """Losses of all exits."""
+        from ibp_deepspeed.models.exits.evaluation import evaluate
+
+        return evaluate(pipeline, held_out)
+
+    def table(self, evaluation: Any) -> str:
+        """Loss and perplexity of each exit."""
+        from ibp_deepspeed.models.exits.text import text_table
+
+        return text_table(evaluation, self.label_entropy())
+
+    def token_counts(self) -> Tensor | None:
+        """For negatives that are drawn by frequency."""
+        import torch
+
+        options = self.interlocking.aux_head
+        if options is None or options.negatives is None or options.negatives_by != "frequency":
+            return None
+        known = self.train if self.mixture is None else self.mixture
+        return torch.from_numpy(known.counts(self.model.vocab_size))
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -94,7 +175,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from ibp_deepspeed.data import open_tokens
     from ibp_deepspeed.data.token_file import SplitName
     from ibp_deepspeed.models import CausalLM
-    from ibp_deepspeed.models.build import router_loss
     from ibp_deepspeed.models.runs.checkpoint import tokenizer_texts
     from ibp_deepspeed.models.runs.conditions import Conditions
     from ibp_deepspeed.models.runs.resume import checkpoint_to_resume
@@ -102,9 +182,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from ibp_deepspeed.strategy.timeline import Timeline
 
     check_output(args)
-    num_stages, replicas = _processes(args)
+    num_stages, replicas = processes(args, "train_lm.py")
     first = os.environ["RANK"] == "0"
-    ds_config = load_ds_config(args.deepspeed_config)
+    ds_config = reporting_to(load_ds_config(args.deepspeed_config), args.report_to)
     interlocking = resolve_interlocking(ds_config)
     reads = os.environ.get("LOCAL_RANK", "0") == "0"  # each host may have a copy of its own
     mixture = open_mixture(args, verify=reads)
@@ -122,16 +202,16 @@ def make_plan(args: argparse.Namespace) -> Plan:
     document_masks = _keeps_documents_apart(args, splits, model)
     _check_heads(interlocking, model.vocab_size)
     defaults = default_hyperparameters(args, model.hidden_size)
-    ds_config = _checked(fill_auto(ds_config, given_hyperparameters(args), defaults, replicas), replicas)
+    ds_config = checked(fill_auto(ds_config, given_hyperparameters(args), defaults, replicas), replicas)
     micro_batches = ds_config["gradient_accumulation_steps"]
     heads = interlocking.exits_for(num_stages)[:-1] if interlocking.aux_head is not None else ()
     check_something_is_trained(tuning, model.num_layers, heads)
-    router_loss(model, interlocking)  # refuses what it does not go with
+    model.side_loss(interlocking)  # refuses what it does not go with
     Timeline(interlocking, num_stages, micro_batches, interlocking.aux_head is not None).channel_depth()
     if first:
         _check_amount(args, ds_config, replicas, train, held_out, document_masks, mixture)
-        _warn_of_unknown_keys(ds_config)
-        _warn_of_schedule(ds_config, args.steps)
+        warn_of_unknown_keys(ds_config)
+        warn_of_schedule(ds_config, args.steps)
         _warn_of_mode(interlocking, num_stages)
     bounds = stage_bounds(args, model, interlocking, num_stages, ds_config)
     shares = () if mixture is None else mixture.shared()
@@ -163,22 +243,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def _checked(ds_config: dict[str, Any], replicas: int) -> dict[str, Any]:
-    """The whole DeepSpeed JSON, but for the interlocking block; returns it with all three batch sizes."""
-    from ibp_deepspeed.config.batch_sizes import with_batch_sizes
-    from ibp_deepspeed.config.deepspeed import check_blocks, check_ds_config
-    from ibp_deepspeed.optimizer.configured import check_optimizer
-    from ibp_deepspeed.optimizer.learning_rate import check_schedule
-
-    check_ds_config(ds_config)
-    complete = with_batch_sizes(ds_config, replicas)
-    check_optimizer(complete)
-    check_schedule(complete)
-    check_monitors(complete)
-    check_blocks(complete)
-    return complete
-
-
 def _description(
     args: argparse.Namespace,
     ds_config: dict[str, Any],
@@ -206,44 +270,6 @@ def _description(
         settings={key: value for key, value in ds_config.items() if key != "interlocking"},
         conditions=conditions,
     )
-
-
-def _processes(args: argparse.Namespace) -> tuple[int, int]:
-    """K, and replicas, of the processes that a launcher started, or of this one alone."""
-    from ibp_deepspeed.models.errors import ModelError
-
-    if args.one_process:
-        _become_only_process(args.stages)
-        return args.stages, 1
-    if "RANK" not in os.environ:
-        raise ModelError(
-            "train_lm.py needs a launcher (deepspeed --num_accelerators 4 scripts/train_lm.py …; where the package is "
-            "installed: deepspeed --num_accelerators 4 --module ibp_deepspeed.commands.train_lm …) or --one-process."
-        )
-    world = int(os.environ["WORLD_SIZE"])
-    num_stages = world if args.stages is None else args.stages
-    if num_stages < 1:
-        raise ModelError(f"--stages is {num_stages}: give at least 1, or leave it out for a stage in each process.")
-    if world % num_stages:
-        raise ModelError(f"{world} processes can't be divided into pipelines of {num_stages} stages: start a multiple.")
-    return num_stages, world // num_stages
-
-
-def _become_only_process(num_stages: int | None) -> None:
-    """What a launcher would have said to a single process."""
-    from ibp_deepspeed.models.errors import ModelError
-
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ModelError(f"--one-process was started as {os.environ['WORLD_SIZE']} processes: leave the launcher out.")
-    if num_stages is None or num_stages < 1:
-        was = "" if num_stages is None else f", which is {num_stages}"
-        raise ModelError(f"--one-process needs --stages K, the number of pipeline stages to train, from 1 on{was}.")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", port)
 
 
 def _starting_point(args: argparse.Namespace, vocabulary_size: int) -> StartingPoint:
@@ -277,19 +303,8 @@ def _tuning(args: argparse.Namespace, begin: StartingPoint) -> Tuning:
 
 
 def _check_lengths(args: argparse.Namespace, hf_config: PretrainedConfig) -> None:
-    from ibp_deepspeed.models.errors import ModelError
-
     check_positions(args.sequence_length, hf_config)
-    for option, value in given_hyperparameters(args).items():
-        if value < (0 if option in ("--warmup-steps", "--learning-rate") else 1):
-            raise ModelError(f"{option} is {value}: give a larger one.")
-    if args.allow_changed and args.resume is None:
-        raise ModelError("--allow-changed says what may differ from a checkpoint: it goes together with --resume.")
-    if args.keep < 1:
-        raise ModelError(f"--keep is {args.keep}: keep at least 1 checkpoint.")
-    for name in ("save_interval", "eval_interval", "eval_micro_batches", "grace_seconds"):
-        if (getattr(args, name) or 0) < 0:
-            raise ModelError(f"--{name.replace('_', '-')} is {getattr(args, name):g}: give 0 or more.")
+    check_numbers(args)
 
 
 def _keeps_documents_apart(args: argparse.Namespace, splits: Sequence[TokenFile], model: CausalLM) -> bool:
@@ -331,26 +346,6 @@ def _check_heads(interlocking: InterlockingConfig, vocabulary: int) -> None:
     negatives = interlocking.aux_head.negatives if interlocking.aux_head is not None else None
     if negatives is not None and negatives > vocabulary:
         raise ConfigError(f'"aux_head.negatives" is {negatives}, the vocabulary has {vocabulary} tokens: draw fewer.')
-
-
-def _warn_of_unknown_keys(ds_config: dict[str, Any]) -> None:
-    """Say which keys do nothing; in a library they are only logged."""
-    from ibp_deepspeed.config.known_keys import unknown_keys
-
-    unknown = unknown_keys(ds_config)
-    if unknown:
-        print(f"warning: nobody reads {', '.join(unknown)} of the configuration.", file=sys.stderr)
-
-
-def _warn_of_schedule(ds_config: dict[str, Any], steps: int) -> None:
-    """Say it when the learning rate would have reached its end long before the training does."""
-    total = ds_config.get("scheduler", {}).get("params", {}).get("total_num_steps")
-    if isinstance(total, int) and total < steps:
-        print(
-            f"warning: the configuration's learning rate ends at batch {total}, --steps is {steps}: set "
-            f'"scheduler.params.total_num_steps" to "auto".',
-            file=sys.stderr,
-        )
 
 
 def _warn_of_mode(interlocking: InterlockingConfig, num_stages: int) -> None:

@@ -99,7 +99,9 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak: float) -> float:
     return tokens_per_second * flops_per_token / peak
 
 
-def end_line(machine: Machine, speed: Speed, flops_per_token: float, peaks: Sequence[int]) -> str:
+def end_line(
+    machine: Machine, speed: Speed, flops_per_token: float, peaks: Sequence[int], counted: str = "tokens"
+) -> str:
     """Peak memory of rank 0 and of the rank with most, tokens a second and MFU.
 
     Args:
@@ -107,6 +109,7 @@ def end_line(machine: Machine, speed: Speed, flops_per_token: float, peaks: Sequ
         speed: of rank 0.
         flops_per_token: of the training.
         peaks: peak memory in bytes by rank.
+        counted: what speed is of.
     """
     from ibp_deepspeed.models.devices import peak_flops
 
@@ -117,7 +120,7 @@ def end_line(machine: Machine, speed: Speed, flops_per_token: float, peaks: Sequ
     if total is None:
         return memory
     each = total / machine.units
-    words = f"{memory}; {each:,.0f} tokens/s a {'GPU' if machine.card else 'process'}"
+    words = f"{memory}; {each:,.0f} {counted}/s a {'GPU' if machine.card else 'process'}"
     peak = peak_flops(machine.card) if machine.card else None
     return words if peak is None else f"{words}, MFU {mfu(each, flops_per_token, peak):.1%}"
 

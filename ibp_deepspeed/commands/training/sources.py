@@ -11,6 +11,7 @@ from ibp_deepspeed.commands.training.arguments import given_hyperparameters
 
 if TYPE_CHECKING:
     from ibp_deepspeed.commands.training.plan import Plan
+    from ibp_deepspeed.commands.training.training_plan import TrainingPlan
 
 _BATCH = {
     "micro-batches": ("gradient_accumulation_steps",),
@@ -19,7 +20,7 @@ _BATCH = {
 _RATE = ("optimizer", "params", "lr")
 
 
-def say_sources(plan: Plan, args: argparse.Namespace) -> list[str]:
+def say_sources(plan: TrainingPlan, args: argparse.Namespace) -> list[str]:
     """On one process, before the processes meet: print these lines, and return them."""
     lines, warning = source_lines(plan, args), only_stage_warning(plan, args)
     print("\n".join(lines), flush=True)
@@ -28,7 +29,7 @@ def say_sources(plan: Plan, args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def source_lines(plan: Plan, args: argparse.Namespace) -> list[str]:
+def source_lines(plan: TrainingPlan, args: argparse.Namespace) -> list[str]:
     """A line for each thing that a user may have meant otherwise.
 
     Args:
@@ -46,13 +47,11 @@ def source_lines(plan: Plan, args: argparse.Namespace) -> list[str]:
         _stages(plan, args),
         f"batch: {plan.ds_config['train_batch_size']} samples: {sizes} in each replica",
         f"learning rate: {_value(plan.ds_config, _RATE)} ({_source(_RATE, written, args)})",
-        _vocabulary(plan, args),
-        *_mixture(plan),
-        *_documents(plan, args),
+        *plan.data_lines(args),
     ]
 
 
-def only_stage_warning(plan: Plan, args: argparse.Namespace) -> str | None:
+def only_stage_warning(plan: TrainingPlan, args: argparse.Namespace) -> str | None:
     """That one process alone was started, where that may not have been meant."""
     if plan.num_stages > 1 or args.stages is not None:
         return None
@@ -63,7 +62,7 @@ def only_stage_warning(plan: Plan, args: argparse.Namespace) -> str | None:
     )
 
 
-def _strategy(plan: Plan, written: Mapping[str, Any], args: argparse.Namespace) -> str:
+def _strategy(plan: TrainingPlan, written: Mapping[str, Any], args: argparse.Namespace) -> str:
     block, chosen = written.get("interlocking"), plan.interlocking
     exits = "" if chosen.exits == "every" else f", exits {chosen.exits}"
     what = f"strategy: {chosen.strategy}, mode {chosen.mode}{exits}"
@@ -74,10 +73,15 @@ def _strategy(plan: Plan, written: Mapping[str, Any], args: argparse.Namespace) 
     return f"{what} ({args.deepspeed_config}{defaults})"
 
 
-def _stages(plan: Plan, args: argparse.Namespace) -> str:
+def _stages(plan: TrainingPlan, args: argparse.Namespace) -> str:
     stages = "a process each" if args.stages is None else "--stages"
     processes = "one process" if args.one_process else f"{plan.num_stages * plan.replicas} processes"
     return f"stages: {plan.num_stages} ({stages}); replicas: {plan.replicas} ({processes})"
+
+
+def text_lines(plan: Plan, args: argparse.Namespace) -> list[str]:
+    """How many tokens a language model has, what it reads and how, and who said so."""
+    return [_vocabulary(plan, args), *_mixture(plan), *_documents(plan, args)]
 
 
 def _vocabulary(plan: Plan, args: argparse.Namespace) -> str:

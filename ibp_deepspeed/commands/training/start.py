@@ -7,9 +7,8 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, cast
 
 from ibp_deepspeed.commands.reporting.record import RunRecord, record_of
 from ibp_deepspeed.commands.training.agreement import Agreement
@@ -19,13 +18,13 @@ from ibp_deepspeed.commands.training.report import (
     Machine,
     Speed,
     end_line,
-    flops_per_token,
     gathered_peaks,
     on_gpu,
     peak_memory,
     start_lines,
 )
 from ibp_deepspeed.commands.training.throughput import Throughput
+from ibp_deepspeed.commands.training.training_plan import Data, TrainingPlan, few_exits
 
 if TYPE_CHECKING:
     from ibp_deepspeed.commands.training.plan import Plan
@@ -34,15 +33,7 @@ if TYPE_CHECKING:
     from ibp_deepspeed.pipeline import Pipeline
 
 
-class Data(NamedTuple):
-    """What this rank's replica reads: training data, and what is evaluated on the way and at the end."""
-
-    train: MicroBatchLoader | MixtureLoader
-    on_the_way: HeldOut
-    at_the_end: HeldOut
-
-
-def start(plan: Plan, args: argparse.Namespace) -> Pipeline:
+def start(plan: TrainingPlan, args: argparse.Namespace) -> Pipeline:
     """Meet the other processes and make the engine, or all stages in this process."""
     import deepspeed
     import torch
@@ -53,10 +44,7 @@ def start(plan: Plan, args: argparse.Namespace) -> Pipeline:
     from ibp_deepspeed import init_distributed, initialize
     from ibp_deepspeed.models.build import pipeline_module, virtual_pipeline
 
-    options, counts = plan.interlocking.aux_head, None
-    if options is not None and options.negatives is not None and options.negatives_by == "frequency":
-        known = plan.train if plan.mixture is None else plan.mixture
-        counts = torch.from_numpy(known.counts(plan.model.vocab_size))
+    counts = plan.token_counts()
     deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
     with contextlib.ExitStack() as stack:
         if not args.verbose:
@@ -102,20 +90,32 @@ def open_data(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Data:
     )
 
 
-def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data) -> list[str]:
+def describe(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace, data: Data) -> list[str]:
     """Say on rank 0 what is going to be trained, and what of the data is left out; returns these lines."""
-    options, micro_batches = plan.interlocking.aux_head, pipeline.gradient_accumulation_steps()
-    exits = plan.interlocking.exits_for(plan.num_stages)
-    if len(exits) == 1:
-        options = None  # no head is left
-    head_parameters = plan.model.aux_head_parameters(options) if options else 0
+    micro_batches, heads = pipeline.gradient_accumulation_steps(), sorted({0, *plan.head_parameters()})[-2:]
+    head = f"{heads[-1]:,} a head" if len(set(plan.head_parameters())) < 2 else f"up to {heads[-1]:,} a head"
     lines = [
         f"{plan.num_stages} stages × {plan.replicas} replicas, layers {plan.bounds}, "
-        f"{sum(plan.model.parameter_counts()):,} parameters and {head_parameters:,} a head, strategy "
+        f"{sum(plan.model.parameter_counts()):,} parameters and {head}, strategy "
         f"{plan.interlocking.strategy} ({plan.interlocking.mode}), {micro_batches} micro-batches of "
         f"{pipeline.train_micro_batch_size_per_gpu()} samples, learning rate {_learning_rate(plan)}",
-        *_few_exits(exits, plan.num_stages),
+        *few_exits(plan.interlocking.exits_for(plan.num_stages), plan.num_stages),
+        *plan.remarks(pipeline, args, data),
     ]
+    if args.eval_interval:
+        lines.append(f"held-out losses every {args.eval_interval} batches on {data.on_the_way.describe()}")
+    lines = [*start_lines(Machine.here(on_gpu())), *lines]
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+def remarks(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data) -> list[str]:
+    """What else is said of the training of a language model: where weights are from, what heads share, what is left
+    out of the data."""
+    options, micro_batches = plan.interlocking.aux_head, pipeline.gradient_accumulation_steps()
+    if len(plan.interlocking.exits_for(plan.num_stages)) == 1:
+        options = None  # no head is left
+    lines = []
     if args.init_from and not plan.resume:
         heads = "at random" if args.init_heads == "fresh" else "as its final norm and LM head"
         lines.append(f"begins with the weights of {args.init_from}" + (f", heads {heads}" if options else ""))
@@ -131,12 +131,7 @@ def describe(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Dat
         lines.append("decoder layers are compiled in the first batch, which may take minutes")
     if plan.model.was_tied:
         lines.append("the LM head is not tied to the embedding: they live on different stages.")
-    lines += [*data.train.samples.remarks(), *data.at_the_end.remarks()]
-    if args.eval_interval:
-        lines.append(f"held-out losses every {args.eval_interval} batches on {data.on_the_way.describe()}")
-    lines = [*start_lines(Machine.here(on_gpu())), *lines]
-    print("\n".join(lines), flush=True)
-    return lines
+    return [*lines, *cast("MicroBatchLoader | MixtureLoader", data.train).samples.remarks(), *data.at_the_end.remarks()]
 
 
 def agreement(pipeline: Pipeline, args: argparse.Namespace) -> Agreement:
@@ -149,16 +144,16 @@ def agreement(pipeline: Pipeline, args: argparse.Namespace) -> Agreement:
     return Agreement(store, pipeline.global_rank)
 
 
-def throughput(pipeline: Pipeline, plan: Plan, args: argparse.Namespace) -> Throughput:
+def throughput(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace) -> Throughput:
     """What turns times of batches into tokens/s and MFU."""
     from ibp_deepspeed.models.devices import peak_flops
 
-    machine, tokens = Machine.here(on_gpu()), pipeline.train_batch_size() * args.sequence_length
+    machine, tokens = Machine.here(on_gpu()), pipeline.train_batch_size() * plan.per_sample(args)
     peak = peak_flops(machine.card) if machine.card else None
-    return Throughput(tokens, machine, flops_per_token(plan, args.sequence_length), peak)
+    return Throughput(tokens, machine, plan.flops(args), peak, plan.counted)
 
 
-def begin_record(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, about: list[str]) -> RunRecord:
+def begin_record(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace, about: list[str]) -> RunRecord:
     """On rank 0, before the first batch: run.json, so that a run that is not finished can be reported too."""
     record = record_of(plan, args, about, pipeline.global_steps, pipeline.train_batch_size())
     record.write(args.output)
@@ -175,10 +170,10 @@ def end_record(record: RunRecord | None, output: Path, summary: str, interrupted
     return write_page(output)
 
 
-def summarise(speed: Speed, plan: Plan, args: argparse.Namespace) -> str:
+def summarise(speed: Speed, plan: TrainingPlan, args: argparse.Namespace) -> str:
     """All ranks together, at the end: memory, speed and MFU in words, for rank 0 to show."""
     peaks = gathered_peaks(peak_memory())
-    return end_line(Machine.here(on_gpu()), speed, flops_per_token(plan, args.sequence_length), peaks) if peaks else ""
+    return end_line(Machine.here(on_gpu()), speed, plan.flops(args), peaks, plan.counted) if peaks else ""
 
 
 def _tuned(plan: Plan) -> list[str]:
@@ -207,14 +202,5 @@ def _experts(plan: Plan) -> list[str]:
     return [f"nothing holds the experts in balance: --set {SWITCH}=true adds Hugging Face's loss of their routers"]
 
 
-def _few_exits(exits: Sequence[int], stages: int) -> list[str]:
-    """Which exits there are, by their numbers, where not every stage is one."""
-    if len(exits) == stages:
-        return []
-    if len(exits) == 1:
-        return [f"the last of the {stages} stages is the only exit: this is backpropagation"]
-    return [f"exits {', '.join(str(k + 1) for k in exits)} of {stages} have a loss"]
-
-
-def _learning_rate(plan: Plan) -> str:
+def _learning_rate(plan: TrainingPlan) -> str:
     return f"{plan.ds_config.get('optimizer', {}).get('params', {}).get('lr', 'its default')}"

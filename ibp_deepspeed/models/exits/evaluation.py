@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ibp_deepspeed.data import HeldOut
+from ibp_deepspeed.measures import in_words, or_null
 
 
 class HasExits(Protocol):
@@ -33,6 +34,19 @@ class Evaluation:
     losses: list[float]
     tokens: int
     sample: str
+
+    def row(self) -> dict[str, Any]:
+        """For a run's history."""
+        return {"held_out": or_null(self.losses), "tokens": self.tokens}
+
+    def in_words(self) -> str:
+        """In a line."""
+        return f"held-out losses of the exits {in_words(self.losses)} ({self.tokens:,} tokens)"
+
+    def events(self, step: int) -> list[tuple[str, float, int]]:
+        """For DeepSpeed's monitors: (name, value, step)."""
+        name = "held-out loss (nats per token)"
+        return [(f"Eval/stage {row['exit'] - 1}/{name}", row["loss"], step) for row in self.rows()]
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each exit (from 1) that has a loss: exit, loss, perplexity, tokens."""

@@ -42,6 +42,8 @@ class Exits:
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         self.checkpoint = Checkpoint(path)
         self.folder, self.description = self.checkpoint.folder, self.checkpoint.description
+        if self.description.images is not None:
+            raise ModelError(f"{self.folder} is of an image classifier: evaluate_vision.py reads and exports it.")
         self.interlocking = InterlockingConfig.parse(self.description.interlocking)
         self.placement = HeadPlacement.from_config(self.interlocking, len(self), self.interlocking.aux_head is not None)
         self.hf_config = self.description.hf_config()

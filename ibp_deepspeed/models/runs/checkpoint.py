@@ -93,8 +93,12 @@ class Checkpoint:
     def _merged(self, index: int, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.adapters is not None
         layer = self._base.build_layer(index)
-        self.adapters.adapt(layer, index)
-        return merged_state(layer, stored)
+        try:
+            self.adapters.adapt(layer, index)
+            return merged_state(layer, stored)
+        except (RuntimeError, ValueError) as error:  # other shapes, or targets that the layer does not have
+            reason = str(error).splitlines()[-1].strip()
+            raise ModelError(f"{self.folder}: the adapters of layer {index} can't be used: {reason}") from error
 
     def layer(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Those of ``names`` in the state dict of layer ``index``, see :class:`.causal_lm.Weights`."""

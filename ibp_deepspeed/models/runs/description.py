@@ -17,6 +17,21 @@ from ibp_deepspeed.models.config import check_depth
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.runs.conditions import Conditions
 from ibp_deepspeed.models.tuning import Tuning
+from ibp_deepspeed.models.vision.cifar_resnet import register
+
+
+class Images(BaseModel):
+    """What an image classifier reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int
+    """S of the images [B, C, S, S]."""
+    mean: list[float]
+    """Of each channel, of pixels in 0 … 1."""
+    deviation: list[float]
+    held_out_fraction: float
+    """Of the training images, where the data have no split that is held out."""
 
 
 class Description(BaseModel):
@@ -30,6 +45,7 @@ class Description(BaseModel):
     """Stage k has layers bounds[k] … bounds[k+1]-1 of embedding, decoder layers, head."""
     interlocking: dict[str, Any]
     sequence_length: int
+    """Tokens of a sample; 1 where they are images."""
     data: str | None = None
     """Folder of the prepared data, with the tokenizer; None: nothing was trained, the weights are ``init_from``'s."""
     mixture: dict[str, float] | None = None
@@ -42,6 +58,8 @@ class Description(BaseModel):
     """What was trained; None: everything. With adapters the layers' files hold these alone."""
     settings: dict[str, Any] = {}
     """The DeepSpeed configuration, but for the interlocking block."""
+    images: Images | None = None
+    """Of an image classifier; None: it is a language model."""
     conditions: Conditions | None = None
     """Seed, data and batches; None: nothing was trained, or an earlier version wrote it."""
 
@@ -64,6 +82,7 @@ class Description(BaseModel):
         Raises:
             ModelError: the values make none.
         """
+        register()
         values = dict(self.model)
         check_depth(values)
         try:

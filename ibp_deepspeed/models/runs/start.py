@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 
 from ibp_deepspeed.checkpoint import layout
-from ibp_deepspeed.models.causal_lm import Weights
 from ibp_deepspeed.models.config import load_config, overridden
+from ibp_deepspeed.models.cut_model import Weights
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.runs.checkpoint import Checkpoint
 from ibp_deepspeed.models.tokenizer import load_tokenizer

@@ -1,0 +1,1 @@
+"""Image classifiers cut into pipeline stages: residual networks and vision Transformers."""
