@@ -36,7 +36,7 @@ def kind_of(config: PretrainedConfig) -> str:
 
 
 def attention_to_prove(config: PretrainedConfig) -> str | None:
-    """Eager if the config says so, else what transformers chooses, mostly sdpa: other kernels have no place on a CPU."""
+    """Eager if the config says so, else what transformers chooses, mostly sdpa: a CPU has no other kernels."""
     return "eager" if config._attn_implementation == "eager" else None
 
 
