@@ -46,7 +46,7 @@ def test_logits_are_those_of_each_document_alone(model_type: str) -> None:
     full = whole(config, layers)
     want = alone(input_ids, lambda ids: full(input_ids=ids, use_cache=False).logits)
     assert logits.shape == (2, SEQUENCE, VOCAB) and want.std() > 1e-3
-    assert (logits - want).abs().max() <= 4e-6
+    assert (logits - want).abs().max() <= 2e-6 * want.abs().max()
     crossing = run(layers, input_ids).materialize()
     assert (logits[0, 5:] - crossing[0, 5:]).abs().max() > 1e-3, "it would make a difference"
 
@@ -109,8 +109,8 @@ def test_a_row_that_is_one_document_needs_no_mask() -> None:
 
 
 def test_attention_without_such_masks_is_refused() -> None:
-    model = CausalLM(tiny("llama"))
-    model.check_document_masks()
-    model.hf_config._attn_implementation = "flex_attention"
+    CausalLM(tiny("llama")).check_document_masks()
+    config = tiny("llama")
+    config._attn_implementation = "flex_attention"
     with pytest.raises(ModelError, match="attention 'flex_attention' .* use sdpa or eager, or train with --no-doc"):
-        model.check_document_masks()
+        CausalLM(config).check_document_masks()

@@ -192,6 +192,15 @@ def test_documents_that_a_model_cannot_keep_apart_are_refused_where_they_are_ask
         CausalLM(default_config("mamba")).check_document_masks()
 
 
+def test_kernels_that_the_cpu_lacks_are_no_refusal() -> None:
+    config = AutoConfig.for_model("llama")
+    for attention in ("flex_attention", "flash_attention_2"):
+        config._attn_implementation = attention
+        assert proof_of(config).refusal is None and in_table("llama", kind_of(config))
+    config._attn_implementation = "eager"
+    assert proof_of(config).refusal is None and not in_table("llama", kind_of(config))
+
+
 def test_the_callers_state_is_as_before() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()

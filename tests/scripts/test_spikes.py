@@ -14,6 +14,7 @@ import torch
 
 from ibp_deepspeed.commands.reporting.page import write_page
 from ibp_deepspeed.commands.training.agreement import Agreement
+from ibp_deepspeed.commands.training.callbacks import Callbacks
 from ibp_deepspeed.commands.training.loop import Run
 from ibp_deepspeed.commands.training.spikes import LEAST, Spike, SpikeWatch
 from ibp_deepspeed.data import MicroBatchLoader, open_tokens
@@ -97,7 +98,8 @@ def run(pipeline: Spiking, train: MicroBatchLoader, output: Path, steps: int) ->
     given: Any = pipeline
     data: Any = Namespace(train=train)
     evaluate: Any = None
-    Run(given, args, throughput, Agreement(None, 0), interruption, evaluate).train(data, lambda: None)
+    callbacks = Callbacks([], args, given)
+    Run(given, args, throughput, Agreement(None, 0), interruption, evaluate, callbacks).train(data, lambda: None)
 
 
 @pytest.mark.parametrize(("spike", "late"), [(40, 0), (41, 3), (45, 3)])

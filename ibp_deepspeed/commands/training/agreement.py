@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-SAVE, STOP = "save", "stop"
+SAVE, STOP, END, EVALUATE = "save", "stop", "end", "evaluate"
+"""STOP is an interruption, END the end of a training that needs no more batches."""
 
 
 class Agreement:
@@ -33,7 +34,7 @@ class Agreement:
 
         Args:
             step: the batch, from 1.
-            wanted: what this rank wants now, of SAVE and STOP; on rank 0 that is done, another one asks for it.
+            wanted: what this rank wants now; on rank 0 that is done, another one can only ask to STOP.
         """
         words = wanted()
         if self._rank == 0:

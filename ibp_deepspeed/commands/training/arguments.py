@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ibp_deepspeed import cli
+from ibp_deepspeed.commands.training.monitors import MONITORS
+from ibp_deepspeed.commands.training.trainer_names import with_our_names
 
 EVAL_MICRO_BATCHES = 16
 SAVE_SECONDS = 900.0
@@ -55,8 +57,9 @@ def parse_arguments(description: str | None, words: list[str] | None = None) -> 
     _add_what(parser)
     add_hyperparameters(parser, _OF_TEXT)
     add_evaluation_and_checkpoints(parser, _CHANGES)
+    add_callbacks(parser)
     add_trace_and_log(parser)
-    args = parser.parse_args(words)
+    args = parser.parse_args(with_our_names(words))
     args.mixture = args.data
     args.data = args.mixture[0].folder
     return args
@@ -226,6 +229,32 @@ def add_evaluation_and_checkpoints(parser: argparse.ArgumentParser, changes: Seq
         "sequence-length, document-masks: the epoch begins again, with other samples; tokenizer: token ids may mean "
         "other words; batch-size: the order stays, samples that fill no whole micro-batch are passed over "
         "(default: nothing)",
+    )
+
+
+def add_callbacks(parser: argparse.ArgumentParser) -> None:
+    """Who is told what happens, and may end it."""
+    add = parser.add_argument_group("who is told, and may end it").add_argument
+    add(
+        "--report-to",
+        nargs="+",
+        choices=MONITORS,
+        metavar="NAME",
+        help=f"monitors that write losses and measures: {', '.join(MONITORS)} (default: those that the DeepSpeed JSON "
+        "enables)",
+    )
+    add(
+        "--callbacks",
+        nargs="+",
+        default=[],
+        metavar="MODULE:CLASS",
+        help="transformers' TrainerCallbacks of your own, called on rank 0 (default: none)",
+    )
+    add(
+        "--early-stopping-patience",
+        type=int,
+        metavar="N",
+        help="end after so many evaluations in which the last exit's held-out loss is no lower (default: never)",
     )
 
 

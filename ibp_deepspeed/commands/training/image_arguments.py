@@ -8,10 +8,12 @@ from typing import Any
 from ibp_deepspeed import cli
 from ibp_deepspeed.commands.training.arguments import (
     Defaults,
+    add_callbacks,
     add_evaluation_and_checkpoints,
     add_hyperparameters,
     add_trace_and_log,
 )
+from ibp_deepspeed.commands.training.trainer_names import with_our_names
 
 SIZES = Defaults("32", "4", "0.1", "none")
 CHANGES = ["seed", "data", "batch-size"]
@@ -57,8 +59,9 @@ def parse_arguments(description: str | None, words: list[str] | None = None) -> 
     add("--seed", type=int, default=0, metavar="N", help="weights, order and crops of data (default: %(default)s)")
     add_hyperparameters(parser, SIZES)
     add_evaluation_and_checkpoints(parser, CHANGES)
+    add_callbacks(parser)
     add_trace_and_log(parser)
-    return parser.parse_args(words)
+    return parser.parse_args(with_our_names(words))
 
 
 def default_hyperparameters(args: argparse.Namespace) -> dict[str, Any]:

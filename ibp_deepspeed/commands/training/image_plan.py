@@ -22,7 +22,7 @@ from ibp_deepspeed.commands.training.job import (
     warn_of_schedule,
     warn_of_unknown_keys,
 )
-from ibp_deepspeed.commands.training.monitors import monitors_under
+from ibp_deepspeed.commands.training.monitors import monitors_under, reporting_to
 from ibp_deepspeed.commands.training.output import check_output
 from ibp_deepspeed.commands.training.training_plan import Data, TrainingPlan
 
@@ -167,7 +167,7 @@ def make_image_plan(args: argparse.Namespace) -> ImagePlan:
     check_numbers(args)
     if profile_of_partition(args.partition):
         raise ModelError(f"--partition {args.partition}: profiles are of language models, give numbers of blocks.")
-    ds_config = load_ds_config(args.deepspeed_config)
+    ds_config = reporting_to(load_ds_config(args.deepspeed_config), args.report_to)
     interlocking = resolve_interlocking(ds_config)
     overrides = parse_overrides(args.set)
     images = open_images(

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ibp_deepspeed import measures
 from ibp_deepspeed.commands.reporting.files import HISTORY
 from ibp_deepspeed.commands.reporting.history import History
-from ibp_deepspeed.commands.training.agreement import SAVE, STOP, Agreement
+from ibp_deepspeed.commands.training.agreement import END, EVALUATE, SAVE, STOP, Agreement
 from ibp_deepspeed.commands.training.arguments import SAVE_SECONDS, save_interval
 from ibp_deepspeed.commands.training.display import display_for
 from ibp_deepspeed.commands.training.interruption import Interruption
@@ -28,6 +28,7 @@ from ibp_deepspeed.measures import in_words, or_null
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ibp_deepspeed.commands.training.callbacks import Callbacks
     from ibp_deepspeed.commands.training.training_plan import Data, Evaluated, HeldOutData, TrainingData
     from ibp_deepspeed.pipeline import Pipeline
 
@@ -44,9 +45,11 @@ class Run:
         agreement: of all ranks about what is done after a batch.
         interruption: whether the training is to end.
         evaluate: all exits on held-out data, by all ranks together.
+        callbacks: of the user; none on other ranks.
 
     Attributes:
         stopped: the batch after which an interruption ended it; 0: none did.
+        ended: the batch after which callbacks had it end, before the last; 0: they did not.
         speed: how long the batches have taken.
     """
 
@@ -58,13 +61,14 @@ class Run:
         agreement: Agreement,
         interruption: Interruption,
         evaluate: Callable[[Pipeline, Any], Evaluated],
+        callbacks: Callbacks,
     ) -> None:
         self.pipeline, self.args, self.throughput = pipeline, args, throughput
         self.agreement, self.interruption, self._evaluate = agreement, interruption, evaluate
-        self.first = pipeline.global_rank == 0
+        self.callbacks, self.first = callbacks, pipeline.global_rank == 0
         self.save_interval = save_interval(args)
         self.saved = time.monotonic()
-        self.stopped = 0
+        self.stopped = self.ended = 0
         self.display = display_for(self.first, args.steps, pipeline.global_steps)
         self.history = open_history(args.output / HISTORY, pipeline.global_steps) if self.first else None
         self.spikes = SpikeWatch()
@@ -81,30 +85,45 @@ class Run:
         What is trained is saved before it is evaluated. An interruption saves, and ends it.
         """
         evaluated: Evaluated | None = None
+        self.callbacks.begin()
         for step in range(self.start + 1, self.args.steps + 1):
+            self.callbacks.before()
             self.agreement.before(step, self.wanted)
             began = time.perf_counter()
             self.pipeline.train_batch(data.train)
             self.speed.seconds.append(time.perf_counter() - began)
             self.show(step, data.train)
-            last, agreed = step == self.args.steps, self.agreement.after(step)
+            self.callbacks.after(step)
+            agreed = self.agreement.after(step)
+            last = step == self.args.steps or END in agreed
             if last or agreed or self.due(step, self.save_interval):
-                save()
-                self.saved = time.monotonic()
+                self.save(save)
             if STOP in agreed and not last:
                 self.stopped = step
                 break
-            if self.args.eval_micro_batches != 0 and (last or self.due(step, self.args.eval_interval)):
+            due = last or EVALUATE in agreed or self.due(step, self.args.eval_interval)
+            if due and self.args.eval_micro_batches != 0:
                 evaluated = self.evaluate(step, data.at_the_end if last else data.on_the_way)
+            if last:
+                self.ended = step if step < self.args.steps else 0
+                break
         self.reported(_PATIENCE)
         self.new_losses(self.pipeline.global_steps, data.train)
         self.display.close()
+        self.callbacks.end()
         return evaluated
+
+    def save(self, save: Callable[[], None]) -> None:
+        """A checkpoint, by all ranks."""
+        save()
+        self.saved = time.monotonic()
+        self.callbacks.saved()
 
     def wanted(self) -> set[str]:
         """What this rank wants to be done after the next batch."""
         late = self.args.save_interval is None and time.monotonic() - self.saved > SAVE_SECONDS
-        return {word for word, is_wanted in ((SAVE, late), (STOP, self.interruption.asked)) if is_wanted}
+        asked = {word for word, is_wanted in ((SAVE, late), (STOP, self.interruption.asked)) if is_wanted}
+        return asked | self.callbacks.wanted()
 
     @staticmethod
     def due(step: int, interval: int) -> bool:
@@ -121,6 +140,7 @@ class Run:
             monitor = self.pipeline.monitor
             if monitor is not None and monitor.enabled:
                 monitor.write_events(evaluation.events(step))
+        self.callbacks.evaluated(evaluation)
         return evaluation
 
     def new_losses(self, step: int, train: TrainingData) -> Tensor | None:
@@ -155,7 +175,9 @@ class Run:
         drawn = self.drawn(step, train)
         losses = self.new_losses(step, train)
         if losses is not None:
-            self.write({"step": self.logged, "train": or_null(losses.tolist())})
+            row = or_null(losses.tolist())
+            self.write({"step": self.logged, "train": row})
+            self.callbacks.logged(self.logged, row)
             seconds, left = self.speed.recent(), timedelta(seconds=round(self.seconds_left(step)))
             speed = f"{self.throughput.tokens_per_batch / seconds:,.0f} {self.throughput.counted}/s"
             rate = f"{speed}, {seconds * 1e3:.0f} ms/batch"

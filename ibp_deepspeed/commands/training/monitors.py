@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,27 @@ FOLDERS = {"tensorboard": "tensorboard", "csv_monitor": "csv"}
 """Block of the DeepSpeed JSON → folder of a run."""
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 """Block of the DeepSpeed JSON → what it imports."""
+
+
+MONITORS = ("tensorboard", "csv", "wandb", "comet", "none")
+"""Names for --report-to."""
+_BLOCKS = {"tensorboard": "tensorboard", "csv": "csv_monitor", "wandb": "wandb", "comet": "comet"}
+
+
+def reporting_to(ds_config: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, Any]:
+    """A configuration in which these monitors are enabled and no others; None: as it is.
+
+    Raises:
+        ConfigError: "none" and others.
+    """
+    from ibp_deepspeed.errors import ConfigError
+
+    if names is None:
+        return dict(ds_config)
+    if "none" in names and len(names) > 1:
+        raise ConfigError(f"--report-to {' '.join(names)}: give none alone, or the others without it.")
+    blocks = {block: name in names for name, block in _BLOCKS.items() if name in names or block in ds_config}
+    return {**ds_config, **{block: {**ds_config.get(block, {}), "enabled": on} for block, on in blocks.items()}}
 
 
 def check_monitors(ds_config: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from ibp_deepspeed.commands.training.job import (
     warn_of_schedule,
     warn_of_unknown_keys,
 )
-from ibp_deepspeed.commands.training.monitors import monitors_under
+from ibp_deepspeed.commands.training.monitors import monitors_under, reporting_to
 from ibp_deepspeed.commands.training.output import check_output
 from ibp_deepspeed.commands.training.partition import stage_bounds
 from ibp_deepspeed.commands.training.report import flops_per_token
@@ -184,7 +184,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     check_output(args)
     num_stages, replicas = processes(args, "train_lm.py")
     first = os.environ["RANK"] == "0"
-    ds_config = load_ds_config(args.deepspeed_config)
+    ds_config = reporting_to(load_ds_config(args.deepspeed_config), args.report_to)
     interlocking = resolve_interlocking(ds_config)
     reads = os.environ.get("LOCAL_RANK", "0") == "0"  # each host may have a copy of its own
     mixture = open_mixture(args, verify=reads)

@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
 from ibp_deepspeed import cli
 from ibp_deepspeed.commands.training.alike import alike
+from ibp_deepspeed.commands.training.callbacks import Callbacks, make_callbacks
 from ibp_deepspeed.commands.training.checkpoints import resume, save
 from ibp_deepspeed.commands.training.hosts import RollCall
 from ibp_deepspeed.commands.training.interruption import EXIT_CODE, Interruption
@@ -30,6 +31,8 @@ from ibp_deepspeed.commands.training.trace import path as trace_path
 from ibp_deepspeed.errors import HostsError, InterlockingError
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from ibp_deepspeed import InterlockedPipelineEngine
     from ibp_deepspeed.commands.training.trace import Batches
     from ibp_deepspeed.commands.training.training_plan import MakePlan, ParseArguments, TrainingPlan
@@ -44,6 +47,7 @@ class Checked(NamedTuple):
         said: lines that it has printed about it.
         lock: rank 0's hold on ``--output``.
         call: keeps, on rank 0, the job's store, at which the processes meet.
+        callbacks: of the user, which rank 0 calls.
     """
 
     plan: TrainingPlan
@@ -51,6 +55,7 @@ class Checked(NamedTuple):
     said: list[str]
     lock: IO[str] | None
     call: RollCall
+    callbacks: list[TrainerCallback]
 
 
 def train(phase: cli.SameOnAllRanks, description: str | None, parse: ParseArguments, make_plan: MakePlan) -> int:
@@ -73,7 +78,7 @@ def train(phase: cli.SameOnAllRanks, description: str | None, parse: ParseArgume
     checked = check(args, make_plan)
     if checked is None:
         return 0
-    plan, traced, said, lock, _call = checked
+    plan, traced, said, lock = checked.plan, checked.traced, checked.said, checked.lock
     pipeline = start(plan, args)
     resume(pipeline, plan, args)
     if traced is not None:
@@ -86,7 +91,9 @@ def train(phase: cli.SameOnAllRanks, description: str | None, parse: ParseArgume
     phase.ends()
     interruption = Interruption(args.grace_seconds, speaks=pipeline.global_rank == 0)
     when_one_ends(launched_by, interruption.ask)
-    run = Run(pipeline, args, throughput(pipeline, plan, args), agreement(pipeline, args), interruption, plan.evaluate)
+    callbacks = Callbacks(checked.callbacks if pipeline.global_rank == 0 else [], args, pipeline)
+    together = agreement(pipeline, args), interruption
+    run = Run(pipeline, args, throughput(pipeline, plan, args), *together, plan.evaluate, callbacks)
     evaluation = run.train(data, lambda: save(pipeline, plan, args, data.train))
     interruption.saved()
     summary = summarise(run.speed, plan, args)
@@ -98,6 +105,8 @@ def train(phase: cli.SameOnAllRanks, description: str | None, parse: ParseArgume
         print(f"checkpoint in {args.output / 'checkpoint'}")
         if run.stopped:
             print(f"interrupted after batch {run.stopped} of {args.steps}: the same command with --resume goes on")
+        elif run.ended:
+            print(f"ended after batch {run.ended} of {args.steps}, as a callback asked")
         elif traced is not None:
             print(f"trace of batches {traced.first} to {traced.last} in {trace_path(args)}: scripts/trace_report.py")
     pipeline.close()
@@ -115,7 +124,7 @@ def check(args: argparse.Namespace, make_plan: MakePlan) -> Checked | None:
 
     call = RollCall()
     try:
-        plan = make_plan(args)
+        plan, callbacks = make_plan(args), make_callbacks(args)
         first = os.environ["RANK"] == "0"
         traced = batches_to_trace(args, plan.resume)
         said = say_sources(plan, args) if first else []
@@ -131,4 +140,4 @@ def check(args: argparse.Namespace, make_plan: MakePlan) -> Checked | None:
             raise HostsError(verdict) from None
         raise
     call.can_train(alike(plan, args), args.output)
-    return Checked(plan, traced, said, lock, call)
+    return Checked(plan, traced, said, lock, call, callbacks)

@@ -35,6 +35,11 @@ def kind_of(config: PretrainedConfig) -> str:
         ) from error
 
 
+def attention_to_prove(config: PretrainedConfig) -> str | None:
+    """Eager if the config says so, else what transformers chooses, mostly sdpa: other kernels have no place on a CPU."""
+    return "eager" if config._attn_implementation == "eager" else None
+
+
 def _digest(config: PretrainedConfig) -> str:
     values = small_sizes(config)
     lists = [values.pop(name) for name in per_layer_lists(config) if isinstance(values.get(name), list)]
@@ -42,8 +47,7 @@ def _digest(config: PretrainedConfig) -> str:
     for name in LAYER_NUMBERS & values.keys():
         values[name] = bool(values[name])
     kept = {name: value for name, value in values.items() if name not in _NO_MATTER and not name.endswith("_token_id")}
-    attention = config._attn_implementation or "sdpa"  # which is taken where nothing is said and the model has it
-    described = {"layers": layers, "attention": str(attention), **_plain(kept)}
+    described = {"layers": layers, "attention": attention_to_prove(config) or "sdpa", **_plain(kept)}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from safetensors import SafetensorError
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ibp_deepspeed.errors import OutputError
@@ -143,6 +144,17 @@ def _asked(check: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Files are written by this process: in a job of several, ``save_pretrained`` writes on rank 0 alone."""
+    name = "should_save_on_this_rank"
+    if not hasattr(PreTrainedModel, name):  # of older versions
+        yield
+        return
+    with mock.patch.object(PreTrainedModel, name, lambda model, is_main_process: is_main_process):
+        yield
+
+
+@contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Whatever the caller's modes are, and without a word of transformers'."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -150,7 +162,8 @@ def _undisturbed() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-            yield
+            with _writing():
+                yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from ibp_deepspeed.models.config import per_layer_lists, with_layers
 from ibp_deepspeed.models.errors import ModelError, in_words
+from ibp_deepspeed.models.proofs.kind import attention_to_prove
 from ibp_deepspeed.models.proofs.sizes import small_sizes
 from ibp_deepspeed.models.shell import Shell
 
@@ -29,7 +30,7 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         raise _no_small_model(config, ModelError("its layers have sizes of their own (per_layer_config)"))
     try:
         narrow = type(config).from_dict(small_sizes(config))
-        narrow._attn_implementation = config._attn_implementation
+        narrow._attn_implementation = attention_to_prove(config)
     except Exception as error:  # a config class may refuse its values with any kind of error
         raise _no_small_model(config, error) from error
     shell = Shell(narrow)
