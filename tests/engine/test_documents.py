@@ -10,8 +10,8 @@ PRIVATE: dict[str, Any] = {"readout": "private", "blocks": 1}
 CASES: list[dict[str, Any]] = [
     {"model": "llama", "interlocking": {"strategy": "pairwise", "mode": "window", "aux_head": PRIVATE}},
     {"model": "gpt2", "interlocking": {"strategy": "local", "aux_head": {"readout": "shared"}}},
-    {"model": "gemma3_text", "interlocking": {"strategy": "pairwise", "mode": "window", "aux_head": {"borrow": 1}}},
-    {"model": "mixtral", "recompute": 1, "interlocking": {"strategy": "global"}},
+    {"model": "mistral", "interlocking": {"strategy": "pairwise", "mode": "window", "aux_head": {"borrow": 1}}},
+    {"model": "qwen3_moe", "recompute": 1, "interlocking": {"strategy": "global"}},
     {"model": "qwen3", "recompute": 1, "interlocking": {"strategy": "nwise", "width": 3, "mode": "window"}},
 ]
 

@@ -37,7 +37,8 @@ def sample(row: Any) -> tuple[Any, Any, Documents | None]:
 
 def run_case(case: dict[str, Any]) -> dict[str, float]:
     config = InterlockingConfig.parse(case["interlocking"])
-    model = CausalLM(tiny(case["model"], num_hidden_layers=5, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0))
+    dropout = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0) if case["model"] == "gpt2" else {}
+    model = CausalLM(tiny(case["model"], num_hidden_layers=5, **dropout))
     module = pipeline_module(model, config, STAGES, token_counts=torch.arange(model.vocab_size))
     module.activation_checkpoint_interval = case.get("recompute", 0)
     engine = engine_of(case["interlocking"], module)
