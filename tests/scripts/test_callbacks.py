@@ -29,7 +29,7 @@ class Notes(TrainerCallback):
             file.write(json.dumps(row) + "\\n")
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.note("begin", args, state, zero=state.is_world_process_zero, model=kwargs["model"] is not None)
+        self.note("begin", args, state, zero=state.is_world_process_zero, batches=kwargs["pipeline"].global_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -72,7 +72,7 @@ def test_a_callback_is_told_and_asks(data: Path, tmp_path: Path) -> None:
     last = [("save", 5), ("evaluate", 5), ("end", 5)]
     steps = [("step", k) for k in range(1, 6)]
     assert told == [("begin", 0), *steps[:3], *asked, *steps[3:], *last]
-    assert rows[0]["zero"] and rows[0]["model"] and {row["steps"] for row in rows} == {9}
+    assert rows[0]["zero"] and rows[0]["batches"] == 0 and {row["steps"] for row in rows} == {9}
     logs = [row["logs"] for row in rows if row["event"] == "log"]
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     trained = {row["step"]: row["train"] for row in history if "train" in row}
