@@ -147,6 +147,7 @@ HEADS: dict[str, Row] = {
         "copied LM heads": {"readout": "shared"},
         "rank 24": {"rank": 24},
         "64 negatives": {"negatives": 64},
+        "label smoothing": {"objective": "label_smoothing"},
         "1024 negatives": {"negatives": 1024},
         "256 negatives, uniform": {"negatives": 256, "negatives_by": "uniform"},
         "loss on 1/2 of the positions": {"aux_tokens": 0.5},

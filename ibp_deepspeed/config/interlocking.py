@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ibp_deepspeed.config.objectives import CrossEntropyOptions, ObjectiveOptions, objective_options
 from ibp_deepspeed.errors import ConfigError
 
 Mode = Literal["furthest", "window", "sum"]
@@ -47,6 +48,14 @@ class AuxHeadConfig(BaseModel):
     """How likely a token is drawn: as often as it occurs in the training data, or all alike."""
     chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at once; None picks about 64 MiB of logits."""
+    objective: ObjectiveOptions = CrossEntropyOptions()
+    """What trains the heads and, through them, the trunks: a name, or an object of ``name`` and its options
+    (docs/objectives.md). The last stage's loss and evaluations are cross-entropy."""
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective(cls, value: Any) -> Any:
+        return objective_options(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> AuxHeadConfig:
@@ -57,6 +66,8 @@ class AuxHeadConfig(BaseModel):
             raise ValueError(f'rank is for readout "private", the readout is "{self.readout}"')
         if self.rank is not None and self.negatives is not None:
             raise ValueError("rank and negatives don't go together: rows of a product are no cheaper to read")
+        if self.negatives is not None and self.objective.name == "label_smoothing":
+            raise ValueError("negatives and label_smoothing don't go together: soft targets are of all tokens")
         if "negatives_by" in self.model_fields_set and self.negatives is None:
             raise ValueError("negatives_by is for negatives, of which no number is given")
         return self

@@ -15,7 +15,7 @@ from ibp_deepspeed.models.cut_model import CutModel, Weights, count_parameters
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.kinds import first_of_kind
 from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
-from ibp_deepspeed.models.objective import LanguageModelObjective
+from ibp_deepspeed.models.objective import LanguageModelObjective, of_name
 from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
 from ibp_deepspeed.models.proofs.first_use import require_proof
 from ibp_deepspeed.models.recorder import MASKED_ATTENTION, Recorder
@@ -82,8 +82,8 @@ class CausalLM(CutModel):
         self.was_tied = self._shell.was_tied
 
     def objective(self, stage: int, options: AuxHeadConfig, after: int) -> LanguageModelObjective:
-        """Next tokens, read out by :meth:`aux_head`."""
-        return LanguageModelObjective(self.aux_head(stage, options, after))
+        """The one that the options name, read out by :meth:`aux_head`."""
+        return of_name(options.objective.name)(self.aux_head(stage, options, after))
 
     def loss_fn(self, options: AuxHeadConfig | None) -> CausalLMLoss:
         """Next tokens' cross-entropy."""

@@ -1,9 +1,10 @@
-"""The objective of a stage of a language model: next tokens, read out as the model itself does."""
+"""The objectives of a stage of a language model, by name: each reads out next tokens as the model itself does."""
 
 from __future__ import annotations
 
 from ibp_deepspeed.models.layers import AuxiliaryHead
 from ibp_deepspeed.objectives.head import ExitLayers, Objective
+from ibp_deepspeed.objectives.label_smoothing import LabelSmoothing
 
 
 class LanguageModelObjective(Objective):
@@ -20,3 +21,12 @@ class LanguageModelObjective(Objective):
         """Its blocks are decoder layers, its norm and LM head the model's last layer."""
         head = self.module
         return ExitLayers(head.kinds, [*(block.state_dict() for block in head.blocks), head.as_last_layer()])
+
+
+class SmoothedObjective(LabelSmoothing, LanguageModelObjective):
+    """With soft targets."""
+
+
+def of_name(name: str) -> type[LanguageModelObjective]:
+    """The class of one of ``config.objectives.OBJECTIVES``."""
+    return {kind.name: kind for kind in (LanguageModelObjective, SmoothedObjective)}[name]

@@ -54,13 +54,16 @@ class LazyLogits:
         return LazyLogits(self.hidden.detach(), lambda rows: self.readout(rows).detach(), ())
 
 
-def chunked_cross_entropy(logits: LazyLogits, labels: Tensor, *, chunk_tokens: int, ignore_index: int = -100) -> Tensor:
+def chunked_cross_entropy(
+    logits: LazyLogits, labels: Tensor, *, chunk_tokens: int, ignore_index: int = -100, smoothing: float = 0.0
+) -> Tensor:
     """Mean cross entropy in nats; at most ``chunk_tokens`` rows of logits exist at a time, backward included.
 
     Args:
         logits: of shape [..., V].
         labels: classes, shape [...]; those equal to ``ignore_index`` do not count.
         chunk_tokens: rows per call of the LM head, at least 1.
+        smoothing: ε of the targets, which are 1 - ε at the label and ε spread evenly over all V.
 
     Returns:
         A scalar: fp32 if the logits are fp32 or less, fp64 if they are fp64; 0 with zero gradients if no label
@@ -79,7 +82,7 @@ def chunked_cross_entropy(logits: LazyLogits, labels: Tensor, *, chunk_tokens: i
     rows = logits.hidden.reshape(-1, logits.hidden.shape[-1])
     # asked here because autograd.Function turns gradients off inside its forward
     wants_grad = torch.is_grad_enabled()
-    options = (logits.readout, chunk_tokens, ignore_index, wants_grad)
+    options = (logits.readout, chunk_tokens, ignore_index, wants_grad, smoothing)
     return _ChunkedCrossEntropy.apply(options, labels.reshape(-1), rows, *logits.parameters)
 
 
@@ -91,22 +94,24 @@ class CausalLMLoss:
     Args:
         chunk_tokens: tokens per chunk of lazy logits; None chooses it so that a chunk is 64 MiB in fp32, or takes a
             fused kernel (``fused_cross_entropy.py``) where there is one.
+        smoothing: of the targets, see ``chunked_cross_entropy``; with it no fused kernel is taken.
     """
 
-    def __init__(self, chunk_tokens: int | None = None) -> None:
-        self.chunk_tokens = chunk_tokens
+    def __init__(self, chunk_tokens: int | None = None, smoothing: float = 0.0) -> None:
+        self.chunk_tokens, self.smoothing = chunk_tokens, smoothing
 
     def __call__(self, outputs: LazyLogits | Tensor, labels: Tensor) -> Tensor:
         """The scalar loss of logits [B, S, V] and labels [B, S], as in ``chunked_cross_entropy``."""
         if isinstance(outputs, LazyLogits):
             readout, rows = outputs.readout, outputs.hidden.flatten(0, -2)
-            if self.chunk_tokens is None and fused_cross_entropy.applies(readout, rows):
+            plain = self.chunk_tokens is None and not self.smoothing
+            if plain and fused_cross_entropy.applies(readout, rows):
                 total = fused_cross_entropy.cross_entropy_sum(readout, rows, labels.flatten())
                 return total / _count(labels, -100)
             chunk_tokens = _default_chunk(outputs) if self.chunk_tokens is None else self.chunk_tokens
-            return chunked_cross_entropy(outputs, labels, chunk_tokens=chunk_tokens)
-        logits = outputs.flatten(0, -2)
-        total = F.cross_entropy(logits.to(_loss_dtype(logits.dtype)), labels.flatten(), reduction="sum")
+            return chunked_cross_entropy(outputs, labels, chunk_tokens=chunk_tokens, smoothing=self.smoothing)
+        logits = outputs.flatten(0, -2).to(_loss_dtype(outputs.dtype))
+        total = F.cross_entropy(logits, labels.flatten(), reduction="sum", label_smoothing=self.smoothing)
         return total / _count(labels, -100)
 
     @staticmethod
@@ -121,12 +126,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        options: tuple[Readout, int, int, bool],
+        options: tuple[Readout, int, int, bool, float],
         labels: Tensor,
         hidden: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        readout, chunk_tokens, ignore_index, wants_grad = options
+        readout, chunk_tokens, ignore_index, wants_grad, smoothing = options
         gradients = _Gradients(hidden, parameters, ctx.needs_input_grad[2:] if wants_grad else ())
         count = _count(labels, ignore_index)
         total = hidden.new_zeros((), dtype=_loss_dtype(hidden.dtype))
@@ -135,10 +140,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(gradients.needed):
                 logits = readout(chunk)
             log_probabilities = F.log_softmax(logits.detach(), -1, dtype=total.dtype)
-            losses, counted = _token_losses(log_probabilities, labels[rows], ignore_index)
+            losses, counted = _token_losses(log_probabilities, labels[rows], ignore_index, smoothing)
             total = total + losses.sum()
             if logits.requires_grad:
-                logit_gradient = _logit_gradient(log_probabilities, labels[rows], counted.to(total.dtype) / count)
+                weights = counted.to(total.dtype) / count
+                logit_gradient = _logit_gradient(log_probabilities, labels[rows], weights, smoothing)
                 gradients.add(logits, logit_gradient.to(logits.dtype), rows, chunk)
         ctx.gradients_needed = gradients.mask
         ctx.save_for_backward(*gradients.finish())
@@ -189,22 +195,28 @@ def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _token_losses(log_probabilities: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _token_losses(
+    log_probabilities: Tensor, labels: Tensor, ignore_index: int, smoothing: float
+) -> tuple[Tensor, Tensor]:
     """Loss of each row [t], 0 where its label does not count, and which count."""
     counted = labels != ignore_index
     losses = -log_probabilities.gather(1, labels.masked_fill(~counted, 0).unsqueeze(1)).squeeze(1)
+    if smoothing:
+        losses = (1 - smoothing) * losses - smoothing * log_probabilities.mean(1)
     return losses.masked_fill(~counted, 0.0), counted
 
 
-def _logit_gradient(log_probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """weight · (probabilities - one-hot label) of each row, in the place of the log probabilities [t, V].
+def _logit_gradient(log_probabilities: Tensor, labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+    """weight · (probabilities - target) of each row, in the place of the log probabilities [t, V].
 
     Written out because autograd's way through log-softmax and the choice of the label's entry fills and reads two
     more tensors of this size, and a head is mostly this.
     """
     probabilities = log_probabilities.exp_()
     target = labels.masked_fill(weights == 0, 0).unsqueeze(1)
-    probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
+    probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, smoothing - 1.0))
+    if smoothing:
+        probabilities.sub_(smoothing / probabilities.shape[1])
     return probabilities.mul_(weights.unsqueeze(1))
 
 

@@ -63,11 +63,14 @@ class Objective:
         target: see :class:`Needs`.
 
     Attributes:
+        name: that ``"aux_head.objective"`` asks for it by.
         needs: from elsewhere.
         positions: those that the loss takes in training; None: all. Evaluations take all.
         negatives: what stands for the vocabulary in training; None: all of it. Evaluations take all.
         token_counts: how often each token occurs in the training data, [V], for negatives; None: unknown.
     """
+
+    name = "cross_entropy"
 
     def __init__(self, module: nn.Module, loss_fn: LossFn | None = None, *, target: int | None = None) -> None:
         self.module, self.loss_fn = module, loss_fn
@@ -80,9 +83,17 @@ class Objective:
         """Take over what the configuration says, and the pipeline's loss where the objective has none of its own.
 
         Called by whoever builds a pipeline, before anything else; again if the configuration changes.
+
+        Raises:
+            InterlockingError: it asks for another objective than this one.
         """
         self.loss_fn = self.loss_fn or loss_fn
         if options is not None:
+            if options.objective.name not in (self.name, Objective.name):
+                raise InterlockingError(
+                    f'"aux_head.objective" is {options.objective.name}, for heads of cut language models: a head given '
+                    f"as {type(self).__name__} has a loss of its own, leave the key out."
+                )
             readout = None if options.readout == "private" else options.readout
             self.needs = Needs(readout, options.borrow, self.needs.target)
             self.positions = TokenSample.from_options(options)

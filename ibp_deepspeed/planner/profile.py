@@ -21,8 +21,10 @@ from ibp_deepspeed.planner.hardware import Device, Link
 from ibp_deepspeed.planner.workload import Work, Workload
 
 AGAIN = "measure it with scripts/profile_stage.py"
-HEAD_OPTIONS = ("readout", "blocks", "rank", "aux_tokens", "negatives", "chunk_tokens")
+HEAD_OPTIONS = ("readout", "blocks", "rank", "aux_tokens", "negatives", "chunk_tokens", "objective")
 """Options of ``aux_head`` that what a head takes depends on."""
+_UNSAID: dict[str, Any] = {"objective": "cross_entropy"}
+"""What a profile was measured with that doesn't say."""
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DType = Literal["float32", "bfloat16"]
@@ -110,7 +112,7 @@ class Subject(_Record):
             if getattr(self, field) != getattr(asked, field):
                 return name, getattr(self, field), getattr(asked, field)
         for key, value in (asked.head or {}).items():
-            if (there := self.head.get(key)) != value:
+            if (there := self.head.get(key, _UNSAID.get(key))) != value:
                 return f"the head's {key}", there, value
         if asked.compiled is not None and asked.compiled != self.compiled:
             return "compile", self.compiled, asked.compiled
@@ -250,8 +252,10 @@ def head_words(options: Mapping[str, Any]) -> list[str]:
 
 
 def head_options(options: AuxHeadConfig) -> dict[str, Any]:
-    """Those that a head's time depends on."""
-    return options.model_dump(include=set(HEAD_OPTIONS))
+    """Those that a head's time depends on; the objective as ``--head`` takes it."""
+    found = options.model_dump(include=set(HEAD_OPTIONS))
+    name, given = options.objective.name, options.objective.model_dump(exclude_defaults=True)
+    return {**found, "objective": json.dumps({"name": name, **given}) if given else name}
 
 
 def _sentence(error: ValidationError) -> str:

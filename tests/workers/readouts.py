@@ -23,12 +23,14 @@ from ibp_deepspeed import (
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.models.build import pipeline_module, stage_objective
 from ibp_deepspeed.models.causal_lm import CausalLM
+from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
 from tests.models.test_causal_lm import SEQUENCE, shifted, tiny
 from tests.toys import FollowingHead, Head, Layer, loss_fn, make_module, micro_batches
 from tests.workers import parity
 from tests.workers.parity import OPTIMIZERS, compare, stage_parameters
 
 STAGES, COUNT = 3, 2
+EXACT = CausalLMLoss()
 
 
 def engine_of(interlocking: dict[str, Any], module: Any = None, optimizer: str = "sgd", *, bf16: bool = False) -> Any:
@@ -175,10 +177,14 @@ def real_model(case: dict[str, Any]) -> dict[str, float]:
         loss_error = max(loss_error, abs(loss.item() - expected) / expected)
         optimizer.step()
         optimizer.zero_grad()
+    rows = [tokens(9, m) for m in range(COUNT)]
+    found, wanted, exact = engine.eval_batch(iter(rows), COUNT), *map(reference.evaluate, (rows, rows), (None, EXACT))
     engine.close()
     return {
         "loss": loss_error,
         "parameter": compare(list(module.parameters()), stage_parameters(reference, engine.stage_id)),
+        "eval": ((found - wanted).abs() / wanted).max().item(),
+        "exact": ((wanted - exact).abs() / exact).max().item(),
     }
 
 

@@ -39,7 +39,7 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="OPTION=VALUE",
-        help="options of aux_head: readout, blocks, rank, aux_tokens, negatives (default: a private LM head)",
+        help="options of aux_head: readout, blocks, rank, aux_tokens, negatives, … (default: a private LM head)",
     )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.models.causal_lm import CausalLM
-from ibp_deepspeed.models.objective import LanguageModelObjective
 from ibp_deepspeed.models.profiling.specimen import Specimen
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
 from ibp_deepspeed.objectives.head import Objective, last_objective
@@ -56,7 +55,7 @@ class Specimens:
     def head(self) -> Specimen:
         """An auxiliary head; its blocks are of the kinds that follow the middle of the model."""
         middle = (self._model.num_layers - 2) // 2
-        objective = LanguageModelObjective(self._model.aux_head(0, self._options, after=middle))
+        objective = self._model.objective(0, self._options, after=middle)
         objective.token_counts = torch.ones(self._model.vocab_size, dtype=torch.int64)
         objective.configured(self._options, self._loss_fn)
         run, module = partial(_with_loss, objective, self._tokens), objective.module

@@ -1,0 +1,61 @@
+"""The objectives that ``"interlocking.aux_head.objective"`` can name, each with its options (docs/objectives.md)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CrossEntropyOptions(_Options):
+    """Next tokens' cross-entropy."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+
+
+class LabelSmoothingOptions(_Options):
+    """Cross-entropy with soft targets."""
+
+    name: Literal["label_smoothing"] = "label_smoothing"
+    smoothing: float = Field(default=0.1, gt=0, lt=1)
+    """ε: a target is 1 - ε at the label, and ε spread evenly over the vocabulary."""
+
+
+ObjectiveOptions = CrossEntropyOptions | LabelSmoothingOptions
+
+OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
+    kind.model_fields["name"].default: kind for kind in (CrossEntropyOptions, LabelSmoothingOptions)
+}
+"""By name."""
+
+
+def objective_options(value: Any) -> ObjectiveOptions:
+    """What a configuration says: a name, or an object of ``name`` and options.
+
+    Raises:
+        ValueError: an unknown name or option, with those that there are, or a value that an option can't have.
+    """
+    if isinstance(value, ObjectiveOptions):
+        return value
+    given = dict(value) if isinstance(value, Mapping) else {"name": value}
+    name = given.get("name")
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        close = difflib.get_close_matches(str(name), list(OBJECTIVES), n=1, cutoff=0.5)
+        meant = f' (did you mean "{close[0]}"?)' if close else ""
+        raise ValueError(f"there is no objective {name!r:.60}{meant}, there are {', '.join(OBJECTIVES)}")
+    kind = OBJECTIVES[name]
+    known = [option for option in kind.model_fields if option != "name"]
+    for option in given.keys() - kind.model_fields.keys():
+        has = f"has {', '.join(known)}" if known else "has none"
+        raise ValueError(f"{option!r:.60} is no option of {name}, which {has}")
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][0]} of {name}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
