@@ -148,6 +148,7 @@ HEADS: dict[str, Row] = {
         "rank 24": {"rank": 24},
         "64 negatives": {"negatives": 64},
         "label smoothing": {"objective": "label_smoothing"},
+        "similarity matching": {"objective": "predsim"},
         "1024 negatives": {"negatives": 1024},
         "256 negatives, uniform": {"negatives": 256, "negatives_by": "uniform"},
         "loss on 1/2 of the positions": {"aux_tokens": 0.5},

@@ -27,12 +27,24 @@ class LabelSmoothingOptions(_Options):
     """ε: a target is 1 - ε at the label, and ε spread evenly over the vocabulary."""
 
 
-ObjectiveOptions = CrossEntropyOptions | LabelSmoothingOptions
+class PredSimOptions(_Options):
+    """Prediction, and similarity matching of the hidden states."""
+
+    name: Literal["predsim"] = "predsim"
+    beta: float = Field(default=0.99, gt=0, lt=1)
+    """β: of the similarity matching; the prediction has 1 - β."""
+    tokens: int = Field(default=256, ge=2)
+    """Most tokens of a micro-batch that are compared with each other, another draw for each micro-batch and stage."""
+
+
+ObjectiveOptions = CrossEntropyOptions | LabelSmoothingOptions | PredSimOptions
 
 OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
-    kind.model_fields["name"].default: kind for kind in (CrossEntropyOptions, LabelSmoothingOptions)
+    kind.model_fields["name"].default: kind for kind in (CrossEntropyOptions, LabelSmoothingOptions, PredSimOptions)
 }
 """By name."""
+WITH_PARAMETERS = (PredSimOptions,)
+"""Those whose heads have parameters beside those of the LM head."""
 
 
 def objective_options(value: Any) -> ObjectiveOptions:

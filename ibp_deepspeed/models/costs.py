@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.config.objectives import ObjectiveOptions, PredSimOptions
 
 if TYPE_CHECKING:
     from ibp_deepspeed.models.causal_lm import CausalLM
@@ -66,7 +67,21 @@ def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: in
     of_readout = Operations(product, product, product if options.readout == "private" else 0.0)
     layers = layer_operations(model, sequence_length)[1:-1]
     of_block = (sum(piece) / len(layers) for piece in zip(*layers, strict=True))
-    return Operations(*(a + options.blocks * b for a, b in zip(of_readout, of_block, strict=True)))
+    beside = _beside_operations(model, options.objective, sequence_length)
+    return Operations(*(a + options.blocks * b + c for a, b, c in zip(of_readout, of_block, beside, strict=True)))
+
+
+def _beside_operations(model: CausalLM, objective: ObjectiveOptions, sequence_length: int) -> Operations:
+    """Of what an objective needs beside its prediction.
+
+    Similarity is of some tokens of a micro-batch, here of one sequence: with more of them it is less for each token.
+    """
+    if isinstance(objective, PredSimOptions) and sequence_length:
+        compared = min(objective.tokens, sequence_length)
+        share, size = compared / sequence_length, model.hidden_size
+        linear, pairs = share * size**2, share * size * compared
+        return Operations(linear + pairs, linear + 2 * pairs, linear)
+    return Operations(0.0, 0.0, 0.0)
 
 
 def training_flops(model: CausalLM, options: AuxHeadConfig | None, heads: int, sequence_length: int) -> float:

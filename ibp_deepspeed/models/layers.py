@@ -16,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.documents import at_hand
+from ibp_deepspeed.models.beside import beside_of
 from ibp_deepspeed.models.recorder import Recorder, no_mask, plain_attributes
 from ibp_deepspeed.models.routers import routers
 from ibp_deepspeed.models.shell import Shell
-from ibp_deepspeed.objectives.cross_entropy import LazyLogits
+from ibp_deepspeed.objectives.cross_entropy import LazyLogits, LogitsBeside
 from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward, split_linear
 
 
@@ -158,6 +159,9 @@ class AuxiliaryHead(nn.Module):
         shell, recorder: of the model.
         options: how many blocks, the rank of the LM head.
         after: decoder layers of the model before the head; the blocks are of the kind that the model has next.
+
+    Attributes:
+        beside: what its objective trains beside it, if anything; the logits are then ``LogitsBeside``.
     """
 
     def __init__(self, shell: Shell, recorder: Recorder, options: AuxHeadConfig, after: int = 0) -> None:
@@ -167,9 +171,16 @@ class AuxiliaryHead(nn.Module):
         self.blocks = nn.Sequential(*(DecoderLayer(shell, kind, recorder) for kind in self.kinds))
         self.norm = shell.copy_of(shell.norm)
         self.readout = Readout(shell, options.rank)
+        self.beside = beside_of(shell, options.objective)
         self._last_layer = layers + 1
 
     def forward(self, hidden: Tensor) -> LazyLogits:
+        logits = self._logits(hidden)
+        if self.beside is None:
+            return logits
+        return LogitsBeside(logits.hidden, logits.readout, logits.parameters, hidden, self.beside)
+
+    def _logits(self, hidden: Tensor) -> LazyLogits:
         return self.readout(self.norm(self.blocks(hidden)))
 
     def sources(self) -> dict[str, str]:
@@ -223,7 +234,7 @@ class FollowingHead(AuxiliaryHead):
         """The copied tensors, in the order of the last layer's."""
         return self.readout.readout_tensors()
 
-    def forward(self, hidden: Tensor) -> LazyLogits:
+    def _logits(self, hidden: Tensor) -> LazyLogits:
         return self.readout(self.norm(self.blocks(hidden)) / self.temperature)
 
     def _divisor(self) -> Tensor | float:

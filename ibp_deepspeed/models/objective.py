@@ -5,6 +5,7 @@ from __future__ import annotations
 from ibp_deepspeed.models.layers import AuxiliaryHead
 from ibp_deepspeed.objectives.head import ExitLayers, Objective
 from ibp_deepspeed.objectives.label_smoothing import LabelSmoothing
+from ibp_deepspeed.objectives.similarity import PredSim
 
 
 class LanguageModelObjective(Objective):
@@ -23,10 +24,14 @@ class LanguageModelObjective(Objective):
         return ExitLayers(head.kinds, [*(block.state_dict() for block in head.blocks), head.as_last_layer()])
 
 
+class PredSimObjective(PredSim, LanguageModelObjective):
+    """With similarity matching."""
+
+
 class SmoothedObjective(LabelSmoothing, LanguageModelObjective):
     """With soft targets."""
 
 
 def of_name(name: str) -> type[LanguageModelObjective]:
     """The class of one of ``config.objectives.OBJECTIVES``."""
-    return {kind.name: kind for kind in (LanguageModelObjective, SmoothedObjective)}[name]
+    return {kind.name: kind for kind in (LanguageModelObjective, SmoothedObjective, PredSimObjective)}[name]

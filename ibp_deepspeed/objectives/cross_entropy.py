@@ -39,6 +39,12 @@ class LazyLogits:
     readout: Readout
     parameters: tuple[nn.Parameter, ...]
 
+    @property
+    def vocabulary(self) -> int:
+        """V, seen by reading out no rows at all."""
+        with torch.no_grad():
+            return self.readout(self.hidden.reshape(-1, self.hidden.shape[-1])[:0]).shape[-1]
+
     def materialize(self) -> Tensor:
         """The full logits [..., V], by ordinary autograd."""
         rows = self.readout(self.hidden.reshape(-1, self.hidden.shape[-1]))
@@ -52,6 +58,19 @@ class LazyLogits:
     def detach(self) -> LazyLogits:
         """The same logits, through which no gradient flows."""
         return LazyLogits(self.hidden.detach(), lambda rows: self.readout(rows).detach(), ())
+
+
+@dataclass(frozen=True, eq=False)
+class LogitsBeside(LazyLogits):
+    """Lazy logits, and what an objective needs beside them.
+
+    Attributes:
+        states: what the head was given, [..., H].
+        beside: the head's further module, which the objective applies to rows of them.
+    """
+
+    states: Tensor
+    beside: nn.Module
 
 
 def chunked_cross_entropy(
@@ -226,7 +245,5 @@ def _count(labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def _default_chunk(logits: LazyLogits) -> int:
-    """Tokens whose fp32 logits take 64 MiB; the vocabulary is seen by reading out no rows at all."""
-    with torch.no_grad():
-        vocab_size = logits.readout(logits.hidden.reshape(-1, logits.hidden.shape[-1])[:0]).shape[-1]
-    return max(1, CHUNK_LOGITS // max(1, vocab_size))
+    """Tokens whose fp32 logits take 64 MiB."""
+    return max(1, CHUNK_LOGITS // max(1, logits.vocabulary))

@@ -9,6 +9,8 @@ from tests.launch import launch
 HEADS: list[dict[str, Any]] = [
     {"objective": {"name": "label_smoothing", "smoothing": 0.2}, "aux_tokens": 0.5, "chunk_tokens": 5},
     {"objective": "label_smoothing", "readout": "shared", "refresh_interval": 2, "refresh_delay": 3},
+    {"objective": {"name": "predsim", "beta": 0.7, "tokens": 12}, "aux_tokens": 0.5, "blocks": 1},
+    {"objective": "predsim", "negatives": 20, "negatives_by": "uniform", "readout": "shared", "refresh_interval": 2},
 ]
 
 

@@ -23,7 +23,14 @@ from ibp_deepspeed.models.profiling.subject import config_values
 from tests.models.test_costs import llama
 
 CPU = torch.device("cpu")
-HEADS: list[dict[str, Any]] = [{}, {"blocks": 1}, {"readout": "shared"}, {"rank": 4}, {"negatives": 8}]
+HEADS: list[dict[str, Any]] = [
+    {},
+    {"blocks": 1},
+    {"readout": "shared"},
+    {"rank": 4},
+    {"negatives": 8},
+    {"objective": "predsim"},
+]
 
 
 def things(dtype: torch.dtype = torch.float32, kind: str = "llama", **options: Any) -> list[Specimen]:
