@@ -37,13 +37,20 @@ class PredSimOptions(_Options):
     """Most tokens of a micro-batch that are compared with each other, another draw for each micro-batch and stage."""
 
 
-ObjectiveOptions = CrossEntropyOptions | LabelSmoothingOptions | PredSimOptions
+class ReconstructionOptions(_Options):
+    """Prediction, and reconstruction of the input."""
 
-OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
-    kind.model_fields["name"].default: kind for kind in (CrossEntropyOptions, LabelSmoothingOptions, PredSimOptions)
-}
+    name: Literal["reconstruction"] = "reconstruction"
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """λ of the reconstruction at the model's first layer; it falls to 0 at the last, in proportion to depth."""
+
+
+ObjectiveOptions = CrossEntropyOptions | LabelSmoothingOptions | PredSimOptions | ReconstructionOptions
+
+_KINDS = (CrossEntropyOptions, LabelSmoothingOptions, PredSimOptions, ReconstructionOptions)
+OBJECTIVES: dict[str, type[ObjectiveOptions]] = {kind.model_fields["name"].default: kind for kind in _KINDS}
 """By name."""
-WITH_PARAMETERS = (PredSimOptions,)
+WITH_PARAMETERS = (PredSimOptions, ReconstructionOptions)
 """Those whose heads have parameters beside those of the LM head."""
 
 

@@ -23,6 +23,7 @@ from ibp_deepspeed.models.routers import SWITCH, RouterBalance
 from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.models.tuning import EVERYTHING, Tuning
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
+from ibp_deepspeed.objectives.reconstruction import Reconstruction
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
 if TYPE_CHECKING:
@@ -83,7 +84,10 @@ class CausalLM(CutModel):
 
     def objective(self, stage: int, options: AuxHeadConfig, after: int) -> LanguageModelObjective:
         """The one that the options name, read out by :meth:`aux_head`."""
-        return of_name(options.objective.name)(self.aux_head(stage, options, after))
+        objective = of_name(options.objective.name)(self.aux_head(stage, options, after))
+        if isinstance(objective, Reconstruction):
+            objective.depth = after / (self.num_layers - 2)
+        return objective
 
     def loss_fn(self, options: AuxHeadConfig | None) -> CausalLMLoss:
         """Next tokens' cross-entropy."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.config.objectives import ObjectiveOptions, PredSimOptions
+from ibp_deepspeed.config.objectives import PredSimOptions, ReconstructionOptions
+from ibp_deepspeed.models.beside import inner_size
 
 if TYPE_CHECKING:
     from ibp_deepspeed.models.causal_lm import CausalLM
@@ -67,15 +68,21 @@ def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: in
     of_readout = Operations(product, product, product if options.readout == "private" else 0.0)
     layers = layer_operations(model, sequence_length)[1:-1]
     of_block = (sum(piece) / len(layers) for piece in zip(*layers, strict=True))
-    beside = _beside_operations(model, options.objective, sequence_length)
+    beside = _beside_operations(model, options, sequence_length)
     return Operations(*(a + options.blocks * b + c for a, b, c in zip(of_readout, of_block, beside, strict=True)))
 
 
-def _beside_operations(model: CausalLM, objective: ObjectiveOptions, sequence_length: int) -> Operations:
+def _beside_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> Operations:
     """Of what an objective needs beside its prediction.
 
     Similarity is of some tokens of a micro-batch, here of one sequence: with more of them it is less for each token.
+    A decoder of the input reads out the positions of the loss.
     """
+    objective = options.objective
+    if isinstance(objective, ReconstructionOptions):
+        inner = inner_size(model.hidden_size)
+        decoder = inner * (model.hidden_size + options.aux_tokens * model.vocab_size)
+        return Operations(*[decoder] * 3)
     if isinstance(objective, PredSimOptions) and sequence_length:
         compared = min(objective.tokens, sequence_length)
         share, size = compared / sequence_length, model.hidden_size

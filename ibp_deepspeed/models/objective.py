@@ -5,6 +5,7 @@ from __future__ import annotations
 from ibp_deepspeed.models.layers import AuxiliaryHead
 from ibp_deepspeed.objectives.head import ExitLayers, Objective
 from ibp_deepspeed.objectives.label_smoothing import LabelSmoothing
+from ibp_deepspeed.objectives.reconstruction import Reconstruction
 from ibp_deepspeed.objectives.similarity import PredSim
 
 
@@ -28,10 +29,15 @@ class PredSimObjective(PredSim, LanguageModelObjective):
     """With similarity matching."""
 
 
+class ReconstructingObjective(Reconstruction, LanguageModelObjective):
+    """With reconstruction of the input."""
+
+
 class SmoothedObjective(LabelSmoothing, LanguageModelObjective):
     """With soft targets."""
 
 
 def of_name(name: str) -> type[LanguageModelObjective]:
     """The class of one of ``config.objectives.OBJECTIVES``."""
-    return {kind.name: kind for kind in (LanguageModelObjective, SmoothedObjective, PredSimObjective)}[name]
+    kinds = (LanguageModelObjective, SmoothedObjective, PredSimObjective, ReconstructingObjective)
+    return {kind.name: kind for kind in kinds}[name]

@@ -11,6 +11,8 @@ HEADS: list[dict[str, Any]] = [
     {"objective": "label_smoothing", "readout": "shared", "refresh_interval": 2, "refresh_delay": 3},
     {"objective": {"name": "predsim", "beta": 0.7, "tokens": 12}, "aux_tokens": 0.5, "blocks": 1},
     {"objective": "predsim", "negatives": 20, "negatives_by": "uniform", "readout": "shared", "refresh_interval": 2},
+    {"objective": {"name": "reconstruction", "weight": 0.6}, "aux_tokens": 0.5, "blocks": 1},
+    {"objective": "reconstruction", "readout": "shared", "refresh_interval": 2, "chunk_tokens": 5},
 ]
 
 

@@ -48,6 +48,8 @@ def llama(**changes: Any) -> CausalLM:
         {"readout": "shared"},
         {"aux_tokens": 0.5},
         {"negatives": 7, "negatives_by": "uniform"},
+        {"objective": "label_smoothing"},
+        {"objective": "reconstruction"},
     ],
     ids=lambda options: str(options),
 )

@@ -30,6 +30,7 @@ HEADS: list[dict[str, Any]] = [
     {"rank": 4},
     {"negatives": 8},
     {"objective": "predsim"},
+    {"objective": "reconstruction"},
 ]
 
 
