@@ -184,7 +184,7 @@ def max_load(work: Any, bounds: list[int]) -> float:
 def test_a_slow_layer_makes_its_stage_shorter() -> None:
     """The first of eight like layers takes three times as long: by operations four and four, by the profile three and
     five."""
-    model = llama(num_hidden_layers=8, vocab_size=1)
+    model = llama(num_hidden_layers=8, vocab_size=2)
     slow, rest = piece("slow", [1], 3.0, 3.0, 3.0), piece("fast", list(range(2, 9)), 1.0, 1.0, 1.0)
     ends = [piece(name, [layer], 0.01, 0.01, 0.0) for name, layer in (("embedding", 0), ("last layer", 9))]
     made = profile(model, [ends[0], slow, rest, ends[1]], piece("auxiliary head", [], 0.01, 0.01, 0.0))
