@@ -51,6 +51,12 @@ def parse_arguments() -> argparse.Namespace:
         "whole model, with the adapters in its weights)",
     )
     add("--shard-size", default="5GB", metavar="SIZE", help="of the largest safetensors file (default: %(default)s)")
+    add(
+        "--memory-gib",
+        type=float,
+        metavar="GIB",
+        help="a model that takes more than half of it in fp32 is written layer by layer (default: what is free)",
+    )
     add("--data", type=Path, metavar="DIR", help="--all-exits: held-out text (default: of the data it was trained on)")
     add("--batch-size", type=int, default=8, metavar="B", help="--all-exits: samples at once (default: %(default)s)")
     add("--max-batches", type=int, metavar="N", help="--all-exits: batches to measure (default: all held-out text)")
@@ -92,7 +98,7 @@ def export(args: argparse.Namespace) -> None:
     from ibp_deepspeed.models.exits.exits import Exits
     from ibp_deepspeed.models.hf.save import write
 
-    exits = Exits(args.checkpoint)
+    exits = Exits(args.checkpoint, memory_gib=args.memory_gib)
     parameters = write(exits, args.out, args.exit, shard_size=args.shard_size)
     report(exits, args.exit or len(exits), parameters, args.out)
 
@@ -119,7 +125,7 @@ def export_all(args: argparse.Namespace) -> None:
     from ibp_deepspeed.models.hf.model_card import story
     from ibp_deepspeed.models.hf.save import write
 
-    exits = Exits(args.checkpoint)
+    exits = Exits(args.checkpoint, memory_gib=args.memory_gib)
     folders = exits.description.folders if args.data is None else [args.data]
     if not folders:
         raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")
@@ -160,7 +166,10 @@ def main(phase: cli.SameOnAllRanks) -> None:
     args = parse_arguments()
     cli.quiet()
     if args.command == "export":
+        from ibp_deepspeed.models.exits.memory import check_memory
+
         check_shard_size(args.shard_size)
+        check_memory(args.memory_gib)
     if args.command == "check":
         check(args)
     elif args.command == "import":

@@ -85,6 +85,10 @@ class CausalLM(CutModel):
         """Next tokens, read out by :meth:`aux_head`."""
         return LanguageModelObjective(self.aux_head(stage, options, after))
 
+    def empty_objective(self, options: AuxHeadConfig, after: int) -> LanguageModelObjective:
+        """:meth:`objective` with its head's parameters on meta."""
+        return LanguageModelObjective(self._meta_head(options, after))
+
     def loss_fn(self, options: AuxHeadConfig | None) -> CausalLMLoss:
         """Next tokens' cross-entropy."""
         return CausalLMLoss(options.chunk_tokens if options else None)
