@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ibp_deepspeed.commands.inference import offloading
+from ibp_deepspeed.commands.inference.loading import from_folder
+from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.exits.exits import Exits
 from ibp_deepspeed.models.exits.memory import Memory
@@ -151,3 +154,22 @@ def test_what_stops_a_streamed_export_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"not finite, transformer\.h\.1\.\S+ is the first: export"):
         write(Exits(tmp_path / "run", memory_gib=SMALL), tmp_path / "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_generation_from_an_export_that_does_not_fit(model_type: str, tmp_path: Path) -> None:
+    """Greedy text with layers left in the files is that of the whole; a checkpoint or a draft says the way out."""
+    checkpoint(tmp_path / "run", model_type)
+    write(Exits(tmp_path / "run"), tmp_path / "hf")
+    texts = []
+    for gib in (None, 1e-4):
+        model = from_folder(str(tmp_path / "hf"), **offloading.options(tmp_path / "hf", "cpu", gib)).eval()
+        assert offloading.is_offloaded(model) == (gib is not None)
+        texts.append(model.generate(tokens(), max_new_tokens=5, do_sample=False))
+    assert "disk" in model.hf_device_map.values()
+    assert torch.equal(*texts)
+    with pytest.raises(InterlockingError, match="a draft needs a model in memory"):
+        offloading.check_draft(model)
+    with pytest.raises(InterlockingError, match=r"takes more than half of .* GiB .*: write it with scripts/convert_hf"):
+        offloading.check_held(Exits(tmp_path / "run", memory_gib=SMALL))
+    offloading.check_held(Exits(tmp_path / "run"))
