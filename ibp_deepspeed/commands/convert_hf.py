@@ -50,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
         help="the adapters of --lora alone, as peft writes them, for the model that they were trained on (default: the "
         "whole model, with the adapters in its weights)",
     )
+    add("--push-to-hub", metavar="USER/NAME", help="upload what is written to the hub (default: no)")
+    add("--private", action="store_true", help="--push-to-hub: a repository that is made is private")
     add("--shard-size", default="5GB", metavar="SIZE", help="of the largest safetensors file (default: %(default)s)")
     add(
         "--memory-gib",
@@ -91,6 +93,22 @@ def check_shard_size(text: str) -> None:
 
     if re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B", text, re.IGNORECASE) is None:
         raise ModelError(f"--shard-size {text}: write a number and its unit, like 500MB or 5GB.")
+
+
+def check_export(args: argparse.Namespace) -> None:
+    """What can be told before a checkpoint is read.
+
+    Raises:
+        ModelError: a size without a unit, or a name that can be no repository's.
+    """
+    from ibp_deepspeed.models.exits.memory import check_memory
+
+    check_shard_size(args.shard_size)
+    check_memory(args.memory_gib)
+    if args.push_to_hub is not None:
+        from ibp_deepspeed.models.hf.push import check_repo
+
+        check_repo(args.push_to_hub)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -166,10 +184,7 @@ def main(phase: cli.SameOnAllRanks) -> None:
     args = parse_arguments()
     cli.quiet()
     if args.command == "export":
-        from ibp_deepspeed.models.exits.memory import check_memory
-
-        check_shard_size(args.shard_size)
-        check_memory(args.memory_gib)
+        check_export(args)
     if args.command == "check":
         check(args)
     elif args.command == "import":
@@ -177,12 +192,12 @@ def main(phase: cli.SameOnAllRanks) -> None:
 
         folder = import_model(args.model, args.out)
         print(f"{folder}: train with scripts/train_lm.py --init-from {folder}")
-    elif args.adapter:
-        export_adapter(args)
-    elif args.all_exits:
-        export_all(args)
     else:
-        export(args)
+        (export_adapter if args.adapter else export_all if args.all_exits else export)(args)
+        if args.push_to_hub is not None:
+            from ibp_deepspeed.models.hf.push import push
+
+            print(f"pushed to {push(args.out, args.push_to_hub, args.private)}")
 
 
 def run() -> None:

@@ -46,7 +46,8 @@ def config(folder: Path, rate: float) -> Path:
 
 
 def held_out_loss(model: PreTrainedModel, data: Path, micro_batches: int) -> float:
-    held_out = HeldOut(open_tokens(data, "heldout"), SEQUENCE, 2, samples=2 * micro_batches)
+    tokens = open_tokens(data, "heldout")
+    held_out = HeldOut(tokens, SEQUENCE, 2, samples=2 * micro_batches, document_masks=False)
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten()).item()
@@ -58,6 +59,7 @@ def held_out_loss(model: PreTrainedModel, data: Path, micro_batches: int) -> flo
 def test_processes_read_their_own_layers_and_change_nothing_at_rate_zero(hub: Path, data: Path, tmp_path: Path) -> None:
     """Two real stages: the last exit has the loss of the model in the folder, and the export its weights."""
     words = ["--init-from", hub, "--data", data, "--sequence-length", str(SEQUENCE), "--eval-micro-batches", "4"]
+    words += ["--no-document-masks"]
     out = tmp_path / "run"
     where = ("--deepspeed_config", config(tmp_path, 0.0), "--output", out)
     done = ranks(2, "train_lm.py", *where, *words, "--steps", "1")

@@ -98,7 +98,7 @@ def test_evaluation_agrees_with_training(trained: Path, data: Path) -> None:
     assert done.returncode == 0, done.stderr
     alone = json.loads(table.read_text())["exits"]
     assert [row["loss"] for row in alone] == pytest.approx(in_training["held_out"], rel=1e-5)
-    assert {row["tokens"] for row in alone} == {in_training["tokens"]} and in_training["tokens"] % 32 == 0
+    assert {row["tokens"] for row in alone} == {in_training["tokens"]}
 
 
 def test_torchrun_and_one_process_train_the_same(data: Path, config: Path, tmp_path: Path) -> None:

@@ -161,9 +161,14 @@ def _undisturbed() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-            with _writing():
-                yield
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.device("cpu"),
+            _writing(),
+        ):
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
