@@ -53,6 +53,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--push-to-hub", metavar="USER/NAME", help="upload what is written to the hub (default: no)")
     add("--private", action="store_true", help="--push-to-hub: a repository that is made is private")
     add("--shard-size", default="5GB", metavar="SIZE", help="of the largest safetensors file (default: %(default)s)")
+    add(
+        "--memory-gib",
+        type=float,
+        metavar="GIB",
+        help="a model that takes more than half of it in fp32 is written layer by layer (default: what is free)",
+    )
     add("--data", type=Path, metavar="DIR", help="--all-exits: held-out text (default: of the data it was trained on)")
     add("--batch-size", type=int, default=8, metavar="B", help="--all-exits: samples at once (default: %(default)s)")
     add("--max-batches", type=int, metavar="N", help="--all-exits: batches to measure (default: all held-out text)")
@@ -95,7 +101,10 @@ def check_export(args: argparse.Namespace) -> None:
     Raises:
         ModelError: a size without a unit, or a name that can be no repository's.
     """
+    from ibp_deepspeed.models.exits.memory import check_memory
+
     check_shard_size(args.shard_size)
+    check_memory(args.memory_gib)
     if args.push_to_hub is not None:
         from ibp_deepspeed.models.hf.push import check_repo
 
@@ -107,7 +116,7 @@ def export(args: argparse.Namespace) -> None:
     from ibp_deepspeed.models.exits.exits import Exits
     from ibp_deepspeed.models.hf.save import write
 
-    exits = Exits(args.checkpoint)
+    exits = Exits(args.checkpoint, memory_gib=args.memory_gib)
     parameters = write(exits, args.out, args.exit, shard_size=args.shard_size)
     report(exits, args.exit or len(exits), parameters, args.out)
 
@@ -134,7 +143,7 @@ def export_all(args: argparse.Namespace) -> None:
     from ibp_deepspeed.models.hf.model_card import story
     from ibp_deepspeed.models.hf.save import write
 
-    exits = Exits(args.checkpoint)
+    exits = Exits(args.checkpoint, memory_gib=args.memory_gib)
     folders = exits.description.folders if args.data is None else [args.data]
     if not folders:
         raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")

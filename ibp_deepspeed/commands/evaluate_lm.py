@@ -41,6 +41,12 @@ def parse_arguments() -> argparse.Namespace:
         help="that many batches, spread over the split (default: all)",
     )
     add("--device", default="cpu", help="torch device (default: %(default)s)")
+    add(
+        "--memory-gib",
+        type=float,
+        metavar="GIB",
+        help="a model that takes more than half of it is read layer by layer (default: what the device has free)",
+    )
     add("--json", type=Path, metavar="FILE", help="also write the table to this file (default: none)")
     add("--figure", type=Path, metavar="FILE", help="draw what early exit saves and costs, as a PNG (default: none)")
     return parser.parse_args()
@@ -55,7 +61,7 @@ def evaluate_exits(args: argparse.Namespace) -> tuple[Evaluation, Predictions, f
     from ibp_deepspeed.models.exits.exits import Exits
     from ibp_deepspeed.models.exits.predictions import WatchedExits
 
-    exits = Exits(args.checkpoint, args.device)
+    exits = Exits(args.checkpoint, args.device, memory_gib=args.memory_gib)
     folders = exits.description.folders if args.data is None else [args.data]
     if not folders:
         raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")
@@ -93,8 +99,10 @@ def check(args: argparse.Namespace) -> None:
     """
     from ibp_deepspeed.atomic_files import check_target
     from ibp_deepspeed.models.devices import check_device
+    from ibp_deepspeed.models.exits.memory import check_memory
 
     check_device(args.device)
+    check_memory(args.memory_gib)
     for file in (args.json, args.figure):
         if file is not None:
             check_target(file)

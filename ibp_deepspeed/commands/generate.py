@@ -49,6 +49,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     add("--device", default="cpu", help="torch device (default: %(default)s)")
+    add(
+        "--memory-gib",
+        type=float,
+        metavar="GIB",
+        help="an export that takes more than half of it stays in its files in part (default: what is free)",
+    )
     args = parser.parse_args()
     if args.draft_model is not None and args.model is None:
         parser.error("--draft-model needs --model; a checkpoint's own exits are --draft-exit")
@@ -73,7 +79,9 @@ def check(args: argparse.Namespace) -> None:
         InterlockingError: a number out of its range, or a device that is not there.
     """
     from ibp_deepspeed.models.devices import check_device
+    from ibp_deepspeed.models.exits.memory import check_memory
 
+    check_memory(args.memory_gib)
     if args.tokens < 1:
         raise InterlockingError(f"--tokens is {args.tokens}: give at least 1.")
     drafting = args.draft_exit is not None or args.draft_model is not None

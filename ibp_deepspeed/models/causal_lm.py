@@ -89,6 +89,10 @@ class CausalLM(CutModel):
             objective.depth = after / (self.num_layers - 2)
         return objective
 
+    def empty_objective(self, options: AuxHeadConfig, after: int) -> LanguageModelObjective:
+        """:meth:`objective` with its head's parameters on meta."""
+        return LanguageModelObjective(self._meta_head(options, after))
+
     def loss_fn(self, options: AuxHeadConfig | None) -> CausalLMLoss:
         """Next tokens' cross-entropy."""
         return CausalLMLoss(options.chunk_tokens if options else None)

@@ -65,6 +65,28 @@ def test_stages_without_a_loss_are_null_in_the_history_and_nowhere_else(half: Pa
     assert all(math.isfinite(event.value) for tag in found for event in events.Scalars(tag))
 
 
+def test_a_model_that_is_larger_than_the_memory(half: Path, tmp_path: Path) -> None:
+    """The same table, an export that is written layer by layer, and text with layers left in its files."""
+    where, little = ("--checkpoint", half / "checkpoint"), ("--memory-gib", 1e-3)
+    ways = [script("evaluate_lm.py", *where, "--max-batches", 2, *more).stdout for more in ((), little)]
+    assert ways[0] == ways[1] and "model" in ways[0]
+    done = script(
+        "convert_hf.py", "export", *where, "--all-exits", "--max-batches", 1, *little, "--out", tmp_path / "f"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "f" / "exit-4" / "model.safetensors.index.json").exists()
+    rows = json.loads((tmp_path / "f" / "exits.json").read_text())
+    assert [row["tokens_per_second"] for row in rows] == [None, None] and "| – |" in done.stdout
+    greedy = ("generate.py", "--temperature", 0, "--tokens", 4)
+    whole = script(*greedy, *where)
+    assert script(*greedy, "--model", tmp_path / "f" / "exit-4", *little).stdout == whole.stdout != ""
+    assert script(*greedy, "--model", tmp_path / "f", *little).stdout == whole.stdout
+    assert_one_sentence(script(*greedy, *where, *little), "takes more than half of 0.001 GiB (--memory-gib): write it")
+    for name in (("evaluate_lm.py", *where), ("convert_hf.py", "export", *where, "--out", tmp_path / "no"), greedy[:1]):
+        source = where if name == greedy[:1] else ()
+        assert_one_sentence(script(*name, *source, "--memory-gib", 0), "--memory-gib is 0: give more than 0")
+
+
 def test_exits_that_there_are_and_are_not(half: Path, tmp_path: Path) -> None:
     where, table = ("--checkpoint", half / "checkpoint"), tmp_path / "exits.json"
     picture = tmp_path / "early.png"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ibp_deepspeed.commands.inference.offloading import check_draft, check_held, is_offloaded, options
 from ibp_deepspeed.errors import InterlockingError, first_line
 
 
@@ -48,10 +49,13 @@ def load(args: argparse.Namespace) -> Loaded:
                     f"{name} {value} asks for an exit, and {args.model} is one model: give the folder that "
                     "convert_hf.py export --all-exits wrote, or a --checkpoint."
                 )
-        model, shared, tokenizer = from_folder(args.model), None, args.model
+        model, shared, tokenizer = _fitting(args.model, args), None, args.model
         draft = None if args.draft_model is None else from_folder(args.draft_model)
-    model.eval().to(args.device)
+    model.eval()
+    if not is_offloaded(model):
+        model.to(args.device)
     if draft is not None:
+        check_draft(model)
         draft.eval().to(args.device)
     return Loaded(model, draft, shared, load_tokenizer(tokenizer))
 
@@ -60,10 +64,12 @@ def _from_checkpoint(args: argparse.Namespace) -> tuple[Any, Any, int | None, An
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from ibp_deepspeed.models.exits.exits import Exits
 
-    exits = Exits(args.checkpoint)
+    exits = Exits(args.checkpoint, args.device, memory_gib=args.memory_gib)
     last, tokenizer = args.exit or len(exits), exits.checkpoint.tokenizer
     if tokenizer is None:
         raise InterlockingError(f"{exits.folder} has no tokenizer, nor has the data it was trained on.")
+    exits.check(last)
+    check_held(exits)
     draft = shared = None
     if args.draft_exit is not None:
         exits.check(args.draft_exit)
@@ -82,7 +88,7 @@ def _from_family(family: Any, args: argparse.Namespace) -> tuple[Any, Any, int |
         draft = family.load(args.draft_exit)
     elif args.draft_model is not None:
         draft = from_folder(args.draft_model)
-    return family.load(last), draft, shared, family.path(last)
+    return _fitting(str(family.path(last)), args), draft, shared, family.path(last)
 
 
 def _check_smaller(draft: int, last: int) -> None:
@@ -90,8 +96,12 @@ def _check_smaller(draft: int, last: int) -> None:
         raise InterlockingError(f"--draft-exit {draft} drafts for exit {last}: give a smaller one.")
 
 
-def from_folder(folder: str) -> Any:
-    """The model in a Hugging Face folder, or of a name on the hub.
+def _fitting(folder: str, args: argparse.Namespace) -> Any:
+    return from_folder(folder, **options(Path(folder), args.device, args.memory_gib))
+
+
+def from_folder(folder: str, **more: Any) -> Any:
+    """The model in a Hugging Face folder, or of a name on the hub; ``more``: for ``from_pretrained``.
 
     Raises:
         InterlockingError: there is none, or it is damaged.
@@ -105,7 +115,7 @@ def from_folder(folder: str) -> Any:
     if Path(folder).exists() and not (Path(folder) / "config.json").exists():
         raise InterlockingError(f"{folder} is no exported model: run scripts/convert_hf.py export first.")
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, config=load_config(folder), trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(folder, config=load_config(folder), trust_remote_code=False, **more)
     except InterlockingError:
         raise
     except Exception as error:  # damaged files raise many kinds

@@ -60,12 +60,12 @@ class WatchedExits:
         before = [self._exits.depth(exit_) - inner for exit_, inner in zip(self._seen, in_heads, strict=True)]
         return Predictions(list(self._seen), before, in_heads, tokens, confidences, losses, torch.cat(self._labels))
 
-    def _watch(self, outputs: dict[int, LazyLogits], labels: Tensor) -> None:
+    def _watch(self, exit_: int, made: LazyLogits, labels: Tensor) -> None:
         counted = labels != -100
-        self._labels.append(labels[counted].cpu())
-        for exit_, made in outputs.items():
-            of_counted = LazyLogits(made.hidden[counted], made.readout, ())
-            self._seen[exit_].append(predict(of_counted, labels[counted]))
+        if exit_ == len(self._exits):  # every micro-batch comes once with every exit
+            self._labels.append(labels[counted].cpu())
+        of_counted = LazyLogits(made.hidden[counted], made.readout, ())
+        self._seen[exit_].append(predict(of_counted, labels[counted]))
 
 
 @torch.no_grad()

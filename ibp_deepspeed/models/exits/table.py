@@ -21,13 +21,16 @@ _TIMED_MICRO_BATCHES = 16
 def measure(exits: Exits, held_out: HeldOut) -> Iterator[dict[str, Any]]:
     """For each exit, the number, held-out loss in nats per token, perplexity and tokens/s of a forward pass with loss.
 
+    The speed is None where layers are read anew in every pass, which would be what is timed.
+
     Args:
         exits: of a checkpoint.
         held_out: what the losses are measured on; speed is on its first micro-batches.
     """
     for row in evaluate(exits, held_out, show=True).rows():
+        speed = None if exits.is_streamed else _speed(exits, row["exit"], held_out)
         layers = {"layers": exits.depth(row["exit"]), "shared_layers": exits.shared_layers(row["exit"])}
-        yield {**row, **layers, "tokens_per_second": _speed(exits, row["exit"], held_out)}
+        yield {**row, **layers, "tokens_per_second": speed}
 
 
 @torch.no_grad()
@@ -51,9 +54,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        layers = row["layers"]
+        layers, speed = row["layers"], row["tokens_per_second"]
         lines.append(
             f"| {row['exit']} | {layers} | {row['parameters']:,} | {row['perplexity']:.3f} | "
-            f"{row['tokens_per_second']:,.0f} |"
+            f"{'–' if speed is None else format(speed, ',.0f')} |"
         )
     return "\n".join(lines) + "\n"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -42,21 +43,29 @@ def assemble(hf_config: PretrainedConfig, state: Mapping[int, Mapping[str, Tenso
 
 
 def exit_parts(
-    hf_config: PretrainedConfig, below: Sequence[Mapping[str, Tensor]], head: ExitLayers
-) -> tuple[PretrainedConfig, dict[int, Mapping[str, Tensor]]]:
+    hf_config: PretrainedConfig, below: Iterator[Mapping[str, Tensor]], layers: int, head: ExitLayers
+) -> tuple[PretrainedConfig, Iterator[Mapping[str, Tensor]]]:
     """What :func:`assemble` makes a smaller model of.
 
     Args:
         hf_config: of the whole model.
         below: state dicts of the embedding and the decoder layers before the head.
+        layers: how many these are.
         head: as layers of the model.
 
     Returns:
-        config of the smaller model, states of its pipeline layers in the dtype of ``below``.
+        config of the smaller model, states of its pipeline layers in the dtype of ``below``, each as it is taken.
     """
-    dtype = next(tensor.dtype for tensor in below[0].values() if tensor.is_floating_point())
-    cast = [{name: tensor.to(dtype) for name, tensor in part.items()} for part in head.states]
-    return with_layers(hf_config, [*range(len(below) - 1), *head.kinds]), dict(enumerate([*below, *cast]))
+
+    def states() -> Iterator[Mapping[str, Tensor]]:
+        dtypes: list[torch.dtype] = []
+        for state in below:
+            dtypes += [tensor.dtype for tensor in state.values() if tensor.is_floating_point()][:1]
+            yield state
+        for part in head.states:
+            yield {name: tensor.to(dtypes[0]) for name, tensor in part.items()}
+
+    return with_layers(hf_config, [*range(layers - 1), *head.kinds]), states()
 
 
 def model_key(shell: Shell, index: int, key: str) -> str:
@@ -89,6 +98,11 @@ def _loaded(hf_config: PretrainedConfig, weights: dict[str, Tensor]) -> PreTrain
             f"of another shape {misfits}"
         )
     model.load_state_dict(weights, assign=True)
+    return as_exported(model)
+
+
+def as_exported(model: PreTrainedModel) -> PreTrainedModel:
+    """With what goes beside the weights set for use, in eval mode."""
     model.config.use_cache = True
     if model.generation_config is not None:  # made of the config; generating without a cache takes three times as long
         model.generation_config.use_cache = True

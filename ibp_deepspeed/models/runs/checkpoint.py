@@ -81,6 +81,13 @@ class Checkpoint:
         """Of the weights as they were trained."""
         return torch.bfloat16 if is_enabled(self.description.settings, "bf16") else torch.float32
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the weights as they are in the files; of a base model with adapters, as they were trained."""
+        if self.adapters is not None:
+            return self.dtype
+        return next((t.dtype for t in self.stored_state(0).values() if t.is_floating_point()), self.dtype)
+
     @cached_property
     def _base(self) -> CausalLM:
         """The model that the adapters belong to."""
@@ -112,6 +119,10 @@ class Checkpoint:
         """The state dict of the head before layer ``boundary``, None if there is none."""
         path = self.folder / layout.aux_head(boundary)
         return read(path) if path.exists() else None
+
+    def has_head(self, boundary: int) -> bool:
+        """Whether there is a head before layer ``boundary``."""
+        return (self.folder / layout.aux_head(boundary)).exists()
 
     @property
     def tokenizer(self) -> Path | None:
