@@ -72,6 +72,17 @@ class LogitsBeside(LazyLogits):
     states: Tensor
     beside: nn.Module
 
+    @classmethod
+    def of(cls, outputs: object, objective: str) -> LogitsBeside:
+        """A head's outputs, for an objective that needs these.
+
+        Raises:
+            InterlockingError: the head gives no hidden states beside its logits.
+        """
+        if not isinstance(outputs, cls):
+            raise InterlockingError(f'"aux_head.objective" {objective} needs heads of a cut language model.')
+        return outputs
+
 
 def chunked_cross_entropy(
     logits: LazyLogits, labels: Tensor, *, chunk_tokens: int, ignore_index: int = -100, smoothing: float = 0.0

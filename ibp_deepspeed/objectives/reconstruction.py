@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.config.objectives import ReconstructionOptions
-from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss, LogitsBeside
 from ibp_deepspeed.objectives.head import LossFn, Objective
 
@@ -54,8 +53,7 @@ class Reconstruction(Objective):
         """
         where = {"batch": batch, "micro_batch": micro_batch, "index": index}
         prediction = super().training_loss(outputs, labels, target=target, **where)
-        if not isinstance(outputs, LogitsBeside):
-            raise InterlockingError(f'"aux_head.objective" {self.name} needs heads of a cut language model.')
+        outputs = LogitsBeside.of(outputs, self.name)
         decoded, inputs = outputs.beside(outputs.states), inputs_of(labels)
         if self.positions is not None:
             decoded, inputs = self.positions.select(decoded, inputs, batch, index)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.config.objectives import PredSimOptions
-from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.objectives.cross_entropy import LogitsBeside
 from ibp_deepspeed.objectives.head import LossFn, Objective
 from ibp_deepspeed.rng import generator_of
@@ -47,8 +46,7 @@ class PredSim(Objective):
         """
         where = {"batch": batch, "micro_batch": micro_batch, "index": index}
         prediction = super().training_loss(outputs, labels, target=target, **where)
-        if not isinstance(outputs, LogitsBeside):
-            raise InterlockingError(f'"aux_head.objective" {self.name} needs heads of a cut language model.')
+        outputs = LogitsBeside.of(outputs, self.name)
         drawn = self.drawn(labels.numel(), **where).to(labels.device)
         states = outputs.beside(outputs.states.flatten(0, -2)[drawn])
         similarity = similarity_loss(states, labels.flatten()[drawn], outputs.vocabulary)
