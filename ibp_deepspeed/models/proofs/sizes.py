@@ -100,7 +100,7 @@ def _attention(values: Mapping[str, Any], head: int) -> dict[str, int]:
     own_head = values.get("head_dim")
     fills = not isinstance(own_head, int) or not isinstance(heads, int) or own_head * heads == hidden
     few = 2 if isinstance(keys, int) and isinstance(heads, int) and 1 < keys < heads else _HEADS
-    width = _HEADS * head
+    width = (min(heads, _HEADS) if isinstance(heads, int) else _HEADS) * head
     return {
         "hidden_size": width,
         **dict.fromkeys(("num_attention_heads", "decoder_attention_heads", "encoder_attention_heads"), _HEADS),
