@@ -12,6 +12,10 @@ TRUNK_NORM = "gradient norm of trunk"
 HEAD_NORM = "gradient norm of head"
 COSINE = "cosine of own and received gradient"
 LEARNING_RATE = "learning rate"
+LATE_LOSS = "late loss"
+"""Of a head with the next exit's late targets, as it is minimised."""
+LATE_BYTES = "late targets (bytes)"
+"""Of one batch, that came to the stage."""
 WAITING = "waiting (share of time)"
 WAITING_FOR = {
     "activations": "waiting for activations (share of time)",

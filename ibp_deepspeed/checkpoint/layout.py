@@ -18,6 +18,7 @@ GENERATION = "generation_config.json"
 DATA_POSITION = "data_position.json"
 SHARED_READOUT = "shared_readout-model_states.pt"
 """Copies of the last stage's LM head that were taken and not yet used."""
+ANY_LATE_TARGETS = "late_targets_*"
 ANY_AUX_HEAD = "aux_head_*"
 ANY_RANDOM_STATE = "random_states_*.pt"
 _REPLACED = ".replaced"
@@ -68,6 +69,11 @@ def find_layer(folder: Path, index: int) -> Path | None:
 def aux_head(boundary: int) -> str:
     """The state dict of the head that stands before layer ``boundary``."""
     return f"aux_head_{boundary:02d}-model_states.pt"
+
+
+def late_targets(replica: int, index: int) -> str:
+    """States and targets of a stage's head that were not yet used, of a replica's data."""
+    return f"late_targets_{replica}_{index:02d}-model_states.pt"
 
 
 def stage(index: int) -> str:

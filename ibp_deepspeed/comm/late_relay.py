@@ -19,6 +19,8 @@ from ibp_deepspeed.errors import InterlockingError, PeerLostError, first_line
 
 Copy = tuple[int, list[Tensor]]
 _END = -1  # in the place of a batch: no copy follows
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+_DIMENSIONS = 6
 
 
 class LateRelay:
@@ -28,7 +30,7 @@ class LateRelay:
         group: a gloo group that this pipeline is in, for such ways alone.
         ranks: stage → global rank, of the stages on the way, rising; the last of them sends, the others receive.
         stage: this one.
-        like: tensors of the shapes and dtypes of a copy.
+        like: tensors of the shapes and dtypes of a copy; None: each copy says them first.
         what: travels, in errors.
         tag: of the messages, another one for each way between the same ranks.
     """
@@ -38,7 +40,7 @@ class LateRelay:
         group: dist.ProcessGroup,
         ranks: Mapping[int, int],
         stage: int,
-        like: Sequence[Tensor],
+        like: Sequence[Tensor] | None,
         *,
         what: str,
         tag: int = 0,
@@ -50,7 +52,7 @@ class LateRelay:
         self._behind = stage if self._is_last else stages[stages.index(stage) + 1]
         self._from = ranks[self._behind]
         self._to = ranks[stages[stages.index(stage) - 1]]
-        self._like = [tensor.to("meta") for tensor in like]
+        self._like = None if like is None else [tensor.to("meta") for tensor in like]
         self._given: queue.SimpleQueue[Copy] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[Copy | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"{what} of stage {stage}", daemon=True)
@@ -109,10 +111,20 @@ class LateRelay:
     def _receive(self) -> Copy:
         batch = torch.empty(1, dtype=torch.int64)
         self._receive_into(batch)
-        copy = [] if batch.item() == _END else [torch.empty_like(tensor, device="cpu") for tensor in self._like]
+        copy = [] if batch.item() == _END else self._empty()
         for tensor in copy:
             self._receive_into(tensor)
         return int(batch), copy
+
+    def _empty(self) -> list[Tensor]:
+        """Of the next copy's shapes."""
+        if self._like is not None:
+            return [torch.empty_like(tensor, device="cpu") for tensor in self._like]
+        count = torch.empty(1, dtype=torch.int64)
+        self._receive_into(count)
+        said = torch.empty(int(count), 2 + _DIMENSIONS, dtype=torch.int64)
+        self._receive_into(said)
+        return [torch.empty(row[2 : 2 + row[1]], dtype=_DTYPES[row[0]]) for row in said.tolist()]
 
     def _receive_into(self, tensor: Tensor) -> None:
         work = dist.irecv(tensor, self._from, group=self.group, tag=self.tag)
@@ -123,7 +135,14 @@ class LateRelay:
         if not self._below_listens:
             return
         try:
-            for tensor in [torch.tensor([batch]), *copy]:
+            said = [] if self._like is not None or batch == _END else _shapes(copy)
+            for tensor in [torch.tensor([batch]), *said, *copy]:
                 dist.send(tensor, self._to, group=self.group, tag=self.tag)
         except RuntimeError:
             self._below_listens = False  # it has ended: if too early, the channels say so
+
+
+def _shapes(copy: Sequence[Tensor]) -> list[Tensor]:
+    """What is sent before the tensors of a copy: their number, and of each its dtype and shape."""
+    rows = [[_DTYPES.index(t.dtype), t.dim(), *t.shape, *[0] * (_DIMENSIONS - t.dim())] for t in copy]
+    return [torch.tensor([len(copy)]), torch.tensor(rows, dtype=torch.int64)]

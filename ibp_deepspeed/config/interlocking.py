@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ibp_deepspeed.config.objectives import CrossEntropyOptions, ObjectiveOptions, objective_options
+from ibp_deepspeed.config.objectives import LATE, CrossEntropyOptions, ObjectiveOptions, objective_options
 from ibp_deepspeed.errors import ConfigError
 
 Mode = Literal["furthest", "window", "sum"]
@@ -70,7 +70,24 @@ class AuxHeadConfig(BaseModel):
             raise ValueError("negatives and label_smoothing don't go together: soft targets are of all tokens")
         if "negatives_by" in self.model_fields_set and self.negatives is None:
             raise ValueError("negatives_by is for negatives, of which no number is given")
+        self._check_late_targets()
         return self
+
+    def _check_late_targets(self) -> None:
+        if not isinstance(self.objective, LATE):
+            return
+        name = self.objective.name
+        if self.blocks or self.borrow:
+            key = "blocks" if self.blocks else "borrow"
+            raise ValueError(
+                f"{key} and {name} don't go together: it keeps some positions of a row, layers need all of them"
+            )
+        if self.negatives is not None:
+            raise ValueError(f"negatives and {name} don't go together: what the next exit says is of all tokens")
+        if self.readout != "private" and name == "local_critic":
+            raise ValueError(
+                f'local_critic is for readout "private", of "{self.readout}" it could train the norm alone'
+            )
 
     def delay(self, stages: int, micro_batches: int) -> int:
         """Batches between a copy of the last stage's LM head and its use, on K stages with M micro-batches."""

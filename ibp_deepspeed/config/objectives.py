@@ -45,11 +45,53 @@ class ReconstructionOptions(_Options):
     """λ of the reconstruction at the model's first layer; it falls to 0 at the last, in proportion to depth."""
 
 
-ObjectiveOptions = CrossEntropyOptions | LabelSmoothingOptions | PredSimOptions | ReconstructionOptions
+class DistillationOptions(_Options):
+    """Prediction, and some batches later what the next exit predicted."""
 
-_KINDS = (CrossEntropyOptions, LabelSmoothingOptions, PredSimOptions, ReconstructionOptions)
+    name: Literal["distillation"] = "distillation"
+    weight: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    """λ of the divergence from the next exit's prediction; cross-entropy has 1."""
+    top: int = Field(default=32, ge=1)
+    """The likeliest tokens of the next exit that are told apart; all others count as one."""
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """τ: both exits' logits are divided by it, and the divergence is multiplied by τ²."""
+    tokens: int = Field(default=256, ge=1)
+    """Most positions of a micro-batch that the next exit's prediction is taken at, another draw for each batch."""
+    delay: int | None = Field(default=None, ge=1)
+    """Batches between a forward pass and the divergence; None: the least that no stage waits for."""
+
+
+class LocalCriticOptions(_Options):
+    """Heads that estimate the next exit's loss."""
+
+    name: Literal["local_critic"] = "local_critic"
+    tokens: int = Field(default=256, ge=1)
+    """Most positions of a micro-batch that the next exit's loss is taken at, another draw for each batch."""
+    delay: int | None = Field(default=None, ge=1)
+    """Batches between a forward pass and the critic's loss; None: the least that no stage waits for."""
+
+
+ObjectiveOptions = (
+    CrossEntropyOptions
+    | LabelSmoothingOptions
+    | PredSimOptions
+    | ReconstructionOptions
+    | DistillationOptions
+    | LocalCriticOptions
+)
+
+_KINDS = (
+    CrossEntropyOptions,
+    LabelSmoothingOptions,
+    PredSimOptions,
+    ReconstructionOptions,
+    DistillationOptions,
+    LocalCriticOptions,
+)
 OBJECTIVES: dict[str, type[ObjectiveOptions]] = {kind.model_fields["name"].default: kind for kind in _KINDS}
 """By name."""
+LATE = (DistillationOptions, LocalCriticOptions)
+"""Those with late targets."""
 WITH_PARAMETERS = (PredSimOptions, ReconstructionOptions)
 """Those whose heads have parameters beside those of the LM head."""
 

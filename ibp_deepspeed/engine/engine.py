@@ -30,6 +30,7 @@ from ibp_deepspeed.measures import Report
 from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
 from ibp_deepspeed.schedule.validate import ScheduleMaker, validated_timeline
+from ibp_deepspeed.stage.late_answers import LateAnswers
 from ibp_deepspeed.stage.late_parts import LatePart
 from ibp_deepspeed.stage.losses import StageLosses
 from ibp_deepspeed.stage.meters import StageMeters
@@ -77,7 +78,10 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self._set_schedule()
         self.links = StageLinks(self.grid, self.device, self._channel_depth)
         self._readouts = ReadoutCopies.from_config(interlocking, self.module, self.grid, self.micro_batches)
-        self._late: list[LatePart] = [part for part in (self._readouts,) if part is not None]
+        self._answers = LateAnswers.from_module(
+            self.module, self.grid, self.micro_batches, self.device, self._learn_late
+        )
+        self._late: list[LatePart] = [part for part in (self._readouts, self._answers) if part is not None]
         self._checkpoints = EngineCheckpoints(self, self._late)
         self._losses = StageLosses(self.grid, self.device)
         self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
@@ -168,6 +172,8 @@ class InterlockedPipelineEngine(ExecutingEngine):
             for part in self._late:
                 part.begin_batch(self.global_steps)
             self._exec_schedule(self._schedule)
+            if self._answers is not None:
+                self._answers.end_batch()
             self.position.at("the mean of its losses")
             losses = self._losses.means(self.module.losses)
             if not self.interlocking.streaming:
@@ -210,6 +216,11 @@ class InterlockedPipelineEngine(ExecutingEngine):
         if self._readouts is None or self._readouts.rule is None:
             return 0
         return self._readouts.refresh_bytes
+
+    @property
+    def late_bytes(self) -> int:
+        """Bytes of the newest batch's late targets that came to this stage; 0 if none do."""
+        return 0 if self._answers is None else self._answers.received_bytes
 
     @property
     def data_parallel_rank(self) -> int:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
 
+from ibp_deepspeed import measures
 from ibp_deepspeed.batches import position_ids, to_device, unpack
 from ibp_deepspeed.comm.message import TensorSpec
 from ibp_deepspeed.comm.stage_links import StageLinks
@@ -22,6 +24,7 @@ from ibp_deepspeed.engine.watchdog import Position
 from ibp_deepspeed.errors import BatchError
 from ibp_deepspeed.schedule import instructions
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
+from ibp_deepspeed.stage.late_answers import LateAnswers
 from ibp_deepspeed.stage.losses import StageLosses
 from ibp_deepspeed.stage.meters import StageMeters
 from ibp_deepspeed.stage.micro_batch import MicroBatchInFlight
@@ -53,6 +56,7 @@ class ExecutingEngine(CheckpointingEngine):
     _meters: StageMeters
     _reporting: Reporting
     _ledger: SampleLedger
+    _answers: LateAnswers | None
     _recompute: bool
     _borrowed: int
     """Layers of this stage before a head."""
@@ -114,8 +118,10 @@ class ExecutingEngine(CheckpointingEngine):
             self.position.awaits_credit = False
         micro.forward(input_gradient_follows=self._schedule.tables[micro_batch].input_gradient_follows)
         if micro.side is not None:
-            self._reporting.side_loss(micro.side)
+            self._reporting.measured(micro.side.name, micro.side.value)
         if self.is_last_stage():
+            if self._answers is not None:
+                self._answers.micro_batch(self.stage_id, None, micro.outputs, micro.labels)
             micro.outputs = self.module.objectives[self.stage_id].loss(micro.outputs, micro.labels)
             self._losses.add(self.stage_id, micro.outputs)
             micro.output_gradients[self.stage_id] = torch.full_like(micro.outputs, 1 / self.micro_batches)
@@ -138,6 +144,8 @@ class ExecutingEngine(CheckpointingEngine):
         hidden = read.detach().requires_grad_(loss in table.used)
         with reading(micro.documents):
             outputs = objective.outputs(hidden)
+        if self._answers is not None:
+            self._answers.micro_batch(loss, hidden, outputs, micro.labels)
         where = {"batch": self.global_steps, "micro_batch": micro_batch, "index": loss}
         value = objective.training_loss(outputs, micro.labels, **where)
         self._losses.add(loss, value)
@@ -148,6 +156,13 @@ class ExecutingEngine(CheckpointingEngine):
             gradients[loss] = hidden.grad
         if loss not in table.crosses:
             micro.drop_graph()
+
+    def _learn_late(self, loss: Tensor, micro_batches: int) -> None:
+        """Add a head's gradient of a loss whose targets came late to those of the batch at hand."""
+        self._reporting.measured(measures.LATE_LOSS, loss)
+        if loss.requires_grad:
+            with self._accumulating():
+                (loss / micro_batches).backward()
 
     def _exec_recv_grads(self, buffer_id: int, micro_batch: int, loss: int) -> None:
         micro = self._in_flight(buffer_id)

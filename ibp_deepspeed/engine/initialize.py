@@ -156,21 +156,13 @@ def _configure(
     """Let the module know what the configuration says of its heads.
 
     Raises:
-        ModuleError: that moves heads whose parameters somebody has taken already, or a head needs what nobody sends.
+        ModuleError: that moves heads whose parameters somebody has taken already.
     """
     taken = model_parameters is not None or isinstance(optimizer, torch.optim.Optimizer)
     if model.configure(interlocking) and taken:
         raise ModuleError(
             '"interlocking.aux_head.borrow" moves the heads, whose parameters were taken from the module before: give '
             "the interlocking block to InterlockedPipelineModule."
-        )
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, {loss: objective.needs.target for loss, objective in model.objectives.items()})
-    wanted = {loss: target for row in seen for loss, target in row.items() if target is not None}
-    for loss, target in sorted(wanted.items()):  # the same sentence on all ranks
-        raise ModuleError(
-            f"the objective of stage {loss} needs exit {target} as a target, which no schedule sends: train it in one "
-            "process (VirtualPipeline)."
         )
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ibp_deepspeed import measures
 from ibp_deepspeed.comm.report_board import ReportBoard
-from ibp_deepspeed.objectives.side_loss import SideLoss
 from ibp_deepspeed.stage.meters import Agreement, StageMeters
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Reporting:
         self._reports: deque[measures.Report] = deque(maxlen=_KEPT)
         self._at_the_step: dict[str, Tensor | float] = {}
         self._agreement: Agreement | None = None
-        self._side: dict[str, list[Tensor]] = {}
+        self._beside: dict[str, list[Tensor]] = {}
 
     @property
     def is_due(self) -> bool:
@@ -55,12 +54,12 @@ class Reporting:
         """Decide whether own and received gradients are compared in this batch."""
         due = _is_due(self._engine.global_steps + 1, self._engine.interlocking.cosine_interval)
         self._agreement = Agreement(self._engine.device) if due else None
-        self._side = {}
+        self._beside = {}
 
-    def side_loss(self, side: SideLoss) -> None:
-        """A loss of the stage's own, of a micro-batch."""
+    def measured(self, name: str, value: Tensor) -> None:
+        """A loss of a micro-batch beside that of the exit, a scalar."""
         if self.is_due:
-            self._side.setdefault(side.name, []).append(side.value.detach())
+            self._beside.setdefault(name, []).append(value.detach())
 
     def before_update(self, micro: MicroBatchInFlight, weights: Mapping[int, float]) -> None:
         """All gradients of the stage's output are there, whose ``weights`` are those of the trunk's gradient."""
@@ -73,7 +72,9 @@ class Reporting:
             self._at_the_step[measures.COSINE] = self._cosine(self._agreement)
         if not self.is_due:
             return
-        self._at_the_step |= {name: self._mean(torch.stack(values).mean()) for name, values in self._side.items()}
+        self._at_the_step |= {name: self._mean(torch.stack(values).mean()) for name, values in self._beside.items()}
+        if self._engine.late_bytes:
+            self._at_the_step[measures.LATE_BYTES] = float(self._engine.late_bytes)
         module = self._engine.module
         self._at_the_step[measures.TRUNK_NORM] = _norm(module.trunk_parameters())
         if module.aux_head is not None:

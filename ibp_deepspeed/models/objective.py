@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ibp_deepspeed.models.layers import AuxiliaryHead
+from ibp_deepspeed.objectives.distillation import Distillation
 from ibp_deepspeed.objectives.head import ExitLayers, Objective
 from ibp_deepspeed.objectives.label_smoothing import LabelSmoothing
+from ibp_deepspeed.objectives.local_critic import LocalCritic
 from ibp_deepspeed.objectives.reconstruction import Reconstruction
 from ibp_deepspeed.objectives.similarity import PredSim
 
@@ -37,7 +39,24 @@ class SmoothedObjective(LabelSmoothing, LanguageModelObjective):
     """With soft targets."""
 
 
+class DistilledObjective(Distillation, LanguageModelObjective):
+    """With what the next exit predicted."""
+
+
+class CriticObjective(LocalCritic, LanguageModelObjective):
+    """As a critic."""
+
+
 def of_name(name: str) -> type[LanguageModelObjective]:
     """The class of one of ``config.objectives.OBJECTIVES``."""
-    kinds = (LanguageModelObjective, SmoothedObjective, PredSimObjective, ReconstructingObjective)
-    return {kind.name: kind for kind in kinds}[name]
+    return {kind.name: kind for kind in _KINDS}[name]
+
+
+_KINDS = (
+    LanguageModelObjective,
+    SmoothedObjective,
+    PredSimObjective,
+    ReconstructingObjective,
+    DistilledObjective,
+    CriticObjective,
+)

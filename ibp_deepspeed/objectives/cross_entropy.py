@@ -55,10 +55,6 @@ class LazyLogits:
         rows = self.hidden.reshape(-1, self.hidden.shape[-1])
         return (self.readout(rows[part]) for part in _chunks(rows.shape[0], _default_chunk(self)))
 
-    def detach(self) -> LazyLogits:
-        """The same logits, through which no gradient flows."""
-        return LazyLogits(self.hidden.detach(), lambda rows: self.readout(rows).detach(), ())
-
 
 @dataclass(frozen=True, eq=False)
 class LogitsBeside(LazyLogits):

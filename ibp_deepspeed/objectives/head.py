@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.objectives.evaluation import weight_of
+from ibp_deepspeed.objectives.late_targets import LateTargets
 from ibp_deepspeed.objectives.sampled_softmax import NegativeSample
 from ibp_deepspeed.objectives.shared_readout import head_readout
 from ibp_deepspeed.objectives.token_sampling import TokenSample
@@ -33,12 +34,12 @@ class Needs:
     Attributes:
         readout: whether its module has a copy of the last stage's LM head, kept up to date or as it was at the start.
         borrow: layers of the next stage before its module, which then stands there.
-        target: the exit whose outputs, detached, its loss is given as ``target`` (an index of a later stage).
+        late: what it wants to know of the next exit, some batches later, for :meth:`Objective.late_loss`.
     """
 
     readout: Literal["shared", "frozen"] | None = None
     borrow: int = 0
-    target: int | None = None
+    late: LateTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Objective:
     Args:
         module: a_k, applied to h_k (with borrowed layers to what they give).
         loss_fn: its loss; None: the pipeline's.
-        target: see :class:`Needs`.
+        late: see :class:`Needs`.
 
     Attributes:
         name: that ``"aux_head.objective"`` asks for it by.
@@ -72,9 +73,9 @@ class Objective:
 
     name = "cross_entropy"
 
-    def __init__(self, module: nn.Module, loss_fn: LossFn | None = None, *, target: int | None = None) -> None:
+    def __init__(self, module: nn.Module, loss_fn: LossFn | None = None, *, late: LateTargets | None = None) -> None:
         self.module, self.loss_fn = module, loss_fn
-        self.needs = Needs(target=target)
+        self.needs = Needs(late=late)
         self.positions: TokenSample | None = None
         self.negatives: NegativeSample | None = None
         self.token_counts: Tensor | None = None
@@ -95,7 +96,7 @@ class Objective:
                     f"as {type(self).__name__} has a loss of its own, leave the key out."
                 )
             readout = None if options.readout == "private" else options.readout
-            self.needs = Needs(readout, options.borrow, self.needs.target)
+            self.needs = Needs(readout, options.borrow, self.needs.late)
             self.positions = TokenSample.from_options(options)
             self.negatives = NegativeSample.from_options(options, self.token_counts)
         return self
@@ -104,19 +105,27 @@ class Objective:
         """What the loss takes: a tensor, or :class:`~ibp_deepspeed.objectives.cross_entropy.LazyLogits`."""
         return self.module(hidden)
 
-    def loss(self, outputs: Any, labels: Any, target: Any = None) -> Tensor:
-        """A scalar, with its graph; ``target``: see :class:`Needs`."""
+    def loss(self, outputs: Any, labels: Any) -> Tensor:
+        """A scalar, with its graph."""
         return outputs if self.loss_fn is None else self.loss_fn(outputs, labels)
 
-    def training_loss(
-        self, outputs: Any, labels: Any, *, batch: int, micro_batch: int, index: int, target: Any = None
-    ) -> Tensor:
+    def training_loss(self, outputs: Any, labels: Any, *, batch: int, micro_batch: int, index: int) -> Tensor:
         """Loss ``index`` of a micro-batch (both counted from 0), at the positions and over the tokens that it takes."""
         if self.positions is not None:
             outputs, labels = self.positions.select(outputs, labels, batch, index)
         if self.negatives is None:
-            return self.loss(outputs, labels, target)
+            return self.loss(outputs, labels)
         return self.negatives.cross_entropy(outputs, labels, batch=batch, micro_batch=micro_batch, loss=index)
+
+    def late_loss(self, states: Tensor, labels: Tensor, targets: list[Tensor]) -> Tensor:
+        """What trains the module besides, for objectives that have ``needs.late``: a scalar, with its graph.
+
+        Args:
+            states: that the module was given some batches ago, at some positions of a micro-batch, [t, H], detached.
+            labels: of these positions, [t, …].
+            targets: what the next exit said there, [t, …] each.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} wants late targets and has no late_loss")
 
     def measure(self, outputs: Any, labels: Any) -> Tensor:
         """What evaluations report, at all positions: a scalar."""

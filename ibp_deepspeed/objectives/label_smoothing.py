@@ -25,6 +25,6 @@ class LabelSmoothing(Objective):
             self._soft = CausalLMLoss(options.chunk_tokens, options.objective.smoothing)
         return self
 
-    def loss(self, outputs: Any, labels: Any, target: Any = None) -> Tensor:
+    def loss(self, outputs: Any, labels: Any) -> Tensor:
         """The mean over labels that count, of full or lazy logits."""
         return self._soft(outputs, labels)

@@ -43,16 +43,14 @@ class Reconstruction(Objective):
         """λ."""
         return self._weight * (1 - self.depth)
 
-    def training_loss(
-        self, outputs: Any, labels: Any, *, batch: int, micro_batch: int, index: int, target: Any = None
-    ) -> Tensor:
+    def training_loss(self, outputs: Any, labels: Any, *, batch: int, micro_batch: int, index: int) -> Tensor:
         """Overrides Objective's; both parts are at the same positions, the prediction over the tokens that it takes.
 
         Raises:
             InterlockingError: the head gives no hidden states beside its logits.
         """
         where = {"batch": batch, "micro_batch": micro_batch, "index": index}
-        prediction = super().training_loss(outputs, labels, target=target, **where)
+        prediction = super().training_loss(outputs, labels, **where)
         outputs = LogitsBeside.of(outputs, self.name)
         decoded, inputs = outputs.beside(outputs.states), inputs_of(labels)
         if self.positions is not None:

@@ -36,16 +36,14 @@ class PredSim(Objective):
             self._options, self._seed = options.objective, options.aux_tokens_seed
         return self
 
-    def training_loss(
-        self, outputs: Any, labels: Any, *, batch: int, micro_batch: int, index: int, target: Any = None
-    ) -> Tensor:
+    def training_loss(self, outputs: Any, labels: Any, *, batch: int, micro_batch: int, index: int) -> Tensor:
         """Overrides Objective's; the prediction is at the positions and over the tokens that it takes.
 
         Raises:
             InterlockingError: the head gives no hidden states beside its logits.
         """
         where = {"batch": batch, "micro_batch": micro_batch, "index": index}
-        prediction = super().training_loss(outputs, labels, target=target, **where)
+        prediction = super().training_loss(outputs, labels, **where)
         outputs = LogitsBeside.of(outputs, self.name)
         drawn = self.drawn(labels.numel(), **where).to(labels.device)
         states = outputs.beside(outputs.states.flatten(0, -2)[drawn])

@@ -24,6 +24,7 @@ from ibp_deepspeed.checkpoint.reshape import (
 )
 from ibp_deepspeed.checkpoint.store import CheckpointStore
 from ibp_deepspeed.checkpoint.tensor_file import read
+from ibp_deepspeed.objectives.late_targets import not_taken
 from ibp_deepspeed.objectives.shared_readout import RefreshRule, fill_pending, source_readout
 from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
@@ -91,6 +92,7 @@ class SingleProcessCheckpoints:
             if scheduler is not None and counters["lr_scheduler"] is not None:
                 scheduler.load_state_dict(counters["lr_scheduler"])
         self._load_readouts(path, strict=same or regrouped)
+        self._load_late_targets(path, strict=same or regrouped)
         self._store.resume_random_state(path)
 
     def shape(self) -> PipelineShape:
@@ -121,6 +123,8 @@ class SingleProcessCheckpoints:
             assert self._reference.source is not None
             state = {"taken": self._reference.taken, "average": self._reference.source.average}
             torch.save(state, folder / layout.SHARED_READOUT)
+        for k, memory in self._reference.late_memories(self._micro_batches).items():
+            torch.save(memory.state_dict(self._reference.batch), folder / layout.late_targets(0, k))
 
     def _stage_state(self, stage: int) -> dict[str, Any]:
         scheduler, batches = self._schedulers[stage], self._reference.batch
@@ -215,3 +219,12 @@ class SingleProcessCheckpoints:
         self._reference.taken = state["taken"]
         if state["average"] is not None:
             self._reference.source.average = state["average"]
+
+    def _load_late_targets(self, folder: Path, *, strict: bool) -> None:
+        """What heads have kept for late targets; unless ``strict`` nothing."""
+        for k, memory in self._reference.late_memories(self._micro_batches).items():
+            path = folder / layout.late_targets(0, k)
+            state = read(path) if strict and path.exists() else {}
+            device = next(self._reference.stages[k].parameters()).device
+            lacking = memory.load_state_dict(state, self._reference.batch, device)
+            self.load_report += [not_taken(k, lacking)] if lacking else []

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.documents import Documents, reading
 from ibp_deepspeed.errors import ConfigError
+from ibp_deepspeed.measures import LATE_LOSS
 from ibp_deepspeed.objectives.evaluation import ExitMeans, weight_of
 from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
+from ibp_deepspeed.objectives.late_targets import LateMemory, late_ways
 from ibp_deepspeed.objectives.shared_readout import ReadoutSource, RefreshRule, install, source_readout
 from ibp_deepspeed.objectives.side_loss import MakeSideLoss, SideLoss
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
@@ -49,7 +51,7 @@ class InterlockedReference:
         taken: copies of the last LM head that are not used yet, by the batch at whose beginning they were taken.
         source: what makes these copies; None with private LM heads.
         side_losses: of the last forward pass, by stage.
-        side_means: of the last batch: stage → name → mean over its micro-batches.
+        side_means: of the last batch: stage → name → mean over its micro-batches; the late loss too.
 
     Raises:
         ConfigError: more borrowed layers than a stage has, or what :class:`Timeline` refuses.
@@ -82,6 +84,8 @@ class InterlockedReference:
         self.aux_heads = {k: objective.module for k, objective in made.items()}
         self._check_borrow()
         self.batch = 0
+        self._late: dict[int, LateMemory] | None = None
+        self._states: dict[int, Tensor] = {}  # that heads with late targets were given in the last forward pass
         self.taken: dict[int, list[Tensor]] = {}
         self.source: ReadoutSource | None = None
         self._copies: list[list[Tensor]] = []
@@ -112,6 +116,7 @@ class InterlockedReference:
         count = len(micro_batches)
         self._refresh_readouts(count)
         self.side_means = {}
+        self._learn_late(count)
         strategies = Timeline(self.interlocking, len(self.stages), count, self._has_heads).at(self.batch)
         rows = []
         for i, (sample, strategy) in enumerate(zip(micro_batches, strategies.strategies, strict=True)):
@@ -120,8 +125,7 @@ class InterlockedReference:
                 self._differentiate((loss + self._side_of(j)) / count, self._trained_by(j, strategy))
             rows.append({j: loss.detach() for j, loss in losses.items()})
             for k, side in self.side_losses.items():
-                means = self.side_means.setdefault(k, {})
-                means[side.name] = means.get(side.name, 0.0) + side.value.item() / count
+                self._add_mean(k, side.name, side.value, count)
         self.batch += 1
         return self._means(rows)
 
@@ -157,6 +161,8 @@ class InterlockedReference:
             if side is not None:
                 self.side_losses[k] = side
             if loss == k:
+                if self.objectives[k].needs.late is not None:
+                    self._states[k] = hidden.detach()
                 outputs[k] = self.objectives[k].outputs(hidden)
         return {**outputs, len(self.stages) - 1: hidden}
 
@@ -174,13 +180,43 @@ class InterlockedReference:
         outputs = self.outputs(inputs, documents)
         losses = {}
         for k, objective in self.objectives.items():
-            target = None if objective.needs.target is None else outputs[objective.needs.target].detach()
             if micro_batch is None:
-                losses[k] = objective.loss(outputs[k], labels, target)
+                losses[k] = objective.loss(outputs[k], labels)
             else:
                 where = {"batch": self.batch, "micro_batch": micro_batch, "index": k}
-                losses[k] = objective.training_loss(outputs[k], labels, target=target, **where)
+                losses[k] = objective.training_loss(outputs[k], labels, **where)
+        if micro_batch is not None:
+            self._remember(outputs, labels)
         return losses
+
+    def late_memories(self, micro_batches: int) -> dict[int, LateMemory]:
+        """By stage, what exits keep for late targets; ``micro_batches`` decides delays when it is called first."""
+        if self._late is None:
+            wanted = {k: objective.needs.late for k, objective in self.objectives.items()}
+            ways = late_ways(wanted, self.placement.losses, micro_batches, borrow=self.placement.borrow)
+            self._late = {way.receiver: LateMemory(way) for way in ways}
+        return self._late
+
+    def _remember(self, outputs: Mapping[int, Any], labels: Any) -> None:
+        """States and targets of a micro-batch."""
+        for k, memory in (self._late or {}).items():
+            memory.keep(self.batch, self._states[k], labels)
+            said = memory.way.targets(outputs[memory.way.sender], labels, self.batch)
+            memory.targets.setdefault(self.batch, []).append(said)
+
+    def _learn_late(self, micro_batches: int) -> None:
+        """Add the gradients of the heads' losses whose targets are due as a batch begins."""
+        for k, memory in self.late_memories(micro_batches).items():
+            used = memory.way.used_at(self.batch)
+            examples = memory.take(used) if used in memory.kept else []
+            for example in examples:
+                loss = self.objectives[k].late_loss(*example)
+                self._differentiate(loss / len(examples), [(trained_parameters(self.aux_heads[k]), 1.0)])
+                self._add_mean(k, LATE_LOSS, loss, len(examples))
+
+    def _add_mean(self, stage: int, name: str, value: Tensor, count: int) -> None:
+        means = self.side_means.setdefault(stage, {})
+        means[name] = means.get(name, 0.0) + value.item() / count
 
     def _side_of(self, loss: int) -> Tensor | float:
         """What the stages up to an exit add to its loss."""

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 
 class LatePart(ABC):
-    """One kind of them. Batches decide alone what is taken and used, not when messages arrive."""
+    """One kind of them. Batches decide alone what is taken and used, not when messages arrive.
+
+    Attributes:
+        left_out: what the last :meth:`load` did without, lines for the user.
+    """
+
+    left_out: Sequence[str] = ()
 
     @abstractmethod
     def begin_batch(self, batch: int) -> None:

@@ -10,15 +10,12 @@ CASES: list[dict[str, Any]] = [
     {"interlocking": {"strategy": "local"}},
     {"interlocking": {"strategy": "pairwise", "mode": "window"}},
     {"interlocking": {"strategy": "pairwise", "mode": "window", "aux_head": {"borrow": 1}}},
-    {"interlocking": {"strategy": "pairwise"}, "target": 2},
 ]
 
 
 def test_an_objective_with_a_loss_and_weights_of_its_own() -> None:
-    """Equal to the reference, 1e-5; evaluations weight micro-batches; a target of a later exit is refused by name."""
-    for rank, rows in enumerate(launch("objectives", 3, CASES).check().reports):
-        for row in rows[:3]:
+    """Equal to the reference, 1e-5; evaluations weight micro-batches."""
+    for rows in launch("objectives", 3, CASES).check().reports:
+        for row in rows:
             assert row["parameter"] <= 1e-5 and row["loss"] <= 1e-5 and row["eval"] <= 1e-5, row
             assert row["unweighted"] > 1e-3, "the weights matter here"
-        sentence = "the objective of stage 0 needs exit 2 as a target, which no schedule sends"
-        assert sentence in rows[3]["refusal"], f"rank {rank}"
