@@ -1,4 +1,4 @@
-"""Objectives that learn from the next exit some batches later, by hand. In processes: tests/engine/test_late_targets.py."""
+"""Objectives that learn from the next exit some batches later, by hand. In processes: tests/engine."""
 
 from __future__ import annotations
 
