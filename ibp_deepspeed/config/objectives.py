@@ -60,6 +60,11 @@ class DistillationOptions(_Options):
     delay: int | None = Field(default=None, ge=1)
     """Batches between a forward pass and the divergence; None: the least that no stage waits for."""
 
+    @property
+    def position_bytes(self) -> int:
+        """That travel for a position: tokens of int32, ln of their probabilities and of all others' sum in fp32."""
+        return 8 * self.top + 4
+
 
 class LocalCriticOptions(_Options):
     """Heads that estimate the next exit's loss."""
@@ -69,6 +74,11 @@ class LocalCriticOptions(_Options):
     """Most positions of a micro-batch that the next exit's loss is taken at, another draw for each batch."""
     delay: int | None = Field(default=None, ge=1)
     """Batches between a forward pass and the critic's loss; None: the least that no stage waits for."""
+
+    @property
+    def position_bytes(self) -> int:
+        """That travel for a position: a loss in fp32."""
+        return 4
 
 
 ObjectiveOptions = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.config.objectives import PredSimOptions, ReconstructionOptions
+from ibp_deepspeed.config.objectives import LATE, LocalCriticOptions, PredSimOptions, ReconstructionOptions
 from ibp_deepspeed.models.beside import inner_size
 
 if TYPE_CHECKING:
@@ -61,11 +61,13 @@ def backward_passes(model: CausalLM) -> list[tuple[bool, bool]]:
 def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> Operations:
     """Of an auxiliary head; its blocks are taken to be like the mean decoder layer.
 
-    An LM head that copies the last stage's has no weight gradient; one of low rank is two small products; it reads only
-    the positions that it takes its loss on, and only the tokens that stand for the vocabulary.
+    An LM head that copies the last stage's has no weight gradient, and none of its own loss has a critic; one of low
+    rank is two small products; it reads only the positions that it takes its loss on, and only the tokens that stand
+    for the vocabulary.
     """
     product = options.aux_tokens * _readout_products(model, options)
-    of_readout = Operations(product, product, product if options.readout == "private" else 0.0)
+    trained = options.readout == "private" and not isinstance(options.objective, LocalCriticOptions)
+    of_readout = Operations(product, product, product if trained else 0.0)
     layers = layer_operations(model, sequence_length)[1:-1]
     of_block = (sum(piece) / len(layers) for piece in zip(*layers, strict=True))
     beside = _beside_operations(model, options, sequence_length)
@@ -75,8 +77,9 @@ def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: in
 def _beside_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> Operations:
     """Of what an objective needs beside its prediction.
 
-    Similarity is of some tokens of a micro-batch, here of one sequence: with more of them it is less for each token.
-    A decoder of the input reads out the positions of the loss.
+    Similarity and late targets are of some tokens of a micro-batch, here of one sequence: with more of them it is less
+    for each token. A decoder of the input reads out the positions of the loss. Late targets are read out by the next
+    exit too, which counts here as what this head costs.
     """
     objective = options.objective
     if isinstance(objective, ReconstructionOptions):
@@ -88,6 +91,10 @@ def _beside_operations(model: CausalLM, options: AuxHeadConfig, sequence_length:
         share, size = compared / sequence_length, model.hidden_size
         linear, pairs = share * size**2, share * size * compared
         return Operations(linear + pairs, linear + 2 * pairs, linear)
+    if isinstance(objective, LATE) and sequence_length:
+        share = min(objective.tokens, sequence_length) / sequence_length
+        late = share * _readout_products(model, options)
+        return Operations(2 * late, late, late if options.readout == "private" else 0.0)
     return Operations(0.0, 0.0, 0.0)
 
 

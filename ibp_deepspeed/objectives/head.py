@@ -125,7 +125,7 @@ class Objective:
             labels: of these positions, [t, …].
             targets: what the next exit said there, [t, …] each.
         """
-        raise NotImplementedError(f"a {type(self).__name__} wants late targets and has no late_loss")
+        raise NotImplementedError(f"{type(self).__name__} wants late targets and has no late_loss")
 
     def measure(self, outputs: Any, labels: Any) -> Tensor:
         """What evaluations report, at all positions: a scalar."""

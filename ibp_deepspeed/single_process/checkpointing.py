@@ -123,7 +123,7 @@ class SingleProcessCheckpoints:
             assert self._reference.source is not None
             state = {"taken": self._reference.taken, "average": self._reference.source.average}
             torch.save(state, folder / layout.SHARED_READOUT)
-        for k, memory in self._reference.late_memories(self._micro_batches).items():
+        for k, memory in self._reference.late.memories(self._micro_batches).items():
             torch.save(memory.state_dict(self._reference.batch), folder / layout.late_targets(0, k))
 
     def _stage_state(self, stage: int) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class SingleProcessCheckpoints:
 
     def _load_late_targets(self, folder: Path, *, strict: bool) -> None:
         """What heads have kept for late targets; unless ``strict`` nothing."""
-        for k, memory in self._reference.late_memories(self._micro_batches).items():
+        for k, memory in self._reference.late.memories(self._micro_batches).items():
             path = folder / layout.late_targets(0, k)
             state = read(path) if strict and path.exists() else {}
             device = next(self._reference.stages[k].parameters()).device

@@ -18,9 +18,9 @@ from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.measures import LATE_LOSS
 from ibp_deepspeed.objectives.evaluation import ExitMeans, weight_of
 from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
-from ibp_deepspeed.objectives.late_targets import LateMemory, late_ways
 from ibp_deepspeed.objectives.shared_readout import ReadoutSource, RefreshRule, install, source_readout
 from ibp_deepspeed.objectives.side_loss import MakeSideLoss, SideLoss
+from ibp_deepspeed.single_process.late_learning import LateLearning
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 from ibp_deepspeed.strategy.strategy import Strategy
 from ibp_deepspeed.strategy.timeline import Timeline
@@ -50,11 +50,13 @@ class InterlockedReference:
         batch: the number of the next batch, from 0; strategies and copies of the LM head follow it.
         taken: copies of the last LM head that are not used yet, by the batch at whose beginning they were taken.
         source: what makes these copies; None with private LM heads.
+        late: what exits keep for late targets.
         side_losses: of the last forward pass, by stage.
         side_means: of the last batch: stage → name → mean over its micro-batches; the late loss too.
 
     Raises:
         ConfigError: more borrowed layers than a stage has, or what :class:`Timeline` refuses.
+        InterlockingError: late targets that can't be had.
         ValueError: an exit without a head.
     """
 
@@ -82,10 +84,9 @@ class InterlockedReference:
         }
         self.objectives = {**made, count - 1: last_objective().configured(None, loss_fn)}
         self.aux_heads = {k: objective.module for k, objective in made.items()}
+        self.late = LateLearning(self.objectives, self.placement)
         self._check_borrow()
         self.batch = 0
-        self._late: dict[int, LateMemory] | None = None
-        self._states: dict[int, Tensor] = {}  # that heads with late targets were given in the last forward pass
         self.taken: dict[int, list[Tensor]] = {}
         self.source: ReadoutSource | None = None
         self._copies: list[list[Tensor]] = []
@@ -161,8 +162,7 @@ class InterlockedReference:
             if side is not None:
                 self.side_losses[k] = side
             if loss == k:
-                if self.objectives[k].needs.late is not None:
-                    self._states[k] = hidden.detach()
+                self.late.see(k, hidden)
                 outputs[k] = self.objectives[k].outputs(hidden)
         return {**outputs, len(self.stages) - 1: hidden}
 
@@ -186,33 +186,14 @@ class InterlockedReference:
                 where = {"batch": self.batch, "micro_batch": micro_batch, "index": k}
                 losses[k] = objective.training_loss(outputs[k], labels, **where)
         if micro_batch is not None:
-            self._remember(outputs, labels)
+            self.late.keep(self.batch, outputs, labels)
         return losses
-
-    def late_memories(self, micro_batches: int) -> dict[int, LateMemory]:
-        """By stage, what exits keep for late targets; ``micro_batches`` decides delays when it is called first."""
-        if self._late is None:
-            wanted = {k: objective.needs.late for k, objective in self.objectives.items()}
-            ways = late_ways(wanted, self.placement.losses, micro_batches, borrow=self.placement.borrow)
-            self._late = {way.receiver: LateMemory(way) for way in ways}
-        return self._late
-
-    def _remember(self, outputs: Mapping[int, Any], labels: Any) -> None:
-        """States and targets of a micro-batch."""
-        for k, memory in (self._late or {}).items():
-            memory.keep(self.batch, self._states[k], labels)
-            said = memory.way.targets(outputs[memory.way.sender], labels, self.batch)
-            memory.targets.setdefault(self.batch, []).append(said)
 
     def _learn_late(self, micro_batches: int) -> None:
         """Add the gradients of the heads' losses whose targets are due as a batch begins."""
-        for k, memory in self.late_memories(micro_batches).items():
-            used = memory.way.used_at(self.batch)
-            examples = memory.take(used) if used in memory.kept else []
-            for example in examples:
-                loss = self.objectives[k].late_loss(*example)
-                self._differentiate(loss / len(examples), [(trained_parameters(self.aux_heads[k]), 1.0)])
-                self._add_mean(k, LATE_LOSS, loss, len(examples))
+        for k, loss, count in self.late.losses(self.batch, micro_batches):
+            self._differentiate(loss / count, [(trained_parameters(self.aux_heads[k]), 1.0)])
+            self._add_mean(k, LATE_LOSS, loss, count)
 
     def _add_mean(self, stage: int, name: str, value: Tensor, count: int) -> None:
         means = self.side_means.setdefault(stage, {})

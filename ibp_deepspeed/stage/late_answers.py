@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import log_dist
 from torch import Tensor
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.comm.late_relay import LateRelay
 from ibp_deepspeed.comm.link_groups import new_host_group
-from ibp_deepspeed.objectives.late_targets import LateMemory, LateTargets, LateWay, late_ways, not_taken
+from ibp_deepspeed.objectives.late_targets import (
+    LateMemory,
+    LateTargets,
+    LateWay,
+    late_ways,
+    least_late_delay,
+    not_taken,
+)
 from ibp_deepspeed.stage.late_parts import LatePart
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 
@@ -73,6 +82,8 @@ class LateAnswers(LatePart):
         dist.all_gather_object(seen, {loss: objective.needs.late for loss, objective in module.objectives.items()})
         wanted: dict[int, LateTargets | None] = {loss: late for row in seen for loss, late in row.items()}
         ways = late_ways(wanted, placement.losses, micro_batches, borrow=placement.borrow)
+        for way in ways:
+            _warn_of_waiting(way, least_late_delay(way.sender - way.receiver, micro_batches))
         return cls(module, grid, ways, device, learn) if ways else None
 
     def begin_batch(self, batch: int) -> None:
@@ -150,3 +161,12 @@ class LateAnswers(LatePart):
 
     def _path(self, folder: str) -> str:
         return os.path.join(folder, layout.late_targets(self._replica, self._stage))
+
+
+def _warn_of_waiting(way: LateWay, least: int) -> None:
+    if way.delay < least:
+        log_dist(
+            f"delay {way.delay} is below {least}: stage {way.receiver} will wait for what stage {way.sender} says",
+            ranks=[0],
+            level=logging.WARNING,
+        )

@@ -54,3 +54,12 @@ def test_a_stage_that_dies_ends_those_that_wait_for_its_readout() -> None:
     assert run.seconds < 60, f"all ranks ended {run.seconds:.0f} s after the start"
     assert "lost the connection for readouts from stage 3 to stage 2" in run.output[2], run.output[2]
     assert all("Traceback" not in output and "lost the connection" in output for output in run.output[:3]), run.output
+
+
+def test_a_stage_that_dies_ends_those_that_wait_for_its_late_targets() -> None:
+    """The others have trained a batch, and nothing but late targets can wake them."""
+    run = launch("failures", 4, "next exit dies", timeout=100)
+    assert all(code not in (0, None) for code in run.codes), (run.codes, run.output)
+    assert run.seconds < 60, f"all ranks ended {run.seconds:.0f} s after the start"
+    assert "lost the connection for late targets from stage 3 to stage 2" in run.output[2], run.output[2]
+    assert all("Traceback" not in output and "lost the connection" in output for output in run.output[:3]), run.output

@@ -50,6 +50,9 @@ def llama(**changes: Any) -> CausalLM:
         {"negatives": 7, "negatives_by": "uniform"},
         {"objective": "label_smoothing"},
         {"objective": "reconstruction"},
+        {"objective": "distillation"},
+        {"objective": "distillation", "readout": "shared"},
+        {"objective": "local_critic"},
     ],
     ids=lambda options: str(options),
 )
@@ -65,7 +68,8 @@ def test_operations_of_a_training_are_those_of_its_matrix_products(options: dict
     pipeline = virtual_pipeline(model, config, stages)
     tokens = torch.randint(VOCABULARY, (3, TOKENS + 1), generator=torch.Generator().manual_seed(0))
     rows = [(tokens[:, :-1], tokens[:, 1:], torch.arange(3))]
-    pipeline.train_batch(iter(rows))  # a head tries once whether it is linear
+    for _ in range(4):  # a head tries once whether it is linear, late targets come in the fourth batch
+        pipeline.train_batch(iter(rows))
     with Products() as products:
         pipeline.train_batch(iter(rows))
     given = None if options is None else AuxHeadConfig(**options)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ibp_deepspeed import InterlockedPipelineModule, cli, initialize
 from ibp_deepspeed.engine import watchdog
 from tests.toys import Head, Layer, layer_specs, loss_fn, make_module, micro_batches
+from tests.workers.late_targets import Outputs, Towards
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 4,
@@ -34,6 +35,7 @@ WAITING: dict[str, Any] = {
 }
 
 
+LATE: dict[str, Any] = {"strategy": "local", "channel_depth": 60}
 UNWATCHED: dict[str, Any] = {**CONFIG, "interlocking": {"strategy": "pairwise", "watchdog_seconds": 0}}
 WATCHED: dict[str, Any] = {**CONFIG, "interlocking": {"strategy": "pairwise", "watchdog_seconds": 3.0}}
 
@@ -54,6 +56,18 @@ def module_with(layer: Any, stages: int = 4, at: int = 3) -> InterlockedPipeline
     specs[at] = layer
     return InterlockedPipelineModule(
         specs, num_stages=stages, loss_fn=loss_fn, aux_head=lambda k: Head(100 + k), partition_method="uniform"
+    )
+
+
+def late_module() -> InterlockedPipelineModule:
+    """Heads that learn from the next exit one batch later."""
+    late = Outputs(tokens=3, delay=1)
+    return InterlockedPipelineModule(
+        layer_specs(4, torch.float32),
+        num_stages=4,
+        loss_fn=loss_fn,
+        aux_head=lambda k: Towards(Head(100 + k), late=late),
+        partition_method="uniform",
     )
 
 
@@ -165,6 +179,7 @@ def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
         "layer is slow": lambda: train(module_with(LayerSpec(Misbehaving, 3, slow_once())), phase, config=UNWATCHED),
         "loader hangs": lambda: train(make_module(4), phase, hanging_data(rank), WATCHED),
         "last stage dies": lambda: train(make_module(4, follow=True), phase, dying_data(rank), WAITING),
+        "next exit dies": lambda: train(late_module(), phase, dying_data(rank), {**CONFIG, "interlocking": LATE}),
         "infinite loss": lambda: train(
             module_with(LayerSpec(Misbehaving, 3, after_batches(1, lambda h: h * torch.inf))),
             phase,

@@ -123,8 +123,10 @@ def train(engine: Any, case: dict[str, Any], steps: range) -> list[Tensor]:
 
 
 def parity(case: dict[str, Any]) -> dict[str, Any]:
-    """Largest relative errors of losses and parameters, and the largest of late losses; ``resize``: the number of micro-batches after five
-    batches."""
+    """Largest relative errors of losses and parameters, and the largest of late losses.
+
+    ``resize``: the number of micro-batches after five batches.
+    """
     stages, count = case["stages"], case.get("count", 2)
     replicas = dist.get_world_size() // stages
     engine = engine_of(case)

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -127,11 +128,29 @@ def remarks(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data
             f"the last stage's LM head{size} goes to all heads every {options.refresh_interval} batches and is used "
             f"{options.delay(plan.num_stages, micro_batches)} batches later"
         )
+    lines += _late_targets(plan, micro_batches) if options else []
     if plan.interlocking.compile:
         lines.append("decoder layers are compiled in the first batch, which may take minutes")
     if plan.model.was_tied:
         lines.append("the LM head is not tied to the embedding: they live on different stages.")
     return [*lines, *cast("MicroBatchLoader | MixtureLoader", data.train).samples.remarks(), *data.at_the_end.remarks()]
+
+
+def _late_targets(plan: Plan, micro_batches: int) -> list[str]:
+    """What exits learn from the next one, if anything."""
+    from ibp_deepspeed.config.objectives import DistillationOptions, LocalCriticOptions
+    from ibp_deepspeed.objectives.late_targets import least_late_delay
+
+    options = plan.interlocking.aux_head
+    own = None if options is None else options.objective
+    if not isinstance(own, DistillationOptions | LocalCriticOptions):
+        return []
+    apart = [b - a for a, b in pairwise(plan.interlocking.exits_for(plan.num_stages))]
+    delay = own.delay or max(least_late_delay(stages, micro_batches) for stages in apart)
+    return [
+        f"exits learn from what the next exit says at up to {own.tokens} positions of a micro-batch "
+        f"({own.tokens * own.position_bytes:,} bytes) {delay} batches later"
+    ]
 
 
 def agreement(pipeline: Pipeline, args: argparse.Namespace) -> Agreement:
