@@ -3,8 +3,6 @@ processes: tests/engine/test_named_objectives.py."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from ibp_deepspeed.errors import ConfigError
 from ibp_deepspeed.models import CausalLM
 from ibp_deepspeed.models.costs import head_operations
 from ibp_deepspeed.models.exits.exits import Exits
+from ibp_deepspeed.models.profiling.specimens import Specimens
 from ibp_deepspeed.models.runs.description import Description
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
 from ibp_deepspeed.objectives.stochastic_layerwise import StochasticLayerwise, posterior_distance
@@ -199,6 +198,16 @@ def test_costs_are_those_of_its_products(aux_tokens: float) -> None:
     assert forward == 2 * labels.numel() * (more.forward - plain.forward)
     assert products.operations - forward == 2 * labels.numel() * (more.input_gradient - plain.input_gradient)
     assert more.weight_gradient == plain.weight_gradient
+    assert operations_of_a_profile(NAME) > operations_of_a_profile("cross_entropy")
+
+
+def operations_of_a_profile(name: str) -> int:
+    """Of what is timed as a head."""
+    options = AuxHeadConfig.model_validate({"objective": name})
+    specimen = Specimens(CausalLM(tiny("llama")), options, samples=1, sequence_length=8).head()
+    with specimen.on(torch.device("cpu")), Products() as products:
+        specimen.whole()
+    return products.operations
 
 
 def test_an_exit_is_exported_as_any_other(tmp_path: Path) -> None:
@@ -213,8 +222,9 @@ def test_an_exit_is_exported_as_any_other(tmp_path: Path) -> None:
     }
     layers = perturbed([model.build_layer(index).eval() for index in range(5)])
     (own,) = perturbed([made.module.eval()])
-    for name, module in _files(layers, own):
-        torch.save(module.state_dict(), tmp_path / name)
+    for index, layer in enumerate(layers):
+        torch.save(layer.state_dict(), tmp_path / layout.layer(index))
+    torch.save(own.state_dict(), tmp_path / layout.aux_head(3))
     block = {"strategy": "local", "aux_head": {"objective": NAME}}
     about = Description(model=config.to_dict(), bounds=bounds, interlocking=block, sequence_length=12, data="nowhere")
     for name, text in about.files().items():
@@ -223,9 +233,3 @@ def test_an_exit_is_exported_as_any_other(tmp_path: Path) -> None:
     with torch.no_grad():
         want = run([*layers[:3], own], tokens()).materialize()
         assert (exported(tokens()).logits - want).abs().max() <= 1e-6
-    assert math.isfinite(want.sum().item())
-
-
-def _files(layers: list[nn.Module], head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from ((layout.layer(index), layer) for index, layer in enumerate(layers))
-    yield layout.aux_head(3), head
