@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ibp_deepspeed.engine.optimizer_step import SteppingEngine
 from ibp_deepspeed.errors import CheckpointError
 from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
 from ibp_deepspeed.running_statistics import RunningStatistics
-from ibp_deepspeed.stage.readout_copies import ReadoutCopies
+from ibp_deepspeed.stage.late_parts import LatePart
 
 if TYPE_CHECKING:
     from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
@@ -56,14 +56,14 @@ class EngineCheckpoints:
 
     Args:
         engine: whose they are.
-        readouts: the stage's copies of the last LM head, some of which may be on their way; None without any.
+        late: what the stage has from later ones, some of which may be on its way.
 
     Attributes:
         load_report: what the last :meth:`load` had to change, for the user; empty if nothing.
     """
 
-    def __init__(self, engine: InterlockedPipelineEngine, readouts: ReadoutCopies | None) -> None:
-        self._engine, self._readouts = engine, readouts
+    def __init__(self, engine: InterlockedPipelineEngine, late: Sequence[LatePart]) -> None:
+        self._engine, self._late = engine, late
         self._store = CheckpointStore(dist.get_rank(), dist.get_world_size(), dist.barrier)
         self.load_report: list[str] = []
 
@@ -91,8 +91,8 @@ class EngineCheckpoints:
 
     def load(self, read: Callable[[Path], Loaded], folder: Path, tag: str | None, wanted: Wanted) -> Loaded:
         """See :meth:`CheckpointingEngine.load_checkpoint`; ``read`` is DeepSpeed's part of it."""
-        if self._readouts is not None:
-            self._readouts.settle(self._engine.global_steps)
+        for part in self._late:
+            part.settle(self._engine.global_steps)
         path, manifest = self._store.open(folder, tag)
         own = self.shape()
         saved = own.before_decay() if manifest is None else manifest.shape
@@ -108,10 +108,10 @@ class EngineCheckpoints:
         if found is not None:
             if wanted.all_but_weights:
                 self._store.resume_random_state(path)
-            if self._readouts is not None:
-                steps, checkpoint_engine = self._engine.global_steps, self._engine.checkpoint_engine
-                strict = wanted.all_but_weights and (same or regrouped)
-                self._readouts.load(str(path), steps, checkpoint_engine, strict=strict)
+            steps, checkpoint_engine = self._engine.global_steps, self._engine.checkpoint_engine
+            strict = wanted.all_but_weights and (same or regrouped)
+            for part in self._late:
+                part.load(str(path), steps, checkpoint_engine, strict=strict)
         return found, client_state
 
     def shape(self) -> PipelineShape:

@@ -30,6 +30,7 @@ from ibp_deepspeed.measures import Report
 from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.schedule.generator import InterlockedTrainSchedule
 from ibp_deepspeed.schedule.validate import ScheduleMaker, validated_timeline
+from ibp_deepspeed.stage.late_parts import LatePart
 from ibp_deepspeed.stage.losses import StageLosses
 from ibp_deepspeed.stage.meters import StageMeters
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
@@ -76,7 +77,8 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self._set_schedule()
         self.links = StageLinks(self.grid, self.device, self._channel_depth)
         self._readouts = ReadoutCopies.from_config(interlocking, self.module, self.grid, self.micro_batches)
-        self._checkpoints = EngineCheckpoints(self, self._readouts)
+        self._late: list[LatePart] = [part for part in (self._readouts,) if part is not None]
+        self._checkpoints = EngineCheckpoints(self, self._late)
         self._losses = StageLosses(self.grid, self.device)
         self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
         self._meters = StageMeters(self.links.waits)
@@ -163,8 +165,8 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self._recorder = self._begin_recording()
         self.position.batch = self.global_steps + 1
         try:
-            if self._readouts is not None:
-                self._readouts.begin_batch(self.global_steps)
+            for part in self._late:
+                part.begin_batch(self.global_steps)
             self._exec_schedule(self._schedule)
             self.position.at("the mean of its losses")
             losses = self._losses.means(self.module.losses)
@@ -273,8 +275,8 @@ class InterlockedPipelineEngine(ExecutingEngine):
         that were taken and not yet used are saved too."""
         self.links.flush(None)
         super().module_state_dict(exclude_frozen_parameters)
-        if self._readouts is not None:
-            self._readouts.save(self._curr_ckpt_path, self.global_steps, self.checkpoint_engine)
+        for part in self._late:
+            part.save(self._curr_ckpt_path, self.global_steps, self.checkpoint_engine)
 
     def _before_step(self) -> None:
         """Overrides SteppingEngine's: gradients are as a report has them."""
@@ -287,8 +289,8 @@ class InterlockedPipelineEngine(ExecutingEngine):
         if not self._failed:
             self.links.flush(_FLUSH_SECONDS)
         self.links.close(wait=not self._failed)
-        if self._readouts is not None:
-            self._readouts.close(wait=not self._failed)
+        for part in self._late:
+            part.close(wait=not self._failed)
         self._board.close()
         self._reporting.close()
 

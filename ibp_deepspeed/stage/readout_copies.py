@@ -12,8 +12,8 @@ from deepspeed.utils import log_dist
 from torch import Tensor
 
 from ibp_deepspeed.checkpoint import layout
+from ibp_deepspeed.comm.late_relay import LateRelay
 from ibp_deepspeed.comm.link_groups import new_host_group
-from ibp_deepspeed.comm.readout_relay import ReadoutRelay
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.errors import InterlockingError, ModuleError
 from ibp_deepspeed.objectives.shared_readout import (
@@ -23,10 +23,11 @@ from ibp_deepspeed.objectives.shared_readout import (
     install,
     source_readout,
 )
+from ibp_deepspeed.stage.late_parts import LatePart
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 
 
-class ReadoutCopies:
+class ReadoutCopies(LatePart):
     """The LM head of the last stage, or a head's copy of it, or with borrowed layers both.
 
     Made at the same time on all ranks. From then on all copies are equal to the last stage's LM head, and the batches
@@ -58,7 +59,8 @@ class ReadoutCopies:
         self._beta = rule.average if rule and self.stage == self._last else None
         self._source = ReadoutSource(self._on_host(), self._beta)
         self._taken: dict[int, list[Tensor]] = {}
-        self._relay = ReadoutRelay(group, self._ranks, self.stage, self._like) if rule else None
+        ways = dict(enumerate(self._ranks))
+        self._relay = LateRelay(group, ways, self.stage, self._like, what="readouts") if rule else None
         if rule is not None:
             log_dist(
                 f"heads follow the last stage's LM head: {self.refresh_bytes / 2**20:.1f} MiB every {rule.interval} "

@@ -1,14 +1,14 @@
-"""How copies of the last stage's LM head travel to the other stages, while all of them train.
+"""How tensors that are used some batches later travel from a stage to those before it, while all of them train.
 
-From stage to stage, on the host, in a gloo process group of their own (so that the order of NCCL's operations is not
-touched), moved by one background thread a stage. What a copy is used for is not known here.
+From rank to rank, on the host, in a gloo process group of their own (so that the order of NCCL's operations is not
+touched), moved by one background thread a rank. What they are and what they are used for is not known here.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,28 +21,43 @@ Copy = tuple[int, list[Tensor]]
 _END = -1  # in the place of a batch: no copy follows
 
 
-class ReadoutRelay:
-    """One stage's part of the way: copies come from the next stage, and go on to the one before at once.
+class LateRelay:
+    """One stage's part of a way: copies come from the stage behind it on the way, and go on to the one before at once.
 
     Args:
-        group: a gloo group that this pipeline is in, for this alone.
-        ranks: global ranks of this pipeline's stages.
-        stage: k; the last one sends, the others receive.
-        like: tensors on the host, of the shapes and dtypes of a copy.
+        group: a gloo group that this pipeline is in, for such ways alone.
+        ranks: stage → global rank, of the stages on the way, rising; the last of them sends, the others receive.
+        stage: this one.
+        like: tensors of the shapes and dtypes of a copy.
+        what: travels, in errors.
+        tag: of the messages, another one for each way between the same ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], stage: int, like: Sequence[Tensor]) -> None:
-        self.group, self.ranks, self.stage = group, list(ranks), stage
-        self._is_last = stage == len(ranks) - 1
-        self._below_listens = stage > 0
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        ranks: Mapping[int, int],
+        stage: int,
+        like: Sequence[Tensor],
+        *,
+        what: str,
+        tag: int = 0,
+    ) -> None:
+        self.group, self.stage, self.what, self.tag = group, stage, what, tag
+        stages = sorted(ranks)
+        self._is_last = stage == stages[-1]
+        self._below_listens = stage != stages[0]
+        self._behind = stage if self._is_last else stages[stages.index(stage) + 1]
+        self._from = ranks[self._behind]
+        self._to = ranks[stages[stages.index(stage) - 1]]
         self._like = [tensor.to("meta") for tensor in like]
         self._given: queue.SimpleQueue[Copy] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[Copy | Exception] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"readouts of stage {stage}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{what} of stage {stage}", daemon=True)
         self._thread.start()
 
     def send(self, batch: int, copy: list[Tensor]) -> None:
-        """On the last stage: start a copy, taken as ``batch`` began, on its way. Its tensors must not change."""
+        """On the stage that sends: start a copy, taken as ``batch`` began, on its way. Its tensors must not change."""
         self._given.put((batch, copy))
 
     def take(self, batch: int) -> list[Tensor]:
@@ -58,19 +73,19 @@ class ReadoutRelay:
             arrived = TimeoutError(f"nothing came in {PATIENCE / 60:.0f} minutes")
         if isinstance(arrived, Exception):
             raise PeerLostError(
-                f"lost the connection for readouts from stage {self.stage + 1} to stage {self.stage}: "
+                f"lost the connection for {self.what} from stage {self._behind} to stage {self.stage}: "
                 f"{first_line(arrived)}"
             ) from arrived
         taken, copy = arrived
         if taken != batch:
             raise InterlockingError(
-                f"stage {self.stage} waits for the readout of batch {batch} and was given that of batch {taken}: the "
-                "stages don't train the same batches."
+                f"stage {self.stage} waits for the {self.what} of batch {batch} and was given those of batch {taken}: "
+                "the stages don't train the same batches."
             )
         return copy
 
     def close(self, *, wait: bool) -> None:
-        """The last stage says that no copy follows; ``wait`` until that has passed through this stage.
+        """The stage that sends says that no copy follows; ``wait`` until that has passed through this stage.
 
         A process that ends with its thread inside a receive would be aborted.
         """
@@ -87,7 +102,7 @@ class ReadoutRelay:
                 if batch != _END and not self._is_last:
                     self._arrived.put((batch, copy))
                 self._pass_on(batch, copy)
-            self._arrived.put(EOFError("the last stage has ended"))
+            self._arrived.put(EOFError(f"the stage that sends {self.what} has ended"))
         except Exception as error:
             self._arrived.put(error)
 
@@ -100,7 +115,7 @@ class ReadoutRelay:
         return int(batch), copy
 
     def _receive_into(self, tensor: Tensor) -> None:
-        work = dist.irecv(tensor, self.ranks[self.stage + 1], group=self.group)
+        work = dist.irecv(tensor, self._from, group=self.group, tag=self.tag)
         assert work is not None
         work.wait(LONG)
 
@@ -109,6 +124,6 @@ class ReadoutRelay:
             return
         try:
             for tensor in [torch.tensor([batch]), *copy]:
-                dist.send(tensor, self.ranks[self.stage - 1], group=self.group)
+                dist.send(tensor, self._to, group=self.group, tag=self.tag)
         except RuntimeError:
             self._below_listens = False  # it has ended: if too early, the channels say so
