@@ -7,6 +7,7 @@ from ibp_deepspeed.objectives.head import ExitLayers, Objective
 from ibp_deepspeed.objectives.label_smoothing import LabelSmoothing
 from ibp_deepspeed.objectives.reconstruction import Reconstruction
 from ibp_deepspeed.objectives.similarity import PredSim
+from ibp_deepspeed.objectives.stochastic_layerwise import StochasticLayerwise
 
 
 class LanguageModelObjective(Objective):
@@ -37,7 +38,17 @@ class SmoothedObjective(LabelSmoothing, LanguageModelObjective):
     """With soft targets."""
 
 
+class StochasticLayerwiseObjective(StochasticLayerwise, LanguageModelObjective):
+    """With posteriors of a random projection."""
+
+
 def of_name(name: str) -> type[LanguageModelObjective]:
     """The class of one of ``config.objectives.OBJECTIVES``."""
-    kinds = (LanguageModelObjective, SmoothedObjective, PredSimObjective, ReconstructingObjective)
+    kinds = (
+        LanguageModelObjective,
+        SmoothedObjective,
+        PredSimObjective,
+        ReconstructingObjective,
+        StochasticLayerwiseObjective,
+    )
     return {kind.name: kind for kind in kinds}[name]
