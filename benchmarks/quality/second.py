@@ -152,6 +152,7 @@ HEADS: dict[str, Row] = {
         "reconstruction": {"objective": "reconstruction"},
         "distillation": {"objective": "distillation"},
         "local critic": {"objective": "local_critic"},
+        "stochastic layer-wise": {"objective": "stochastic_layerwise"},
         "1024 negatives": {"negatives": 1024},
         "256 negatives, uniform": {"negatives": 256, "negatives_by": "uniform"},
         "loss on 1/2 of the positions": {"aux_tokens": 0.5},

@@ -91,7 +91,7 @@ class CausalLM(CutModel):
 
     def empty_objective(self, options: AuxHeadConfig, after: int) -> LanguageModelObjective:
         """:meth:`objective` with its head's parameters on meta."""
-        return LanguageModelObjective(self._meta_head(options, after))
+        return of_name(options.objective.name)(self._meta_head(options, after))
 
     def loss_fn(self, options: AuxHeadConfig | None) -> CausalLMLoss:
         """Next tokens' cross-entropy."""

@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.config.objectives import LATE, LocalCriticOptions, PredSimOptions, ReconstructionOptions
+from ibp_deepspeed.config.objectives import (
+    LATE,
+    LocalCriticOptions,
+    PredSimOptions,
+    ReconstructionOptions,
+    StochasticLayerwiseOptions,
+)
 from ibp_deepspeed.models.beside import inner_size
 
 if TYPE_CHECKING:
@@ -79,7 +85,8 @@ def _beside_operations(model: CausalLM, options: AuxHeadConfig, sequence_length:
 
     Similarity and late targets are of some tokens of a micro-batch, here of one sequence: with more of them it is less
     for each token. A decoder of the input reads out the positions of the loss. Late targets are read out by the next
-    exit too, which counts here as what this head costs.
+    exit too, which counts here as what this head costs. A random projection reads what a stage is given and what it
+    makes of it, and is not trained; the first stage has none, which is not told apart here.
     """
     objective = options.objective
     if isinstance(objective, ReconstructionOptions):
@@ -95,6 +102,9 @@ def _beside_operations(model: CausalLM, options: AuxHeadConfig, sequence_length:
         share = min(objective.tokens, sequence_length) / sequence_length
         late = share * _readout_products(model, options)
         return Operations(2 * late, late, late if options.readout == "private" else 0.0)
+    if isinstance(objective, StochasticLayerwiseOptions):
+        projection = options.aux_tokens * objective.categories * model.hidden_size
+        return Operations(2 * projection, projection, 0.0)
     return Operations(0.0, 0.0, 0.0)
 
 

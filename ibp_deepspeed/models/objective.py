@@ -9,6 +9,7 @@ from ibp_deepspeed.objectives.label_smoothing import LabelSmoothing
 from ibp_deepspeed.objectives.local_critic import LocalCritic
 from ibp_deepspeed.objectives.reconstruction import Reconstruction
 from ibp_deepspeed.objectives.similarity import PredSim
+from ibp_deepspeed.objectives.stochastic_layerwise import StochasticLayerwise
 
 
 class LanguageModelObjective(Objective):
@@ -47,6 +48,10 @@ class CriticObjective(LocalCritic, LanguageModelObjective):
     """As a critic."""
 
 
+class StochasticLayerwiseObjective(StochasticLayerwise, LanguageModelObjective):
+    """With posteriors of a random projection."""
+
+
 def of_name(name: str) -> type[LanguageModelObjective]:
     """The class of one of ``config.objectives.OBJECTIVES``."""
     return {kind.name: kind for kind in _KINDS}[name]
@@ -59,4 +64,5 @@ _KINDS = (
     ReconstructingObjective,
     DistilledObjective,
     CriticObjective,
+    StochasticLayerwiseObjective,
 )

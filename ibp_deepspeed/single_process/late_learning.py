@@ -27,7 +27,6 @@ class LateLearning:
     def __init__(self, objectives: Mapping[int, Objective], placement: HeadPlacement) -> None:
         self._objectives, self._placement = objectives, placement
         self._memories: dict[int, LateMemory] | None = None
-        self._states: dict[int, Tensor] = {}
         self._ways(1)
 
     def memories(self, micro_batches: int) -> dict[int, LateMemory]:
@@ -36,15 +35,10 @@ class LateLearning:
             self._memories = {way.receiver: LateMemory(way) for way in self._ways(micro_batches)}
         return self._memories
 
-    def see(self, stage: int, hidden: Any) -> None:
-        """What a head is given in a forward pass."""
-        if self._objectives[stage].needs.late is not None:
-            self._states[stage] = hidden.detach()
-
-    def keep(self, batch: int, outputs: Mapping[int, Any], labels: Any) -> None:
-        """A micro-batch of the training: states as they were seen last, and targets."""
+    def keep(self, batch: int, hidden: Mapping[int, Any], outputs: Mapping[int, Any], labels: Any) -> None:
+        """A micro-batch of the training: what heads were given, and what exits gave."""
         for stage, memory in (self._memories or {}).items():
-            memory.keep(batch, self._states[stage], labels)
+            memory.keep(batch, hidden[stage], labels)
             said = memory.way.targets(outputs[memory.way.sender], labels, batch)
             memory.targets.setdefault(batch, []).append(said)
 

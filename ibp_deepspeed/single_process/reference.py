@@ -28,6 +28,8 @@ from ibp_deepspeed.strategy.timeline import Timeline
 Weighted = tuple[list[nn.Parameter], float]
 Sample = tuple[Any, Any] | tuple[Any, Any, Documents | None]
 """A micro-batch: inputs, labels, and the documents of its rows where they hold several."""
+_Ends = tuple[Tensor | None, Tensor]
+"""See ``Objective.stage_loss``: h_{k-1}, detached, and what the head reads."""
 
 
 class InterlockedReference:
@@ -121,7 +123,7 @@ class InterlockedReference:
         strategies = Timeline(self.interlocking, len(self.stages), count, self._has_heads).at(self.batch)
         rows = []
         for i, (sample, strategy) in enumerate(zip(micro_batches, strategies.strategies, strict=True)):
-            losses = self.losses(*sample, micro_batch=i)
+            losses = self._training_losses(i, *sample)
             for j, loss in losses.items():
                 self._differentiate((loss + self._side_of(j)) / count, self._trained_by(j, strategy))
             rows.append({j: loss.detach() for j, loss in losses.items()})
@@ -147,46 +149,52 @@ class InterlockedReference:
 
     def outputs(self, inputs: Any, documents: Documents | None = None) -> dict[int, Any]:
         """What the loss of every exit takes, on one connected graph."""
-        with reading(documents):
-            return self._outputs(inputs)
+        return self._forward(inputs, documents)[0]
 
-    def _outputs(self, hidden: Any) -> dict[int, Any]:
+    def _forward(self, inputs: Any, documents: Documents | None) -> tuple[dict[int, Any], dict[int, _Ends]]:
+        """What the loss of every exit takes, and what the stage of its head was given and made of it."""
+        with reading(documents):
+            return self._through_stages(inputs)
+
+    def _through_stages(self, hidden: Any) -> tuple[dict[int, Any], dict[int, _Ends]]:
         outputs: dict[int, Any] = {}
+        ends: dict[int, _Ends] = {}
         for k, stage in enumerate(self.stages):
             loss = self.placement.head_at(k)
+            given = hidden.detach() if k else None
             if self.placement.borrowed_from(k):
                 hidden, stage = self._borrowed(k)(hidden), self._own(k)
-                outputs[k - 1] = self.objectives[k - 1].outputs(hidden)
+                outputs[k - 1], ends[k - 1] = self.objectives[k - 1].outputs(hidden), (None, hidden)
             hidden = stage(hidden)
             side = None if self._side_loss is None else self._side_loss(stage.children())
             if side is not None:
                 self.side_losses[k] = side
             if loss == k:
-                self.late.see(k, hidden)
-                outputs[k] = self.objectives[k].outputs(hidden)
-        return {**outputs, len(self.stages) - 1: hidden}
+                outputs[k], ends[k] = self.objectives[k].outputs(hidden), (given, hidden)
+        return {**outputs, len(self.stages) - 1: hidden}, ends
 
-    def losses(
-        self, inputs: Any, labels: Any, documents: Documents | None = None, *, micro_batch: int | None = None
-    ) -> dict[int, Tensor]:
-        """L_k of every stage that has one, of one micro-batch.
+    def losses(self, inputs: Any, labels: Any, documents: Documents | None = None) -> dict[int, Tensor]:
+        """L_k of every stage that has one, of one micro-batch, at all positions and over all tokens.
 
         Args:
             inputs, labels: of the micro-batch.
             documents: of its rows, where they hold several.
-            micro_batch: take the positions and the tokens that this micro-batch of the next batch takes in training;
-                None: all.
         """
         outputs = self.outputs(inputs, documents)
+        return {k: objective.loss(outputs[k], labels) for k, objective in self.objectives.items()}
+
+    def _training_losses(
+        self, micro_batch: int, inputs: Any, labels: Any, documents: Documents | None = None
+    ) -> dict[int, Tensor]:
+        """The same at the positions and over the tokens that a micro-batch of the next batch takes in training."""
+        outputs, ends = self._forward(inputs, documents)
         losses = {}
         for k, objective in self.objectives.items():
-            if micro_batch is None:
-                losses[k] = objective.loss(outputs[k], labels)
-            else:
-                where = {"batch": self.batch, "micro_batch": micro_batch, "index": k}
-                losses[k] = objective.training_loss(outputs[k], labels, **where)
-        if micro_batch is not None:
-            self.late.keep(self.batch, outputs, labels)
+            where = {"batch": self.batch, "micro_batch": micro_batch, "index": k}
+            losses[k] = objective.training_loss(outputs[k], labels, **where)
+            if k in ends:
+                losses[k] = losses[k] + objective.stage_loss(*ends[k], labels, **where)
+        self.late.keep(self.batch, {k: hidden for k, (_, hidden) in ends.items()}, outputs, labels)
         return losses
 
     def _learn_late(self, micro_batches: int) -> None:
