@@ -32,6 +32,8 @@ HEADS: list[dict[str, Any]] = [
     {"objective": "predsim"},
     {"objective": "reconstruction"},
     {"objective": "stochastic_layerwise"},
+    {"objective": "distillation"},
+    {"objective": "local_critic"},
 ]
 
 

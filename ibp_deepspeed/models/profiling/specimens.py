@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from ibp_deepspeed.models.causal_lm import CausalLM
 from ibp_deepspeed.models.profiling.specimen import Specimen
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
 from ibp_deepspeed.objectives.head import Objective, last_objective
+from ibp_deepspeed.objectives.late_targets import LateWay
 
 
 class Specimens:
@@ -75,6 +77,17 @@ def _layer(module: nn.Module, inputs: Any) -> Tensor:
 def _with_loss(objective: Objective, labels: Tensor, module: nn.Module, hidden: Tensor) -> Tensor:
     """A loss in training, on what ``module`` gives: the objective's own, or its copy with a split backward pass."""
     where = {"batch": 0, "micro_batch": 0, "index": 0}
-    labels = labels.to(hidden.device)
-    prediction = objective.training_loss(module(hidden), labels, **where)
-    return prediction + objective.stage_loss(hidden.detach(), hidden, labels, **where)
+    labels, mine = labels.to(hidden.device), copy(objective)
+    mine.module = module
+    outputs = mine.outputs(hidden)
+    loss = mine.training_loss(outputs, labels, **where)
+    return loss + mine.stage_loss(hidden.detach(), hidden, labels, **where) + _late_loss(mine, outputs, labels, hidden)
+
+
+def _late_loss(objective: Objective, outputs: Any, labels: Tensor, hidden: Tensor) -> Tensor | float:
+    """That of late targets, and making some for the exit before."""
+    if objective.needs.late is None:
+        return 0.0
+    way = LateWay(0, 1, objective.needs.late, 1)
+    targets = way.targets(outputs, labels, 0)
+    return objective.late_loss(*way.rows(hidden.detach(), labels, 0), targets)
