@@ -135,7 +135,7 @@ def parity(case: dict[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.SGD(parameters, lr=0.3, momentum=0.9)
     worst = {"loss": 0.0, "late": 0.0, "parameter": 0.0}
     means: list[dict[int, dict[str, float]]] = []
-    for step in range(case.get("steps", 9)):
+    for step in range(case.get("steps", 9 if "resize" in case else 7)):
         if step == 5 and "resize" in case:
             count = case["resize"]
             engine.set_train_batch_size(ROWS * count * replicas)
