@@ -268,7 +268,7 @@ def equal_time_table(records: Sequence[Record]) -> Table:
     ends = {r["run"]["steps"]: last_exit(r) / baseline[0] for r in first}
     for name, row in ROWS.items():
         of = by_seed([r for r in trained if (r["run"]["row"], r["run"]["steps"]) == (name, STEPS)])
-        if row.optimizer != "AdamW" or name == BACKPROPAGATION or len(of) < 3:
+        if row.optimizer not in ("AdamW", "NAdam") or name == BACKPROPAGATION or len(of) < 3:
             continue
         cells = []
         for m in (2, 4, 8):
