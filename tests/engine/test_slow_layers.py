@@ -61,19 +61,20 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
     return [list(rows) for rows in zip(*reports, strict=True)]
 
 
-def check(rows: list[dict[str, float]], stages: int, heads: set[int]) -> None:
-    """1e-5 in fp32; every head has used several copies."""
+def check(rows: list[dict[str, Any]], stages: int, heads: set[int], layers: int = 1) -> None:
+    """1e-5 in fp32; every head has used several copies, whose bytes are reported."""
     for rank, row in enumerate(rows):
         assert max(row[name] for name in ("loss", "parameter", "eval")) <= 1e-5, (rank, row)
         stage = rank % len(rows) * stages // len(rows)
         if stage in heads:
             assert row["used"] >= 2, (rank, row)
-        assert row["bytes"] > 0
+        assert row["bytes"] == 4 * 7 * 6 * layers and row["reported"] == ([row["bytes"]] if rank == 0 else [])
 
 
 @pytest.mark.parametrize("number", range(len(THREE)))
 def test_equals_the_reference(three: list[list[Any]], number: int) -> None:
-    check(three[number], 3, {0, 1} if not THREE[number].get("frozen") else {1})
+    options = THREE[number]["interlocking"]["aux_head"]["objective"]
+    check(three[number], 3, {0, 1} if not THREE[number].get("frozen") else {1}, options.get("layers", 1))
 
 
 def test_modules_and_replicas_equal_the_reference() -> None:

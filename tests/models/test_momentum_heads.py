@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ibp_deepspeed.checkpoint.manifest import head_structure
+from ibp_deepspeed.commands.convert_hf import export_all
 from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig
 from ibp_deepspeed.config.objectives import MomentumOptions
 from ibp_deepspeed.models import CausalLM, ModelError
@@ -146,6 +148,9 @@ def test_an_exit_is_evaluated_and_not_exported(tmp_path: Path) -> None:
     assert losses[0].item() == pytest.approx(wanted, rel=1e-6) and exits.depth(1) == 3
     with pytest.raises(ModelError, match="no smaller model: export the last exit, or one with another objective"):
         write(exits, tmp_path / "first", 1)
+    family = Namespace(checkpoint=tmp_path / "run", memory_gib=None, data=None, out=tmp_path / "family")
+    with pytest.raises(ModelError, match="no smaller model"):  # before data are opened, which are nowhere
+        export_all(family)
     write(exits, tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
 

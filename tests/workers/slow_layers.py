@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -71,6 +72,7 @@ def config_of(case: dict[str, Any]) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": count,
+        "steps_per_print": 4,
         "train_batch_size": 4 * count * replicas,
         "optimizer": OPTIMIZERS[case.get("optimizer", "sgd")],
         "gradient_clipping": case.get("clip", 0.0),
@@ -107,9 +109,11 @@ def train(engine: Any, steps: range, count: int = 2) -> list[Tensor]:
     return [p.detach().clone() for p in engine.module.parameters()]
 
 
-def parity(case: dict[str, Any]) -> dict[str, float]:
+def parity(case: dict[str, Any]) -> dict[str, Any]:
     """Relative errors of losses, of all parameters with the copies, and of an evaluation."""
     engine, count = engine_of(case), case.get("micro_batches", 2)
+    events: list[Any] = []
+    engine.monitor = SimpleNamespace(enabled=True, write_events=events.extend)
     replicas, rank = engine.grid.data_parallel_size, engine.data_parallel_rank
     reference = InterlockedReference(trunks_of(case), heads_of(case), loss_fn, case["interlocking"])
     stages, used = len(reference.stages), 0
@@ -133,14 +137,16 @@ def parity(case: dict[str, Any]) -> dict[str, float]:
     found = engine.eval_batch(iter(rows[rank]), count)
     wanted = reference.evaluate([pair for row in rows for pair in row])
     own = [p for name, p in engine.module.named_parameters() if name != PLACEHOLDER]
-    size = engine.layer_bytes
+    engine.new_reports(patience=20.0)
+    reported = {value for name, value, _ in events if name == "Train/copy of layers (bytes)"}
     engine.close()
     return {
         "loss": loss_error,
         "parameter": compare(own, stage_parameters(reference, engine.stage_id)),
         "eval": ((found - wanted).abs() / wanted).nan_to_num().max().item(),
         "used": used,
-        "bytes": size,
+        "bytes": engine.layer_bytes,
+        "reported": [int(value) for value in reported],
     }
 
 
