@@ -148,6 +148,7 @@ HEADS: dict[str, Row] = {
         "label smoothing": {"objective": "label_smoothing"},
         "similarity matching": {"objective": "predsim"},
         "reconstruction": {"objective": "reconstruction"},
+        "stochastic layer-wise": {"objective": "stochastic_layerwise"},
         "1024 negatives": {"negatives": 1024},
         "256 negatives, uniform": {"negatives": 256, "negatives_by": "uniform"},
         "loss on 1/2 of the positions": {"aux_tokens": 0.5},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from math import log
 from statistics import mean
 from typing import Any
 
@@ -208,6 +209,44 @@ def tokens_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def equal_time_table(records: Sequence[Record]) -> Table:
+    """Last exits against backpropagation with B before W that trains for the same predicted time, at M = 2, 4 and 8.
+
+    What backpropagation reaches in another time is read off its trainings with more and fewer batches, each with a
+    schedule of its own length (straight lines between them over the logarithm of batches); "–" beyond them.
+    """
+    trained = [r for r in records if not r["run"]["cosine"]]
+    header = ["", "seeds", *(f"M = {m}: its time, then ours to it" for m in (2, 4, 8))]
+    table = [header]
+    baseline = by_seed([r for r in trained if (r["run"]["row"], r["run"]["steps"]) == (BACKPROPAGATION, STEPS)])
+    first = [r for r in trained if r["run"]["row"] == BACKPROPAGATION and r["run"]["seed"] == 0]
+    ends = {r["run"]["steps"]: last_exit(r) / baseline[0] for r in first}
+    for name, row in ROWS.items():
+        of = by_seed([r for r in trained if (r["run"]["row"], r["run"]["steps"]) == (name, STEPS)])
+        if row.optimizer != "AdamW" or name == BACKPROPAGATION or len(of) < 3:
+            continue
+        cells = []
+        for m in (2, 4, 8):
+            share = row_price(name, m).time / exact_price(row.pipeline, m)
+            reached = after(ends, share * STEPS)
+            scaled = {seed: loss * reached for seed, loss in baseline.items()} if reached else {}
+            cells.append(f"{share:.2f}: {difference(of, scaled)}")
+        table.append([name, str(len(of)), *cells])
+    return table
+
+
+def after(ends: Mapping[int, float], batches: float) -> float | None:
+    """What was reached in so many batches, between trainings of other lengths; None beyond them."""
+    below = max((steps for steps in ends if steps <= batches), default=None)
+    above = min((steps for steps in ends if steps >= batches), default=None)
+    if below is None or above is None:
+        return None
+    if below == above:
+        return ends[below]
+    part = log(batches / below) / log(above / below)
+    return ends[below] + part * (ends[above] - ends[below])
+
+
 def rates_table(records: Sequence[Record]) -> Table:
     """Held-out loss of the last exit of the short trainings at each rate."""
     rates = sorted({record["run"]["rate"] for record in records})
@@ -232,6 +271,7 @@ def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Tab
     if any(r["run"]["row"] == BACKPROPAGATION for r in large):
         yield "second study", second_table(large)
         yield "second study, tokens", tokens_table(large)
+        yield "second study, equal time", equal_time_table(large)
     if of.get("thin_rates"):
         yield "second study, sixteen layers, learning rates", rates_table(of["thin_rates"])
     if any(r["run"]["row"] == BACKPROPAGATION for r in of.get("thin", ())):

@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ibp_deepspeed.config.objectives import CrossEntropyOptions, MomentumOptions, ObjectiveOptions, objective_options
+from ibp_deepspeed.config.objectives import (
+    CrossEntropyOptions,
+    MomentumOptions,
+    ObjectiveOptions,
+    check_heads,
+    objective_options,
+)
 from ibp_deepspeed.errors import ConfigError
 
 Mode = Literal["furthest", "window", "sum"]
@@ -40,7 +46,7 @@ class AuxHeadConfig(BaseModel):
     """Fraction of the positions whose loss trains the heads and, through them, the trunks; the last stage uses all."""
     aux_tokens_seed: int = 0
     """Of the draw of these positions, which is another one for each batch and stage, the same on all replicas; and of
-    the draw of negatives."""
+    all that negatives and objectives draw."""
     negatives: int | None = Field(default=None, ge=1)
     """S: in training the heads' losses are over the label and S tokens drawn from the vocabulary, weighted so that they
     stand for all of it; None: the whole vocabulary. The last stage's loss and evaluations are exact."""
@@ -68,6 +74,11 @@ class AuxHeadConfig(BaseModel):
             raise ValueError("rank and negatives don't go together: rows of a product are no cheaper to read")
         if self.negatives is not None and self.objective.name == "label_smoothing":
             raise ValueError("negatives and label_smoothing don't go together: soft targets are of all tokens")
+        if self.borrow and self.objective.name == "stochastic_layerwise":
+            raise ValueError(
+                "borrow and stochastic_layerwise don't go together: a head behind borrowed layers is not on the stage "
+                "whose input it compares"
+            )
         if "negatives_by" in self.model_fields_set and self.negatives is None:
             raise ValueError("negatives_by is for negatives, of which no number is given")
         if isinstance(self.objective, MomentumOptions):
@@ -269,17 +280,21 @@ class InterlockingConfig(BaseModel):
         """The stages of ``stages`` that have a loss, rising; the last one always has.
 
         Raises:
-            ConfigError: one that there is not.
+            ConfigError: one that there is not, or none where the heads' objective can be used.
         """
         if self.exits == "every":
-            return tuple(range(stages))
-        if isinstance(self.exits, int):
-            return tuple(sorted(range(stages - 1, -1, -self.exits)))
-        if self.exits[-1] >= stages:
+            found = tuple(range(stages))
+        elif isinstance(self.exits, int):
+            found = tuple(sorted(range(stages - 1, -1, -self.exits)))
+        elif self.exits[-1] >= stages:
             raise ConfigError(
                 f'"interlocking.exits" names stage {self.exits[-1]}, the {stages} stages are 0 … {stages - 1}.'
             )
-        return tuple(sorted({*self.exits, stages - 1}))
+        else:
+            found = tuple(sorted({*self.exits, stages - 1}))
+        if self.aux_head is not None:
+            check_heads(self.aux_head.objective, found[:-1])
+        return found
 
 
 def nearest(name: str, known: list[str]) -> str:

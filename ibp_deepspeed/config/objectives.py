@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ibp_deepspeed.errors import ConfigError
 
 
 class _Options(BaseModel):
@@ -59,11 +61,33 @@ class MomentumOptions(_Options):
     """The head uses that copy from batch r·R + delay on; None: ⌈2/M⌉ + 1, the least that is not waited for."""
 
 
+class StochasticLayerwiseOptions(_Options):
+    """Prediction, and predictions of the stage's output that are like those of its input."""
+
+    name: Literal["stochastic_layerwise"] = "stochastic_layerwise"
+    categories: int = Field(default=256, ge=2)
+    """d: rows of the random projection whose softmax is a posterior."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """The part of the projection's columns that is left out, another draw for each micro-batch and stage."""
+
+
 ObjectiveOptions = (
-    CrossEntropyOptions | LabelSmoothingOptions | PredSimOptions | ReconstructionOptions | MomentumOptions
+    CrossEntropyOptions
+    | LabelSmoothingOptions
+    | PredSimOptions
+    | ReconstructionOptions
+    | StochasticLayerwiseOptions
+    | MomentumOptions
 )
 
-_KINDS = (CrossEntropyOptions, LabelSmoothingOptions, PredSimOptions, ReconstructionOptions, MomentumOptions)
+_KINDS = (
+    CrossEntropyOptions,
+    LabelSmoothingOptions,
+    PredSimOptions,
+    ReconstructionOptions,
+    StochasticLayerwiseOptions,
+    MomentumOptions,
+)
 OBJECTIVES: dict[str, type[ObjectiveOptions]] = {kind.model_fields["name"].default: kind for kind in _KINDS}
 """By name."""
 WITH_PARAMETERS = (PredSimOptions, ReconstructionOptions, MomentumOptions)
@@ -94,3 +118,17 @@ def objective_options(value: Any) -> ObjectiveOptions:
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{first['loc'][0]} of {name}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def check_heads(objective: ObjectiveOptions, stages: Sequence[int]) -> None:
+    """That an objective says something of the stages that have a head.
+
+    Raises:
+        ConfigError: it compares hidden states that stages are given, and the first stage is the only one.
+    """
+    if isinstance(objective, StochasticLayerwiseOptions) and list(stages) == [0]:
+        raise ConfigError(
+            f'"interlocking.aux_head.objective" {objective.name} compares what a stage is given with what it makes of '
+            "it, but only the first stage has a head, and it is given data: use more stages or exits, or another "
+            "objective."
+        )

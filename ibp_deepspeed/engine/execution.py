@@ -140,6 +140,8 @@ class ExecutingEngine(CheckpointingEngine):
             outputs = objective.outputs(hidden)
         where = {"batch": self.global_steps, "micro_batch": micro_batch, "index": loss}
         value = objective.training_loss(outputs, micro.labels, **where)
+        given = None if self._borrowed or self.is_first_stage() else micro.inputs.detach()
+        value = value + objective.stage_loss(given, hidden, micro.labels, **where)
         self._losses.add(loss, value)
         if value.requires_grad:  # else neither the head is trained nor a trunk by it
             with self._accumulating():

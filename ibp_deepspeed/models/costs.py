@@ -9,7 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.config.objectives import MomentumOptions, PredSimOptions, ReconstructionOptions
+from ibp_deepspeed.config.objectives import (
+    MomentumOptions,
+    PredSimOptions,
+    ReconstructionOptions,
+    StochasticLayerwiseOptions,
+)
 from ibp_deepspeed.models.beside import inner_size
 
 if TYPE_CHECKING:
@@ -78,8 +83,9 @@ def _beside_operations(
     """Of what an objective needs beside its prediction.
 
     Similarity is of some tokens of a micro-batch, here of one sequence: with more of them it is less for each token.
-    A decoder of the input reads out the positions of the loss. Copied layers have no weight gradient, the map B beside
-    them has one.
+    A decoder of the input reads out the positions of the loss. A random projection reads what a stage is given and what
+    it makes of it, and is not trained; the first stage has none, which is not told apart here. Copied
+    layers have no weight gradient, the map B beside them has one.
     """
     objective = options.objective
     if isinstance(objective, MomentumOptions):
@@ -94,6 +100,9 @@ def _beside_operations(
         share, size = compared / sequence_length, model.hidden_size
         linear, pairs = share * size**2, share * size * compared
         return Operations(linear + pairs, linear + 2 * pairs, linear)
+    if isinstance(objective, StochasticLayerwiseOptions):
+        projection = options.aux_tokens * objective.categories * model.hidden_size
+        return Operations(2 * projection, projection, 0.0)
     return Operations(0.0, 0.0, 0.0)
 
 

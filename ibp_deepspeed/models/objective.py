@@ -9,6 +9,7 @@ from ibp_deepspeed.objectives.label_smoothing import LabelSmoothing
 from ibp_deepspeed.objectives.momentum import Momentum
 from ibp_deepspeed.objectives.reconstruction import Reconstruction
 from ibp_deepspeed.objectives.similarity import PredSim
+from ibp_deepspeed.objectives.stochastic_layerwise import StochasticLayerwise
 
 
 class LanguageModelObjective(Objective):
@@ -54,7 +55,18 @@ class SmoothedObjective(LabelSmoothing, LanguageModelObjective):
     """With soft targets."""
 
 
+class StochasticLayerwiseObjective(StochasticLayerwise, LanguageModelObjective):
+    """With posteriors of a random projection."""
+
+
 def of_name(name: str) -> type[LanguageModelObjective]:
     """The class of one of ``config.objectives.OBJECTIVES``."""
-    kinds = (LanguageModelObjective, SmoothedObjective, PredSimObjective, ReconstructingObjective, MomentumObjective)
+    kinds = (
+        LanguageModelObjective,
+        SmoothedObjective,
+        PredSimObjective,
+        ReconstructingObjective,
+        StochasticLayerwiseObjective,
+        MomentumObjective,
+    )
     return {kind.name: kind for kind in kinds}[name]

@@ -121,6 +121,19 @@ class Objective:
             return self.loss(outputs, labels, target)
         return self.negatives.cross_entropy(outputs, labels, batch=batch, micro_batch=micro_batch, loss=index)
 
+    def stage_loss(
+        self, given: Any, hidden: Any, labels: Any, *, batch: int, micro_batch: int, index: int
+    ) -> Tensor | float:
+        """What is added to :meth:`training_loss`, made of the stage's own input and output: here nothing.
+
+        Args:
+            given: h_{k-1}, detached: whatever the strategy, no gradient reaches it from here. None on the first stage,
+                whose input is data, and behind borrowed layers, whose stage has another input.
+            hidden: what the module reads, h_k, with its graph.
+            labels, batch, micro_batch, index: as there.
+        """
+        return 0.0
+
     def measure(self, outputs: Any, labels: Any) -> Tensor:
         """What evaluations report, at all positions: a scalar."""
         return outputs if self.loss_fn is None else self.loss_fn(outputs, labels)

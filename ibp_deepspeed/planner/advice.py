@@ -11,6 +11,8 @@ from ibp_deepspeed.planner.workload import balanced
 
 INTERLOCK_BELOW = 0.95
 """Of the fastest exact schedule's time: what is not faster than that is not worth another loss."""
+AS_FAST = 1.02
+"""Of the fastest's time: predictions don't tell what is nearer than that apart."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,16 @@ class Advice:
 
     row: Row | None
     reason: str
+
+
+def preferred(rows: Sequence[Row]) -> Row:
+    """Of those that are as fast as the fastest, as far as predictions tell, the one that was measured to learn best.
+
+    Args:
+        rows: the fastest first; of those that learn alike it is taken.
+    """
+    as_fast = [row for row in rows if row.batch_time <= AS_FAST * rows[0].batch_time]
+    return min(as_fast, key=lambda row: 0.0 if row.learned is None else row.learned.mean)
 
 
 def what_would_fit(job: Job, rows: Sequence[Row], memory: float) -> str:
@@ -80,7 +92,7 @@ def advise(job: Job, rows: Sequence[Row], tolerance: float = 0.02) -> Advice:
     exact = min((row for row in fitting if row.exact), key=lambda row: row.batch_time, default=None)
     ours = [row for row in fitting if row.candidate.block is not None and not row.exact and row.learned is not None]
     good = [row for row in ours if row.learned is not None and row.learned.mean <= tolerance]
-    best = min(good, key=lambda row: row.batch_time, default=None)
+    best = preferred(sorted(good, key=lambda row: row.batch_time)) if good else None
     if exact is None or (best is not None and best.batch_time < INTERLOCK_BELOW * exact.batch_time):
         if best is None:
             chosen = min(fitting, key=lambda row: row.batch_time)

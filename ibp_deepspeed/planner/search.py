@@ -14,7 +14,7 @@ from math import inf
 from typing import Any
 
 from ibp_deepspeed.errors import PlanError
-from ibp_deepspeed.planner.advice import INTERLOCK_BELOW
+from ibp_deepspeed.planner.advice import INTERLOCK_BELOW, preferred
 from ibp_deepspeed.planner.plan import Outlook, Row, evaluate, outlook
 from ibp_deepspeed.planner.ways import Space, Way, ways
 
@@ -67,9 +67,17 @@ class Result:
     complete: bool = True
 
     @property
+    def preferred(self) -> Found:
+        """Of those that are as fast as the fastest, as far as predictions tell, the one that was measured to learn
+        best."""
+        row = preferred([found.row for found in self.best])
+        return next(found for found in self.best if found.row is row)
+
+    @property
     def advised(self) -> Found:
-        """The fastest, if it is exact or more than 5% faster than what is; else that, as the plain table advises."""
-        first = self.best[0]
+        """The preferred one, if it is exact or more than 5% faster than what is; else that, as the plain table
+        advises."""
+        first = self.preferred
         if self.exact is None or first.row.batch_time < INTERLOCK_BELOW * self.exact.row.batch_time:
             return first
         return self.exact

@@ -28,6 +28,8 @@ from ibp_deepspeed.strategy.timeline import Timeline
 Weighted = tuple[list[nn.Parameter], float]
 Sample = tuple[Any, Any] | tuple[Any, Any, Documents | None]
 """A micro-batch: inputs, labels, and the documents of its rows where they hold several."""
+_Ends = tuple[Tensor | None, Tensor]
+"""See ``Objective.stage_loss``: h_{k-1}, detached, and what the head reads."""
 
 
 class InterlockedReference:
@@ -150,23 +152,29 @@ class InterlockedReference:
 
     def outputs(self, inputs: Any, documents: Documents | None = None) -> dict[int, Any]:
         """What the loss of every exit takes, on one connected graph."""
-        with reading(documents):
-            return self._outputs(inputs)
+        return self._forward(inputs, documents)[0]
 
-    def _outputs(self, hidden: Any) -> dict[int, Any]:
+    def _forward(self, inputs: Any, documents: Documents | None) -> tuple[dict[int, Any], dict[int, _Ends]]:
+        """What the loss of every exit takes, and what the stage of its head was given and made of it."""
+        with reading(documents):
+            return self._through_stages(inputs)
+
+    def _through_stages(self, hidden: Any) -> tuple[dict[int, Any], dict[int, _Ends]]:
         outputs: dict[int, Any] = {}
+        ends: dict[int, _Ends] = {}
         for k, stage in enumerate(self.stages):
             loss = self.placement.head_at(k)
+            given = hidden.detach() if k else None
             if self.placement.borrowed_from(k):
                 hidden, stage = self._borrowed(k)(hidden), self._own(k)
-                outputs[k - 1] = self.objectives[k - 1].outputs(hidden)
+                outputs[k - 1], ends[k - 1] = self.objectives[k - 1].outputs(hidden), (None, hidden)
             hidden = stage(hidden)
             side = None if self._side_loss is None else self._side_loss(stage.children())
             if side is not None:
                 self.side_losses[k] = side
             if loss == k:
-                outputs[k] = self.objectives[k].outputs(hidden)
-        return {**outputs, len(self.stages) - 1: hidden}
+                outputs[k], ends[k] = self.objectives[k].outputs(hidden), (given, hidden)
+        return {**outputs, len(self.stages) - 1: hidden}, ends
 
     def losses(
         self, inputs: Any, labels: Any, documents: Documents | None = None, *, micro_batch: int | None = None
@@ -179,7 +187,7 @@ class InterlockedReference:
             micro_batch: take the positions and the tokens that this micro-batch of the next batch takes in training;
                 None: all.
         """
-        outputs = self.outputs(inputs, documents)
+        outputs, ends = self._forward(inputs, documents)
         losses = {}
         for k, objective in self.objectives.items():
             target = None if objective.needs.target is None else outputs[objective.needs.target].detach()
@@ -188,6 +196,8 @@ class InterlockedReference:
             else:
                 where = {"batch": self.batch, "micro_batch": micro_batch, "index": k}
                 losses[k] = objective.training_loss(outputs[k], labels, target=target, **where)
+                if k in ends:
+                    losses[k] = losses[k] + objective.stage_loss(*ends[k], labels, **where)
         return losses
 
     def _side_of(self, loss: int) -> Tensor | float:

@@ -27,7 +27,7 @@ from benchmarks.quality.records import load
 from benchmarks.quality.report import DOCS, LEARNED, RESULTS, depth_table, hop_table, tables, text_table, tuned
 from benchmarks.quality.run import SOLVED, Run, train
 from benchmarks.quality.second import BACKPROPAGATION, ROWS, large, large_run
-from benchmarks.quality.second_report import difference, learned_rows, row_price
+from benchmarks.quality.second_report import after, difference, equal_time_table, exact_price, learned_rows, row_price
 from benchmarks.quality.tasks import HopTask
 from ibp_deepspeed import InterlockingConfig
 from ibp_deepspeed.models import CausalLM
@@ -293,6 +293,26 @@ def test_tables_of_the_page_are_those_of_the_records() -> None:
 def test_differences_are_between_runs_of_the_same_seed() -> None:
     assert difference({0: 2.2, 1: 3.0, 7: 9.0}, {0: 2.0, 1: 3.0}) == "+5.0% (+0.0 … +10.0)"
     assert difference({1: 3.3}, {0: 2.0, 1: 3.0}) == "+10.0% (one seed)" and difference({1: 1.0}, {0: 1.0}) == "–"
+
+
+def test_equal_time_is_read_between_trainings_of_other_lengths() -> None:
+    ends = {1000: 4.0, 4000: 2.0}
+    assert after(ends, 2000) == 3.0 and after(ends, 4000) == 2.0 and after(ends, 999) is None is after(ends, 4001)
+
+    def record(row: str, steps: int, seed: int, loss: float) -> dict[str, Any]:
+        run = {"row": row, "steps": steps, "seed": seed, "cosine": False}
+        return {"run": run, "curve": [[steps, [9.0, loss]]]}
+
+    lengths = [record("backpropagation", steps, 0, loss) for steps, loss in ((2000, 5.0), (4000, 4.0))]
+    others = [record("backpropagation", 4000, seed, 4.0) for seed in (1, 2)]
+    table = equal_time_table([*lengths, *others, *(record("G = 4, K = 8", 4000, seed, 4.0) for seed in range(3))])
+    share = row_price("G = 4, K = 8", 4).time / exact_price(8, 4)
+    assert table[1][:2] == ["G = 4, K = 8", "3"]
+    reached = 5.0 + (4.0 - 5.0) * math.log2(share * 2)
+    assert (
+        table[1][3] == f"{share:.2f}: {100 * (4.0 / reached - 1):+.1f}% ({100 * (4.0 / reached - 1):+.1f} … "
+        f"{100 * (4.0 / reached - 1):+.1f})"
+    )
 
 
 def test_probes_tell_layers_that_know_the_next_token_from_those_that_don_t() -> None:

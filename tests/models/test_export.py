@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.config.objectives import OBJECTIVES
 from ibp_deepspeed.data.tokenizer import train_tokenizer
 from ibp_deepspeed.errors import CheckpointError, OutputError
 from ibp_deepspeed.models import CausalLM, ModelError
@@ -101,6 +102,17 @@ def test_temperatures_factors_and_blocks_have_a_place(model_type: str, head: dic
     write(Exits(tmp_path / "run"), tmp_path / "first", 1)
     want = read_out(layers, own)
     assert (logits(tmp_path / "first") - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "stochastic_layerwise"])  # of three stages
+def test_whatever_trained_an_exit_it_is_exported(name: str, tmp_path: Path) -> None:
+    """The head is read as what it is, and what its objective has beside it is left out."""
+    layers, own = checkpoint(tmp_path / "run", "llama", objective=name)
+    exits = Exits(tmp_path / "run")
+    with torch.no_grad():
+        want = read_out(layers, own)
+        assert (exits.lazy_logits(tokens(), 1).materialize() - want).abs().max() <= 1e-6
+        assert (exits.to_hugging_face(1).eval()(tokens()).logits - want).abs().max() <= 1e-6
 
 
 def test_weights_of_16_bits_stay_so(tmp_path: Path) -> None:

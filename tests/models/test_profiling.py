@@ -32,6 +32,7 @@ HEADS: list[dict[str, Any]] = [
     {"objective": "predsim"},
     {"objective": "reconstruction"},
     {"objective": "momentum"},
+    {"objective": "stochastic_layerwise"},
 ]
 
 

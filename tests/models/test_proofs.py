@@ -96,6 +96,17 @@ def test_the_small_model_has_all_kinds_of_layers(model_type: str, values: dict[s
         assert set(small.layer_types) == set(config.layer_types)
 
 
+@pytest.mark.parametrize(("heads", "keys"), [(1, 1), (2, 1), (3, 3), (3, 1), (5, 5), (6, 2)])
+def test_any_number_of_heads_has_a_small_model(heads: int, keys: int) -> None:
+    sizes = {"hidden_size": 32 * heads, "num_attention_heads": heads, "num_key_value_heads": keys}
+    config = AutoConfig.for_model("llama", head_dim=32, **sizes)
+    small = small_config(config)
+    assert small.head_dim * small.num_attention_heads == small.hidden_size
+    assert (small.num_key_value_heads < small.num_attention_heads) == (keys < heads)
+    with proving():
+        assert prove(config).refusal is None
+
+
 def test_sizes_are_no_kind_and_switches_are() -> None:
     def kind(**values: Any) -> str:
         return kind_of(AutoConfig.for_model("llama", **values))

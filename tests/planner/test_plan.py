@@ -96,7 +96,7 @@ def test_a_balanced_partition_counts_heads_and_vocabulary() -> None:
 def test_advice() -> None:
     of = job(micro_batches=4)
     found = list(rows(of).values())
-    advised = advise(of, found, 0.05).row
+    advised = advise(of, found, 0.0).row
     assert advised is not None and advised.candidate.name.startswith("modules")
     strict = advise(of, found, -1.0)
     assert strict.row is not None and strict.row.candidate.name == "backpropagation, input gradients first"

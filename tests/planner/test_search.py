@@ -107,6 +107,21 @@ def test_what_is_advised_is_exact_unless_it_is_much_slower() -> None:
         assert result.advised is (faster if advised else exact)
 
 
+def test_of_what_is_as_fast_the_one_that_learns_best_is_preferred() -> None:
+    rows = search(space(samples=8), 0.06).best
+    one = next(found for found in rows if found.row.learned is not None)
+    assert one.row.learned is not None
+
+    def way(time: float, mean: float) -> Any:
+        assert one.row.learned is not None
+        return replace(one, row=replace(one.row, batch_time=time, learned=replace(one.row.learned, mean=mean)))
+
+    fastest, better, slow = way(1.0, 0.005), way(1.019, -0.007), way(1.03, -0.02)
+    assert Result(best=[fastest, better, slow]).advised is better
+    assert Result(best=[way(1.0, 0.004), way(1.01, 0.004)]).advised.row.batch_time == 1.0
+    assert Result(best=[fastest, slow]).advised is fastest
+
+
 def test_recomputation_is_for_what_does_not_fit_otherwise() -> None:
     free = search(space(memory=None), 0.0).best[0]
     assert free.without_recompute is None and not free.way.job.recompute

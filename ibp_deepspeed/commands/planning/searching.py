@@ -165,13 +165,13 @@ def show(space: Space, result: Result) -> None:
 
 def advice(result: Result) -> str:
     """What to do, and why."""
-    first, advised, exact = result.best[0], result.advised, result.exact
+    first, advised, exact = result.preferred, result.advised, result.exact
     what = f"{advised.way.job.stages} stages, {advised.way.candidate.name}"
     if advised is exact and first is not exact:
         part = first.row.batch_time / exact.row.batch_time
         return (
-            f"do not interlock here: the fastest ({first.way.candidate.name}) takes {part:.2f} of the time of what is "
-            f"exact, which is not worth another loss. {what}."
+            f"do not interlock here: {first.way.candidate.name} takes {part:.2f} of the time of what is exact, which "
+            f"is not worth another loss. {what}."
         )
     if exact is None or advised is exact:
         return f"{what}, the fastest{' and exact' if advised is exact else ''}."

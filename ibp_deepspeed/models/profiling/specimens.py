@@ -75,4 +75,6 @@ def _layer(module: nn.Module, inputs: Any) -> Tensor:
 def _with_loss(objective: Objective, labels: Tensor, module: nn.Module, hidden: Tensor) -> Tensor:
     """A loss in training, on what ``module`` gives: the objective's own, or its copy with a split backward pass."""
     where = {"batch": 0, "micro_batch": 0, "index": 0}
-    return objective.training_loss(module(hidden), labels.to(hidden.device), **where)
+    labels = labels.to(hidden.device)
+    prediction = objective.training_loss(module(hidden), labels, **where)
+    return prediction + objective.stage_loss(hidden.detach(), hidden, labels, **where)
