@@ -16,6 +16,7 @@ from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.comm.late_relay import LateRelay
 from ibp_deepspeed.comm.link_groups import new_host_group
 from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.config.objectives import MomentumOptions
 from ibp_deepspeed.errors import InterlockingError, ModuleError
 from ibp_deepspeed.objectives.shared_readout import RefreshRule, install
 from ibp_deepspeed.objectives.slow_layers import START, Followed, begun_again, completed, first_layers, slow_rule
@@ -72,9 +73,10 @@ class SlowLayerCopies(LatePart):
     ) -> SlowLayerCopies | None:
         """What a configuration asks for; None if no head has such copies, or there are none."""
         rule, options = slow_rule(interlocking, micro_batches), interlocking.aux_head
-        if rule is None or options is None or not module.placement.heads:
+        objective = None if options is None else options.objective
+        if rule is None or not isinstance(objective, MomentumOptions) or not module.placement.heads:
             return None
-        return cls(module, grid, rule, getattr(options.objective, "layers", 0))
+        return cls(module, grid, rule, objective.layers)
 
     def begin_batch(self, batch: int) -> None:
         """Take and send, or use, the copies that the rule names for the beginning of ``batch`` (from 0).
