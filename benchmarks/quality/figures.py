@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -51,6 +51,41 @@ def draw_text(records: Sequence[Record], path: Path) -> None:
     panel.set(xlabel="batches", ylabel="held-out loss of the last exit (nats)")
     panel.grid(alpha=0.3)
     panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_gap(
+    ends: Mapping[str, Mapping[int, Mapping[int, float]]], probed: Mapping[str, Sequence[float]], path: Path
+) -> None:
+    """Left: rows against the first one over tokens, at the same seeds. Right: what layers know of the next token.
+
+    Args:
+        ends: row → batches → seed → held-out loss; the first row is what others are measured against.
+        probed: row → held-out loss of a fresh readout behind each layer; without any there is no right panel.
+        path: of the figure.
+    """
+    figure, panels = plt.subplots(1, 2 if probed else 1, figsize=(9.6 if probed else 5.6, 3.6), squeeze=False)
+    (baseline, against), *others = ends.items()
+    panel = panels[0][0]
+    for row, of in others:
+        ratios = {n: [100 * (of[n][s] / against[n][s] - 1) for s in of[n] if s in against[n]] for n in of}
+        batches = sorted(n for n, found in ratios.items() if found)
+        means = [sum(ratios[n]) / len(ratios[n]) for n in batches]
+        spread = [[m - min(ratios[n]) for n, m in zip(batches, means, strict=True)],
+                  [max(ratios[n]) - m for n, m in zip(batches, means, strict=True)]]  # fmt: skip
+        panel.errorbar([1.024e-3 * n for n in batches], means, yerr=spread, marker="o", capsize=3, label=row)
+    panel.axhline(0, color="black", linewidth=0.8)
+    panel.set(xlabel="tokens (millions)", ylabel=f"last exit against {baseline} (%)", xscale="log")
+    panel.legend(fontsize=8)
+    for row, losses in probed.items():
+        panels[0][1].plot(range(len(losses)), losses, marker="o", label=row)
+    if probed:
+        panels[0][1].set(xlabel="decoder layers (0: the embedding)", ylabel="held-out loss of a fresh readout (nats)")
+        panels[0][1].legend(fontsize=8)
+    for each in panels[0]:
+        each.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

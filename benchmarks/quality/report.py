@@ -12,17 +12,19 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.pages import filled, markdown
-from benchmarks.quality.figures import draw_check, draw_text
+from benchmarks.quality.figures import draw_check, draw_gap, draw_text
 from benchmarks.quality.plans import TEXT_ROWS, VARIANTS
 from benchmarks.quality.price import price
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.run import SOLVED
-from benchmarks.quality.second_report import learned_rows, second_tables
+from benchmarks.quality.second_report import learned_heads, learned_rows, over_tokens, second_tables
 
 RESULTS = Path(__file__).parent / "results"
 _ORDER = [*TEXT_ROWS, *VARIANTS]
 DOCS = Path(__file__).parents[2] / "docs"
-LEARNED = Path(__file__).parents[2] / "ibp_deepspeed" / "planner" / "learned.json"
+PAGES = ("learning.md", "learning-gap.md")
+_PLANNER = Path(__file__).parents[2] / "ibp_deepspeed" / "planner"
+LEARNED, LEARNED_HEADS = _PLANNER / "learned.json", _PLANNER / "learned_heads.json"
 
 
 def hop_table(records: Iterable[Record], hops: Sequence[int]) -> list[list[str]]:
@@ -167,7 +169,7 @@ def stuck_table(records: Iterable[Record]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Print the tables of all records, put them into docs/learning.md and the planner, and draw the figures."""
+    """Print the tables of all records, put them into the pages and the planner, and draw the figures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="of the records (default: benchmarks/quality/results)"
@@ -177,9 +179,11 @@ def main() -> None:
     of = {path.stem: load(path) for path in sorted(args.results.glob("*.jsonl"))}
     for title, table in tables(of):
         print(f"{title}\n\n{markdown(table)}\n")
-    page = args.docs / "learning.md"
-    page.write_text(filled(page.read_text(encoding="utf-8"), tables(of)), encoding="utf-8")
-    LEARNED.write_text(json.dumps(learned_rows(of), indent=1) + "\n", encoding="utf-8")
+    for name in PAGES:
+        page = args.docs / name
+        page.write_text(filled(page.read_text(encoding="utf-8"), tables(of)), encoding="utf-8")
+    for path, rows in ((LEARNED, learned_rows(of)), (LEARNED_HEADS, learned_heads(of))):
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if "hops" in of:
         drawn = [
             r for r in of["hops"] if (r["run"]["seed"], r["run"]["stages"]) == (0, 4) and r["run"]["task"]["hops"] < 3
@@ -187,6 +191,9 @@ def main() -> None:
         draw_check(drawn, args.docs / "learning-check.png")
     if "text" in of:
         draw_text(of["text"], args.docs / "learning-text.png")
+    if "large" in of:
+        probed = {r["run"]["row"]: r["probes"] for r in of["large"] if "probes" in r}
+        draw_gap(over_tokens(of["large"], of.get("rates", ())), probed, args.docs / "learning-gap.png")
 
 
 def tables(of: dict[str, list[Record]]) -> Iterator[tuple[str, list[list[str]]]]:

@@ -90,7 +90,7 @@ HEADLINES: dict[str, Row] = {
     "local, K = 8": Row(8, modules("every"), _LOCAL),
     "3-wise, K = 8": Row(8, modules("every", width=3), _PAIRWISE),
 }
-OVER_TOKENS = (BACKPROPAGATION, _MODULES, _PAIRWISE)
+OVER_TOKENS = (BACKPROPAGATION, _MODULES, _PAIRWISE, _LOCAL)
 """Rows that are trained with fewer and more batches too."""
 _CENTRAL = 12
 """So many headlines come first at all seeds: what the recipe rests on."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality.price import Price, asynchronous_price, price
 from benchmarks.quality.records import Record
-from benchmarks.quality.second import BACKPROPAGATION, LAYERS, OVER_TOKENS, ROWS, STEPS
+from benchmarks.quality.second import BACKPROPAGATION, LAYERS, OVER_TOKENS, ROWS, STEPS, lowest_rate
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 
 Table = list[list[str]]
@@ -96,6 +96,24 @@ def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
             baseline = by_seed(second[BACKPROPAGATION])
             _learn(found, _kind(group[0], ROWS[row].pipeline), by_seed(group), baseline, group[0])
     return list(found.values())
+
+
+def learned_heads(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """For the planner: kinds of heads, against full ones at the same seeds."""
+    full = by_seed([r for r in of.get("large", ()) if r["run"]["row"] == _FULL and r["run"]["steps"] == STEPS])
+    groups: dict[tuple[str, Any], dict[int, float]] = defaultdict(dict)
+    for record in of.get("heads", ()):
+        head = record["run"]["interlocking"]["aux_head"]
+        options = {key: value for key, value in head.items() if value != "private"}
+        if len(options) == 1:
+            groups[next(iter(options.items()))][record["run"]["seed"]] = last_exit(record)
+    found = []
+    for (option, value), ends in groups.items():
+        ratios = [ends[seed] / full[seed] - 1 for seed in sorted(ends.keys() & full.keys())]
+        spread = {"mean": mean(ratios), "low": min(ratios), "high": max(ratios)}
+        rounded = {name: round(number, 4) for name, number in spread.items()}
+        found.append({"option": option, "value": value, **rounded, "seeds": len(ratios)})
+    return found
 
 
 def _kind(record: Record, stages: int) -> tuple[int, int, str, int]:
@@ -192,21 +210,47 @@ def exact_price(stages: int, micro_batches: int) -> float:
     return price({"strategy": "global"}, stages, 1, STEPS, micro_batches=micro_batches, backward="split").time
 
 
-def tokens_table(records: Sequence[Record]) -> Table:
-    """What more tokens bring, each a training with a schedule of its own length: backpropagation, and others to it."""
-    ends: dict[tuple[str, int], dict[int, float]] = {}
-    for row in OVER_TOKENS:
-        for steps in sorted({r["run"]["steps"] for r in records}):
-            group = [r for r in records if (r["run"]["row"], r["run"]["steps"]) == (row, steps)]
-            ends[row, steps] = by_seed([r for r in group if not r["run"]["cosine"]])
+def over_tokens(records: Sequence[Record], tried: Sequence[Record] = ()) -> dict[str, dict[int, dict[int, float]]]:
+    """Row → batches → seed → last exit, each a training with a schedule of its own length.
+
+    Args:
+        records: of the study.
+        tried: the short trainings that rates were chosen by, of which the best rate's count.
+    """
+    chosen = {row: lowest_rate(list(tried), row) for row in OVER_TOKENS}
+    short = [r for r in tried if r["run"]["rate"] == chosen.get(r["run"]["row"])]
+    ends: dict[str, dict[int, dict[int, float]]] = {row: defaultdict(dict) for row in OVER_TOKENS}
+    for record in (*short, *records):
+        run = record["run"]
+        if run["row"] in ends and not run["cosine"]:
+            ends[run["row"]][run["steps"]][run["seed"]] = last_exit(record)
+    return ends
+
+
+def tokens_table(records: Sequence[Record], tried: Sequence[Record] = ()) -> Table:
+    """What more tokens bring: backpropagation, and others to it; see :func:`over_tokens`."""
+    ends = over_tokens(records, tried)
     first, *others = OVER_TOKENS
     table = [["batches", "tokens", "seeds", first, "to half as many", *(f"{row}, to it" for row in others)]]
-    for steps in sorted({steps for row, steps in ends if row == first and ends[row, steps]}):
-        losses, half = ends[first, steps], ends.get((first, steps // 2))
+    for steps, losses in sorted(ends[first].items()):
+        half = ends[first].get(steps // 2)
         cells = [str(steps), f"{1.024e-3 * steps:.1f} M", str(len(losses)), f"{mean(losses.values()):.3f}"]
         cells.append(difference(losses, half) if half else "–")
-        table.append([*cells, *(difference(ends[row, steps], losses) for row in others)])
+        table.append([*cells, *(difference(ends[row].get(steps, {}), losses) for row in others)])
     return table
+
+
+def modules_table(records: Sequence[Record]) -> Table:
+    """N = 1: what more layers behind each loss bring, at equal tokens."""
+    rows = {"local, K = 8": 1, "local, K = 4": 2, "G = 2, K = 8": 2, "G = 2, K = 4": 4, "G = 4, K = 8": 4}
+    full = [r for r in records if r["run"]["steps"] == STEPS and not r["run"]["cosine"]]
+    baseline = by_seed([r for r in full if r["run"]["row"] == BACKPROPAGATION])
+    table = [["layers a module", "", "seeds", "last exit", "to backpropagation"]]
+    for row, layers in rows.items():
+        of = by_seed([r for r in full if r["run"]["row"] == row])
+        if of:
+            table.append([str(layers), row, str(len(of)), f"{mean(of.values()):.3f}", difference(of, baseline)])
+    return [*table, [str(LAYERS), BACKPROPAGATION, str(len(baseline)), f"{mean(baseline.values()):.3f}", "–"]]
 
 
 def equal_time_table(records: Sequence[Record]) -> Table:
@@ -270,7 +314,8 @@ def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Tab
     large = of.get("large", ())
     if any(r["run"]["row"] == BACKPROPAGATION for r in large):
         yield "second study", second_table(large)
-        yield "second study, tokens", tokens_table(large)
+        yield "second study, tokens", tokens_table(large, of.get("rates", ()))
+        yield "second study, layers a module", modules_table(large)
         yield "second study, equal time", equal_time_table(large)
     if of.get("thin_rates"):
         yield "second study, sixteen layers, learning rates", rates_table(of["thin_rates"])

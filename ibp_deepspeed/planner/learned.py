@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from typing import Any
+
+from ibp_deepspeed.config.interlocking import AuxHeadConfig
+
+_NO_QUALITY = {"borrow", "aux_tokens_seed", "chunk_tokens"}  # borrowed layers have rows of their own
+
+
+@dataclass(frozen=True)
+class LearnedHead:
+    """Held-out loss of the last exit with a kind of heads against the same with private ones, as a share of it.
+
+    Attributes:
+        option: of ``aux_head``, the only one that is not the default.
+        value: of it.
+        mean, low, high: of the paired differences over the seeds.
+        seeds: how many.
+    """
+
+    option: str
+    value: Any
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def sentence(self) -> str:
+        """For the reader."""
+        return f"{self.mean:+.1%} of it by heads with {self.option} = {self.value} ({_of(self)})"
 
 
 @dataclass(frozen=True)
@@ -20,6 +48,7 @@ class Learned:
         mean, low, high: of the paired differences over the seeds.
         seeds: how many.
         size: of the model and the text, in words.
+        head: what is in these numbers for heads that are not private and whole.
     """
 
     width: int
@@ -31,11 +60,27 @@ class Learned:
     high: float
     seeds: int
     size: str
+    head: LearnedHead | None = None
 
     def sentence(self) -> str:
         """For the reader."""
-        seeds = "one seed" if self.seeds == 1 else f"{self.low:+.1%} to {self.high:+.1%} over {self.seeds} seeds"
-        return f"its loss was {self.mean:+.1%} against backpropagation's ({seeds}; {self.size}, {self.exits} exits)."
+        about = f"{_of(self)}; {self.size}, {self.exits} exits"
+        said = f"its loss was {self.mean:+.1%} against backpropagation's ({about})"
+        return f"{said}." if self.head is None else f"{said}, {self.head.sentence()}."
+
+    def with_head(self, head: LearnedHead | None) -> Learned:
+        """With what such heads were measured to lose."""
+        if head is None:
+            return self
+        both = ((self.mean, head.mean), (self.low, head.low), (self.high, head.high))
+        middle, low, high = ((1 + own) * (1 + of_heads) - 1 for own, of_heads in both)
+        return replace(self, mean=middle, low=low, high=high, head=head)
+
+
+def _of(measured: Learned | LearnedHead) -> str:
+    if measured.seeds == 1:
+        return "one seed"
+    return f"{measured.low:+.1%} to {measured.high:+.1%} over {measured.seeds} seeds"
 
 
 @cache
@@ -45,11 +90,35 @@ def table() -> tuple[Learned, ...]:
     return tuple(Learned(**row) for row in json.loads(text))
 
 
-def learned(width: int, exits: int, mode: str, borrow: int) -> Learned | None:
+@cache
+def heads() -> tuple[LearnedHead, ...]:
+    """All kinds of heads that were measured (``learned_heads.json``, written with ``learned.json``)."""
+    text = files("ibp_deepspeed.planner").joinpath("learned_heads.json").read_text(encoding="utf-8")
+    return tuple(LearnedHead(**row) for row in json.loads(text))
+
+
+def learned_head(options: AuxHeadConfig | None) -> LearnedHead | None:
+    """The measurement of heads whose only option beside the defaults is the same.
+
+    Of numbers it is the one with the most negatives, or the most positions, that is not above what is asked for: more
+    of them do not learn worse. None: not measured, or private and whole.
+    """
+    given = {} if options is None else options.model_dump(exclude_defaults=True, exclude=_NO_QUALITY)
+    if len(given) != 1:
+        return None
+    ((option, value),) = given.items()
+    alike = [row for row in heads() if row.option == option]
+    if isinstance(value, int | float):
+        return max((row for row in alike if row.value <= value), key=lambda row: row.value, default=None)
+    return next((row for row in alike if row.value == value), None)
+
+
+def learned(width: int, exits: int, mode: str, borrow: int, head: AuxHeadConfig | None = None) -> Learned | None:
     """The measurement of the same width, mode and borrowed layers with the nearest number of exits, at most twice or
-    half as many; None: not measured."""
+    half as many, with what was measured of such heads; None: not measured."""
     kind = [row for row in table() if (row.width, row.mode, row.borrow) == (width, mode, borrow)]
     if width == 1:  # with one loss a trunk the modes are one
         kind = [row for row in table() if row.width == 1 and row.borrow == borrow]
     near = [row for row in kind if exits <= 2 * row.exits and row.exits <= 2 * exits]
-    return min(near, key=lambda row: abs(row.exits - exits), default=None)
+    nearest = min(near, key=lambda row: abs(row.exits - exits), default=None)
+    return None if nearest is None else nearest.with_head(learned_head(head))

@@ -197,7 +197,7 @@ def outlook(job: Job, block: Mapping[str, Any]) -> Outlook:
         least_time=job.micro_batches * max(works(strategy, costs)) + reduction,
         reduction=reduction,
         exact=strategy.is_backpropagation,
-        learned=learned(strategy.width, len(strategy.placement.losses), strategy.mode, borrow),
+        learned=learned(strategy.width, len(strategy.placement.losses), strategy.mode, borrow, config.aux_head),
     )
 
 

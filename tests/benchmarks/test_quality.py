@@ -24,10 +24,29 @@ from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rat
 from benchmarks.quality.price import price
 from benchmarks.quality.probes import probes
 from benchmarks.quality.records import load
-from benchmarks.quality.report import DOCS, LEARNED, RESULTS, depth_table, hop_table, tables, text_table, tuned
+from benchmarks.quality.report import (
+    DOCS,
+    LEARNED,
+    LEARNED_HEADS,
+    PAGES,
+    RESULTS,
+    depth_table,
+    hop_table,
+    tables,
+    text_table,
+    tuned,
+)
 from benchmarks.quality.run import SOLVED, Run, train
 from benchmarks.quality.second import BACKPROPAGATION, ROWS, large, large_run
-from benchmarks.quality.second_report import after, difference, equal_time_table, exact_price, learned_rows, row_price
+from benchmarks.quality.second_report import (
+    after,
+    difference,
+    equal_time_table,
+    exact_price,
+    learned_heads,
+    learned_rows,
+    row_price,
+)
 from benchmarks.quality.tasks import HopTask
 from ibp_deepspeed import InterlockingConfig
 from ibp_deepspeed.models import CausalLM
@@ -283,11 +302,13 @@ def test_gradient_of_backpropagation_agrees_with_itself() -> None:
 
 
 def test_tables_of_the_page_are_those_of_the_records() -> None:
-    page = (DOCS / "learning.md").read_text(encoding="utf-8")
-    assert page.count("<!-- table: ") == page.count("<!-- end -->") > 0
     of = {path.stem: load(path) for path in RESULTS.glob("*.jsonl")}
-    assert filled(page, tables(of)) == page
+    for name in PAGES:
+        page = (DOCS / name).read_text(encoding="utf-8")
+        assert page.count("<!-- table: ") == page.count("<!-- end -->") > 0
+        assert filled(page, tables(of)) == page
     assert json.loads(LEARNED.read_text(encoding="utf-8")) == learned_rows(of)
+    assert json.loads(LEARNED_HEADS.read_text(encoding="utf-8")) == learned_heads(of)
 
 
 def test_differences_are_between_runs_of_the_same_seed() -> None:

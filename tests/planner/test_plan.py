@@ -20,7 +20,7 @@ from ibp_deepspeed.models.workload import kept_bytes_per_token, workload
 from ibp_deepspeed.planner import plan
 from ibp_deepspeed.planner.advice import advise
 from ibp_deepspeed.planner.hardware import Cluster, Device, Link
-from ibp_deepspeed.planner.learned import Learned, learned, table
+from ibp_deepspeed.planner.learned import Learned, LearnedHead, learned, learned_head, table
 from ibp_deepspeed.planner.memory import PUT_OFF, stage_memory
 from ibp_deepspeed.planner.plan import Candidate, Job, candidates, evaluate
 from ibp_deepspeed.planner.workload import NOTHING, Work, Workload, balanced
@@ -246,3 +246,20 @@ def test_wrong_arguments_are_one_sentence(words: tuple[str, ...], sentence: str)
     shown = run("--model", "llama-tiny", *words)
     assert shown.returncode == 1 and shown.stdout == "", shown.stdout
     assert shown.stderr.startswith("error: ") and sentence in shown.stderr and shown.stderr.count("\n") == 1
+
+
+def test_what_cheap_heads_lose_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = LearnedHead("negatives", 256, 0.02, 0.01, 0.03, 3), LearnedHead("negatives", 1024, 0.01, 0.01, 0.01, 1)
+    copied = LearnedHead("readout", "shared", -0.001, -0.001, -0.001, 1)
+    monkeypatch.setattr("ibp_deepspeed.planner.learned.heads", lambda: (few, many, copied))
+
+    def head(**options: Any) -> LearnedHead | None:
+        return learned_head(AuxHeadConfig(**options))
+
+    assert head(negatives=255) is None is head() and head(negatives=1000) is few and head(negatives=9000) is many
+    assert head(readout="shared") is copied and head(readout="frozen") is None and head(negatives=512, blocks=1) is None
+    assert head(negatives=300, aux_tokens_seed=3, chunk_tokens=4) is few
+    plain, with_few = learned(1, 2, "window", 0), learned(1, 2, "window", 0, AuxHeadConfig(negatives=300))
+    assert plain is not None and with_few is not None and plain.head is None
+    assert with_few.mean == pytest.approx((1 + plain.mean) * 1.02 - 1) and with_few.high > plain.high + 0.029
+    assert "+2.0% of it by heads with negatives = 256 (+1.0% to +3.0% over 3 seeds)." in with_few.sentence()

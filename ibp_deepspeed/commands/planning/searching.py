@@ -157,8 +157,9 @@ def show(space: Space, result: Result) -> None:
     console.print(f"\n{result.looked_at:,} ways looked at, {result.simulated:,} simulated. Left out:", soft_wrap=True)
     for reason, count in sorted(result.excluded.items(), key=lambda item: -item[1]):
         console.print(f"  {count:,}: {reason}", soft_wrap=True)
-    if any(not found.row.exact for found in result.best):
-        console.print("Losses were measured with private heads.", soft_wrap=True)
+    unmeasured = {f.way.kind for f in result.best if f.row.learned is not None and f.row.learned.head is None}
+    for kind in sorted(unmeasured - {"private"}):
+        console.print(f"With {kind} losses are those that were measured with private heads.", soft_wrap=True)
     if result.best:
         console.print(f"\nAdvice: {advice(result)}", soft_wrap=True)
 
