@@ -202,8 +202,7 @@ def row_price(name: str, micro_batches: int, layers: int = LAYERS) -> Price:
     if row.stages == 1:
         return Price(work=1.0, time=1.0)
     size = row.stages, layers / row.stages, STEPS
-    units = 2 if row.slow_heads else 3
-    return price(row.block, *size, micro_batches=micro_batches, backward="split", block_units=units)
+    return price(row.block, *size, micro_batches=micro_batches, backward="split")
 
 
 def exact_price(stages: int, micro_batches: int) -> float:

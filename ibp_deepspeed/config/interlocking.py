@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ibp_deepspeed.config.objectives import CrossEntropyOptions, ObjectiveOptions, check_heads, objective_options
+from ibp_deepspeed.config.objectives import (
+    CrossEntropyOptions,
+    MomentumOptions,
+    ObjectiveOptions,
+    check_heads,
+    objective_options,
+)
 from ibp_deepspeed.errors import ConfigError
 
 Mode = Literal["furthest", "window", "sum"]
@@ -75,7 +81,21 @@ class AuxHeadConfig(BaseModel):
             )
         if "negatives_by" in self.model_fields_set and self.negatives is None:
             raise ValueError("negatives_by is for negatives, of which no number is given")
+        if isinstance(self.objective, MomentumOptions):
+            self._check_momentum()
         return self
+
+    def _check_momentum(self) -> None:
+        if self.blocks:
+            raise ValueError(
+                f"blocks = {self.blocks} and objective momentum don't go together: copied layers are the head's "
+                'blocks, "layers" of the objective is their number'
+            )
+        if self.borrow:
+            raise ValueError(
+                f"borrow = {self.borrow} and objective momentum don't go together: a head is behind the next stage's "
+                "layers, or has copies of them"
+            )
 
     def delay(self, stages: int, micro_batches: int) -> int:
         """Batches between a copy of the last stage's LM head and its use, on K stages with M micro-batches."""

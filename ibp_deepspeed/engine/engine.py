@@ -36,6 +36,7 @@ from ibp_deepspeed.stage.meters import StageMeters
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
 from ibp_deepspeed.stage.sample_ledger import SampleLedger
+from ibp_deepspeed.stage.slow_layer_copies import SlowLayerCopies
 from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward
 from ibp_deepspeed.strategy.timeline import Timeline
 
@@ -77,7 +78,8 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self._set_schedule()
         self.links = StageLinks(self.grid, self.device, self._channel_depth)
         self._readouts = ReadoutCopies.from_config(interlocking, self.module, self.grid, self.micro_batches)
-        self._late: list[LatePart] = [part for part in (self._readouts,) if part is not None]
+        self._slow_layers = SlowLayerCopies.from_config(interlocking, self.module, self.grid, self.micro_batches)
+        self._late: list[LatePart] = [part for part in (self._readouts, self._slow_layers) if part is not None]
         self._checkpoints = EngineCheckpoints(self, self._late)
         self._losses = StageLosses(self.grid, self.device)
         self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
@@ -210,6 +212,11 @@ class InterlockedPipelineEngine(ExecutingEngine):
         if self._readouts is None or self._readouts.rule is None:
             return 0
         return self._readouts.refresh_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one copy of a stage's first layers that travels to the head before them; 0 if none does."""
+        return 0 if self._slow_layers is None else self._slow_layers.copy_bytes
 
     @property
     def data_parallel_rank(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.layers import AuxiliaryHead
 from ibp_deepspeed.objectives.head import ExitLayers, Objective
 from ibp_deepspeed.objectives.label_smoothing import LabelSmoothing
+from ibp_deepspeed.objectives.momentum import Momentum
 from ibp_deepspeed.objectives.reconstruction import Reconstruction
 from ibp_deepspeed.objectives.similarity import PredSim
 from ibp_deepspeed.objectives.stochastic_layerwise import StochasticLayerwise
@@ -34,6 +36,21 @@ class ReconstructingObjective(Reconstruction, LanguageModelObjective):
     """With reconstruction of the input."""
 
 
+class MomentumObjective(Momentum, LanguageModelObjective):
+    """Behind slow copies of the next stage's first layers."""
+
+    def as_layers(self) -> ExitLayers:
+        """Overrides LanguageModelObjective's.
+
+        Raises:
+            ModelError: always; no layer of a model adds a linear map of its input to its output.
+        """
+        raise ModelError(
+            "a head of objective momentum adds a linear map to its copied layers, which no layer of the model does, so "
+            "that its exit is no smaller model: export the last exit, or one with another objective."
+        )
+
+
 class SmoothedObjective(LabelSmoothing, LanguageModelObjective):
     """With soft targets."""
 
@@ -50,5 +67,6 @@ def of_name(name: str) -> type[LanguageModelObjective]:
         PredSimObjective,
         ReconstructingObjective,
         StochasticLayerwiseObjective,
+        MomentumObjective,
     )
     return {kind.name: kind for kind in kinds}[name]

@@ -25,6 +25,7 @@ from ibp_deepspeed.checkpoint.reshape import (
 from ibp_deepspeed.checkpoint.store import CheckpointStore
 from ibp_deepspeed.checkpoint.tensor_file import read
 from ibp_deepspeed.objectives.shared_readout import RefreshRule, fill_pending, source_readout
+from ibp_deepspeed.objectives.slow_layers import slow_rule
 from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 
@@ -91,6 +92,7 @@ class SingleProcessCheckpoints:
             if scheduler is not None and counters["lr_scheduler"] is not None:
                 scheduler.load_state_dict(counters["lr_scheduler"])
         self._load_readouts(path, strict=same or regrouped)
+        self.load_report += self._load_slow_layers(path, strict=same or regrouped)
         self._store.resume_random_state(path)
 
     def shape(self) -> PipelineShape:
@@ -121,6 +123,8 @@ class SingleProcessCheckpoints:
             assert self._reference.source is not None
             state = {"taken": self._reference.taken, "average": self._reference.source.average}
             torch.save(state, folder / layout.SHARED_READOUT)
+        for stage, copies in self._reference.slow_layers.items():
+            torch.save(copies.state(self._slow_copies_due()), folder / layout.slow_layers(self._heads()[stage]))
 
     def _stage_state(self, stage: int) -> dict[str, Any]:
         scheduler, batches = self._schedulers[stage], self._reference.batch
@@ -215,3 +219,17 @@ class SingleProcessCheckpoints:
         self._reference.taken = state["taken"]
         if state["average"] is not None:
             self._reference.source.average = state["average"]
+
+    def _slow_copies_due(self) -> list[int]:
+        """The batches of the copies of layers that are taken and not yet used."""
+        rule = slow_rule(self._reference.interlocking, self._micro_batches)
+        return [] if rule is None else rule.pending(self._reference.batch)
+
+    def _load_slow_layers(self, folder: Path, *, strict: bool) -> list[str]:
+        """Averages, and copies that are taken and not yet used; returns lines for the user."""
+        lines, boundaries, due = [], self._heads(), self._slow_copies_due()
+        for stage, copies in self._reference.slow_layers.items():
+            path = folder / layout.slow_layers(boundaries[stage])
+            state = read(path) if path.exists() else None
+            lines += copies.load(state, due, strict=strict, boundary=boundaries[stage], path=path)
+        return lines

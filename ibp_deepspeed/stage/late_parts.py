@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 
 class LatePart(ABC):
-    """One kind of them. Batches decide alone what is taken and used, not when messages arrive."""
+    """One kind of them. Batches decide alone what is taken and used, not when messages arrive.
+
+    Attributes:
+        load_report: what the last :meth:`load` had to change, for the user; empty if nothing.
+    """
+
+    load_report: Sequence[str] = ()
 
     @abstractmethod
     def begin_batch(self, batch: int) -> None:
