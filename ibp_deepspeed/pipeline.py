@@ -32,6 +32,10 @@ class Pipeline(Protocol):
         """Bytes of one copy of the last stage's LM head that travels to the heads; 0 if none does."""
 
     @property
+    def layer_bytes(self) -> int:
+        """Bytes of one copy of a stage's first layers that travels to the head before them; 0 if none does."""
+
+    @property
     def optimizers(self) -> Sequence[Optimizer]:
         """torch's, of the stages in this process."""
 

@@ -78,6 +78,8 @@ def draw_gap(
         panel.errorbar([1.024e-3 * n for n in batches], means, yerr=spread, marker="o", capsize=3, label=row)
     panel.axhline(0, color="black", linewidth=0.8)
     panel.set(xlabel="tokens (millions)", ylabel=f"last exit against {baseline} (%)", xscale="log")
+    panel.set_xticks([1.024e-3 * n for n in against], [f"{1.024e-3 * n:.1f}" for n in against], minor=False)
+    panel.minorticks_off()
     panel.legend(fontsize=8)
     for row, losses in probed.items():
         panels[0][1].plot(range(len(losses)), losses, marker="o", label=row)

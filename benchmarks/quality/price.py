@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.models.layers import copied_layers
 from ibp_deepspeed.schedule.predict import Prediction, predict_timeline
 from ibp_deepspeed.schedule.simulator import Costs
 from ibp_deepspeed.strategy.timeline import Timeline
@@ -38,12 +39,12 @@ def price(
     *,
     micro_batches: int = MICRO_BATCHES,
     backward: str = "fused",
-    block_units: int = 3,
 ) -> Price:
     """The price of a training of ``steps`` batches, phases of its ``schedule`` by their length.
 
     M micro-batches, no latency; a layer's forward pass, B and W cost the same. A head that copies its LM head saves its
-    W; a block in a head is a layer that is computed forward and backward, a borrowed layer one B.
+    W; a block in a head is a layer that is computed forward and backward, a copy of a layer has no W, a borrowed layer
+    is one B.
 
     Args:
         interlocking: the block.
@@ -52,7 +53,6 @@ def price(
         steps: batches.
         micro_batches: M.
         backward: whether B comes before W ("split") or both are one piece ("fused").
-        block_units: what a block in a head is computed for: F, B and W; 2 where no loss trains it.
     """
     block = {**interlocking, "backward": backward}
     phases = block.pop("schedule", [])
@@ -61,7 +61,7 @@ def price(
     for phase in phases:
         named = {"strategy": "nwise", "width": phase["width"], "mode": phase.get("mode", block.get("mode"))}
         blocks.append({**block, **named})
-    size = stages, layers_per_stage, micro_batches, block_units
+    size = stages, layers_per_stage, micro_batches
     prices = [_price(InterlockingConfig.parse(each), *size) for each in blocks]
     shares = [(end - start) / steps for start, end in pairwise(starts)]
     return Price(
@@ -75,14 +75,12 @@ def asynchronous_price(stages: int, micro_batches: int = MICRO_BATCHES) -> Price
     return Price(work=1.0, time=micro_batches / (micro_batches + stages - 1))
 
 
-def _price(
-    config: InterlockingConfig, stages: int, layers_per_stage: float, micro_batches: int, block_units: int
-) -> Price:
+def _price(config: InterlockingConfig, stages: int, layers_per_stage: float, micro_batches: int) -> Price:
     options = config.aux_head
     head = borrowed = 0.0
     if options is not None:
         head = HEAD * (1.0 if options.readout == "private" else 2 / 3)
-        head += block_units * options.blocks / layers_per_stage
+        head += (3 * options.blocks + 2 * copied_layers(options)) / layers_per_stage
         borrowed = options.borrow / layers_per_stage
     if config.width_for(stages) >= len(config.exits_for(stages)) and config.mode == "furthest":
         head = 0.0  # its heads only watch

@@ -17,7 +17,6 @@ from transformers import AutoConfig
 
 from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import cosines
-from benchmarks.quality.momentum import MomentumHeads
 from benchmarks.quality.optimizers import Optimized
 from benchmarks.quality.probes import probes
 from benchmarks.quality.tasks import HopTask, Task, TextTask
@@ -44,7 +43,6 @@ class Run:
         cosine, decay: the rate's shape after a warm-up: a cosine, or constant and for this last part a linear decay.
         delay: batches that gradients are late (``asynchronous.py``); None: no pipeline of that kind.
         optimizer: AdamW, or one of ``optimizers.py``.
-        slow_heads: the heads' blocks are slow copies of the layers that follow (``momentum.py``).
         probes: record what each layer knows at the end (``probes.py``).
         cosines: record how each trunk's gradient agrees with the last loss's, at each evaluation.
         steps: batches, fewer if ``until_solved`` and the last exit's accuracy is 0.99 at two evaluations.
@@ -70,7 +68,6 @@ class Run:
     head_size: int = 16
     delay: int | None = None
     optimizer: str = "AdamW"
-    slow_heads: bool = False
     probes: bool = False
     evaluations: int = 20
     options: dict[str, Any] = field(default_factory=dict)
@@ -134,8 +131,8 @@ def train(run: Run, device: str = "cpu") -> dict[str, Any]:
     )
     model = CausalLM(config, seed=run.seed)
     partition = [run.layers // run.stages] * run.stages
-    kind: Callable[..., VirtualPipeline] = MomentumHeads if run.slow_heads else Optimized
-    kind = partial(kind if run.delay is None else partial(Asynchronous, delay=run.delay), optimizer=run.optimizer)
+    kind: Callable[..., VirtualPipeline] = Optimized if run.delay is None else partial(Asynchronous, delay=run.delay)
+    kind = partial(kind, optimizer=run.optimizer)
     about: dict[str, Any] = {"token_counts": task.token_counts(), "kind": kind}
     pipeline = virtual_pipeline(model, run.settings(), run.stages, partition, device, **about)
     batches, held_out = task.batches(run.seed, run.batch // run.micro_batches), task.held_out()

@@ -38,7 +38,6 @@ class Row:
         stages: K; 1 where the number of stages doesn't change what is learned.
         block: of interlocking.
         delay, optimizer: of asynchronous backpropagation.
-        slow_heads: whether the blocks of the heads are slow copies of the layers that follow (``momentum.py``).
         priced: K of the pipeline that would run it, if that is not ``stages`` or 4; late gradients are for M = 4.
         like: the row whose learning rate it takes; None: its rates are tried.
     """
@@ -48,7 +47,6 @@ class Row:
     like: str | None = None
     delay: int | None = None
     optimizer: str = "AdamW"
-    slow_heads: bool = False
     priced: int | None = None
 
     @property
@@ -122,10 +120,10 @@ FURTHER: dict[str, Row] = {
         1, _ALL, "asynchronous, 1 batch late, basis rotation", delay=2, optimizer="SOAP", priced=8
     ),
     "G = 4, head of a slow copy of the next layer, K = 8": Row(
-        8, modules(4, aux_head={"blocks": 1}), _MODULES, slow_heads=True
+        8, modules(4, aux_head={"objective": "momentum"}), _MODULES
     ),
     "local, heads of slow copies of the next layer, K = 4": Row(
-        4, modules("every", aux_head={"blocks": 1}), _LOCAL, slow_heads=True
+        4, modules("every", aux_head={"objective": "momentum"}), _LOCAL
     ),
     "exits on stages 4 and 7, K = 8": Row(8, modules([4, 7]), _MODULES),
     "exits on stages 2 and 7, K = 8": Row(8, modules([2, 7]), _MODULES),
@@ -197,7 +195,6 @@ def large_run(
         evaluations=4,
         delay=of.delay,
         optimizer=of.optimizer,
-        slow_heads=of.slow_heads,
         probes=steps == FLATTENED[-1],
     )
 

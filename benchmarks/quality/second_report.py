@@ -202,8 +202,7 @@ def row_price(name: str, micro_batches: int, layers: int = LAYERS) -> Price:
     if row.stages == 1:
         return Price(work=1.0, time=1.0)
     size = row.stages, layers / row.stages, STEPS
-    units = 2 if row.slow_heads else 3
-    return price(row.block, *size, micro_batches=micro_batches, backward="split", block_units=units)
+    return price(row.block, *size, micro_batches=micro_batches, backward="split")
 
 
 def exact_price(stages: int, micro_batches: int) -> float:
@@ -268,7 +267,7 @@ def equal_time_table(records: Sequence[Record]) -> Table:
     ends = {r["run"]["steps"]: last_exit(r) / baseline[0] for r in first}
     for name, row in ROWS.items():
         of = by_seed([r for r in trained if (r["run"]["row"], r["run"]["steps"]) == (name, STEPS)])
-        if row.optimizer != "AdamW" or name == BACKPROPAGATION or len(of) < 3:
+        if row.optimizer not in ("AdamW", "NAdam") or name == BACKPROPAGATION or len(of) < 3:
             continue
         cells = []
         for m in (2, 4, 8):

@@ -76,6 +76,11 @@ def late_targets(replica: int, index: int) -> str:
     return f"late_targets_{replica}_{index:02d}-model_states.pt"
 
 
+def slow_layers(boundary: int) -> str:
+    """What of the layers from ``boundary`` on the head before them follows: their average, copies not yet used."""
+    return f"slow_layers_{boundary:02d}-model_states.pt"
+
+
 def stage(index: int) -> str:
     """What a stage knows beside its weights: counters, the rate's schedule, the optimizer unless it is partitioned."""
     return f"mp_rank_{index:02d}_model_states.pt"

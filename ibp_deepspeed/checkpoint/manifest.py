@@ -19,7 +19,7 @@ from pydantic import (
 
 from ibp_deepspeed.checkpoint import layout
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.config.objectives import WITH_PARAMETERS
+from ibp_deepspeed.config.objectives import WITH_PARAMETERS, MomentumOptions
 from ibp_deepspeed.errors import CheckpointError, first_line
 from ibp_deepspeed.folders import relative_name
 from ibp_deepspeed.json_text import small_text
@@ -84,7 +84,8 @@ def head_structure(options: AuxHeadConfig | None) -> dict[str, Any] | None:
         return None
     structure = options.model_dump(mode="json", include={"readout", "blocks", "rank", "borrow"})
     has_more = isinstance(options.objective, WITH_PARAMETERS)  # else nothing is said, as before there were others
-    return structure | ({"objective": options.objective.name} if has_more else {})
+    copied = {"layers": options.objective.layers} if isinstance(options.objective, MomentumOptions) else {}
+    return structure | ({"objective": options.objective.name} if has_more else {}) | copied
 
 
 class CheckpointManifest(BaseModel):

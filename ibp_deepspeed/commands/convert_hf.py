@@ -149,6 +149,8 @@ def export_all(args: argparse.Namespace) -> None:
         raise ModelError(f"{exits.folder} says nothing of the data it was trained on: give --data.")
     if args.out.exists():
         raise OutputError(f"{args.out} exists already: give another --out or remove it.")
+    for exit_ in list(exits.objectives)[:-1]:
+        exits.objectives[exit_].as_layers()  # refuses before anything is measured
     rows: list[dict[str, Any]] = []
     tokens = [open_tokens(folder, "heldout") for folder in folders]
     for each in tokens:

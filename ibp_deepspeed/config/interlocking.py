@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ibp_deepspeed.config.objectives import (
     LATE,
     CrossEntropyOptions,
+    MomentumOptions,
     ObjectiveOptions,
     check_heads,
     objective_options,
@@ -82,6 +83,8 @@ class AuxHeadConfig(BaseModel):
         if "negatives_by" in self.model_fields_set and self.negatives is None:
             raise ValueError("negatives_by is for negatives, of which no number is given")
         self._check_late_targets()
+        if isinstance(self.objective, MomentumOptions):
+            self._check_momentum()
         return self
 
     def _check_late_targets(self) -> None:
@@ -98,6 +101,18 @@ class AuxHeadConfig(BaseModel):
         if self.readout != "private" and name == "local_critic":
             raise ValueError(
                 f'local_critic is for readout "private", of "{self.readout}" it could train the norm alone'
+            )
+
+    def _check_momentum(self) -> None:
+        if self.blocks:
+            raise ValueError(
+                f"blocks = {self.blocks} and objective momentum don't go together: copied layers are the head's "
+                'blocks, "layers" of the objective is their number'
+            )
+        if self.borrow:
+            raise ValueError(
+                f"borrow = {self.borrow} and objective momentum don't go together: a head is behind the next stage's "
+                "layers, or has copies of them"
             )
 
     def delay(self, stages: int, micro_batches: int) -> int:

@@ -83,6 +83,20 @@ class LocalCriticOptions(_Options):
         return 4
 
 
+class MomentumOptions(_Options):
+    """Next tokens' cross-entropy behind slow copies of the next stage's first layers."""
+
+    name: Literal["momentum"] = "momentum"
+    layers: int = Field(default=1, ge=1)
+    """q: so many of the next stage's layers, its first ones, are copied."""
+    average: float = Field(default=0.95, gt=0, lt=1)
+    """β: what is copied is their exponential average ← β·average + (1-β)·newest, a step for each copy."""
+    interval: int = Field(default=10, ge=1)
+    """R: a copy is taken as batch r·R begins on the next stage, r = 1, 2, …"""
+    delay: int | None = Field(default=None, ge=0)
+    """The head uses that copy from batch r·R + delay on; None: ⌈2/M⌉ + 1, the least that is not waited for."""
+
+
 class StochasticLayerwiseOptions(_Options):
     """Prediction, and predictions of the stage's output that are like those of its input."""
 
@@ -101,6 +115,7 @@ ObjectiveOptions = (
     | DistillationOptions
     | LocalCriticOptions
     | StochasticLayerwiseOptions
+    | MomentumOptions
 )
 
 _KINDS = (
@@ -111,12 +126,13 @@ _KINDS = (
     DistillationOptions,
     LocalCriticOptions,
     StochasticLayerwiseOptions,
+    MomentumOptions,
 )
 OBJECTIVES: dict[str, type[ObjectiveOptions]] = {kind.model_fields["name"].default: kind for kind in _KINDS}
 """By name."""
 LATE = (DistillationOptions, LocalCriticOptions)
 """Those with late targets."""
-WITH_PARAMETERS = (PredSimOptions, ReconstructionOptions)
+WITH_PARAMETERS = (PredSimOptions, ReconstructionOptions, MomentumOptions)
 """Those whose heads have parameters beside those of the LM head."""
 
 

@@ -112,7 +112,7 @@ class EngineCheckpoints:
             strict = wanted.all_but_weights and (same or regrouped)
             for part in self._late:
                 part.load(str(path), steps, checkpoint_engine, strict=strict)
-                self.load_report += part.left_out
+                self.load_report += part.load_report
         return found, client_state
 
     def shape(self) -> PipelineShape:

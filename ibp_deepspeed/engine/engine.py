@@ -37,6 +37,7 @@ from ibp_deepspeed.stage.meters import StageMeters
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.stage.readout_copies import ReadoutCopies
 from ibp_deepspeed.stage.sample_ledger import SampleLedger
+from ibp_deepspeed.stage.slow_layer_copies import SlowLayerCopies
 from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward
 from ibp_deepspeed.strategy.timeline import Timeline
 
@@ -81,7 +82,9 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self._answers = LateAnswers.from_module(
             self.module, self.grid, self.micro_batches, self.device, self._learn_late
         )
-        self._late: list[LatePart] = [part for part in (self._readouts, self._answers) if part is not None]
+        self._slow_layers = SlowLayerCopies.from_config(interlocking, self.module, self.grid, self.micro_batches)
+        parts = self._readouts, self._slow_layers, self._answers
+        self._late: list[LatePart] = [part for part in parts if part is not None]
         self._checkpoints = EngineCheckpoints(self, self._late)
         self._losses = StageLosses(self.grid, self.device)
         self._board = LossBoard.of_engine(self.num_stages, self._channel_depth // self.micro_batches)
@@ -221,6 +224,11 @@ class InterlockedPipelineEngine(ExecutingEngine):
     def late_bytes(self) -> int:
         """Bytes of the newest batch's late targets that came to this stage; 0 if none do."""
         return 0 if self._answers is None else self._answers.received_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one copy of a stage's first layers that travels to the head before them; 0 if none does."""
+        return 0 if self._slow_layers is None else self._slow_layers.copy_bytes
 
     @property
     def data_parallel_rank(self) -> int:

@@ -23,6 +23,7 @@ from ibp_deepspeed.config.kinds import parsed_by_deepspeed
 from ibp_deepspeed.config.known_keys import unknown_keys
 from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
 from ibp_deepspeed.errors import ConfigError, DataError, ModuleError
+from ibp_deepspeed.objectives.slow_layers import slow_rule
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule, is_ours
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
@@ -86,6 +87,7 @@ def initialize(
     _configure(model, interlocking, optimizer, model_parameters)
     _find_frozen_stages(model)
     _check_aux_head(interlocking.aux_head, model.num_stages, micro_batches)
+    _check_slow_layers(interlocking, micro_batches)
     if model_parameters is not None or isinstance(optimizer, torch.optim.Optimizer):
         interlocking = interlocking.model_copy(update={"decay": "all"})  # the user's own groups, left as they are
     if model_parameters is None:
@@ -223,6 +225,17 @@ def _check_aux_head(options: AuxHeadConfig | None, stages: int, micro_batches: i
     if options.readout == "shared" and options.delay(stages, micro_batches) < least:
         log_dist(
             f"refresh_delay {options.refresh_delay} is below {least}: stages will wait for the last one's LM head",
+            ranks=[0],
+            level=logging.WARNING,
+        )
+
+
+def _check_slow_layers(interlocking: InterlockingConfig, micro_batches: int) -> None:
+    """Warn of copies of layers that stages have to wait for."""
+    rule, least = slow_rule(interlocking, micro_batches), least_refresh_delay(2, micro_batches)
+    if rule is not None and rule.delay < least:
+        log_dist(
+            f"delay {rule.delay} of objective momentum is below {least}: stages will wait for the next one's layers",
             ranks=[0],
             level=logging.WARNING,
         )

@@ -119,8 +119,10 @@ class Reporting:
             logger.info(f"batch {report.step}: losses of the exits: {text}")
             if self._engine.monitor.enabled:
                 events = measures.events(*report)
-                if self._engine.refresh_bytes:
-                    events.append(("Train/copy of the LM head (bytes)", self._engine.refresh_bytes, report.step))
+                copies = {"the LM head": self._engine.refresh_bytes, "layers": self._engine.layer_bytes}
+                for what, size in copies.items():
+                    if size:
+                        events.append((f"Train/copy of {what} (bytes)", size, report.step))
                 self._engine.monitor.write_events(events)
 
     def _mean(self, value: Tensor) -> Tensor:

@@ -14,9 +14,16 @@ from ibp_deepspeed.models.costs import backward_passes, head_operations, layer_o
 from ibp_deepspeed.models.cut_model import CutModel, Weights, count_parameters
 from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.kinds import first_of_kind
-from ibp_deepspeed.models.layers import AuxiliaryHead, DecoderLayer, EmbeddingLayer, FollowingHead, HeadLayer
+from ibp_deepspeed.models.layers import (
+    AuxiliaryHead,
+    DecoderLayer,
+    EmbeddingLayer,
+    FollowingHead,
+    HeadLayer,
+    copied_layers,
+)
 from ibp_deepspeed.models.objective import LanguageModelObjective, of_name
-from ibp_deepspeed.models.partition import balanced_sizes, manual_bounds, sizes_to_bounds
+from ibp_deepspeed.models.partition import balanced_sizes, check_next_stages, manual_bounds, sizes_to_bounds
 from ibp_deepspeed.models.proofs.first_use import require_proof
 from ibp_deepspeed.models.recorder import MASKED_ATTENTION, Recorder
 from ibp_deepspeed.models.routers import SWITCH, RouterBalance
@@ -115,6 +122,7 @@ class CausalLM(CutModel):
             "compile": interlocking.compile,
             "aux_head.blocks": options is not None and options.blocks > 0,
             "aux_head.borrow": options is not None and options.borrow > 0,
+            "aux_head.objective: momentum": options is not None and copied_layers(options) > 0,
         }
         for name in (name for name, given in why.items() if given):
             raise ModelError(
@@ -156,7 +164,8 @@ class CausalLM(CutModel):
         if self._fresh_heads:
             kept = "readout." if options.readout != "private" else None
             sources = {name: source for name, source in sources.items() if kept and name.startswith(kept)}
-        self._initialised(head, f"auxiliary head {stage_id}", self._from_layers(sources))
+        values = self._from_layers(sources) | head.initial()
+        self._initialised(head, f"auxiliary head {stage_id}", values)
         return head
 
     def check_document_masks(self) -> None:
@@ -199,6 +208,10 @@ class CausalLM(CutModel):
         """Parameters of one auxiliary head, copied ones included."""
         return count_parameters(self._meta_head(options, self.num_layers))
 
+    def copied_head_parameters(self, options: AuxHeadConfig) -> int:
+        """Those of them that are copies, which the head does not train."""
+        return sum(p.numel() for p in self._meta_head(options, self.num_layers).parameters() if not p.requires_grad)
+
     def partition(
         self,
         num_stages: int,
@@ -227,11 +240,16 @@ class CausalLM(CutModel):
             K+1 numbers from 0 to ``num_layers``.
 
         Raises:
-            ModelError: more stages than decoder layers, or a manual partition that does not fit.
+            ModelError: more stages than decoder layers, a manual partition that does not fit, or heads that copy layers
+                which a stage has not, or that are trained by adapters.
         """
         self._check_stages(num_stages)
+        placed = None if exits is None else tuple(exits)
+        placement = HeadPlacement(num_stages, aux_heads.borrow if aux_heads else 0, placed)
         if manual is not None:
-            return manual_bounds(manual, num_stages, self.num_layers - 2)
+            bounds = manual_bounds(manual, num_stages, self.num_layers - 2)
+            self._check_copies(aux_heads, placement, bounds)
+            return bounds
         if measured is None:
             layers = [layer.total for layer in layer_operations(self, sequence_length)]
             head = head_operations(self, aux_heads, sequence_length).total if aux_heads else 0.0
@@ -245,10 +263,19 @@ class CausalLM(CutModel):
         embedding, *costs, readout = map(round, layers)
         costs[0] += embedding
         costs[-1] += readout
-        placed = None if exits is None else tuple(exits)
-        placement = HeadPlacement(num_stages, aux_heads.borrow if aux_heads else 0, placed)
         heads = [0 if placement.head_at(stage) is None else round(head) for stage in range(num_stages)]
-        return sizes_to_bounds(balanced_sizes(costs, heads))
+        bounds = sizes_to_bounds(balanced_sizes(costs, heads))
+        self._check_copies(aux_heads, placement, bounds)
+        return bounds
+
+    def _check_copies(self, options: AuxHeadConfig | None, placement: HeadPlacement, bounds: Sequence[int]) -> None:
+        copied = copied_layers(options) if options and placement.heads else 0
+        if copied and self.tuning.lora is not None:
+            raise ModelError(
+                '"aux_head.objective" is momentum, whose heads copy whole layers, and --lora trains adapters in them: '
+                "leave one of the two out."
+            )
+        check_next_stages(copied, placement.heads, bounds)
 
     def _meta_layer(self, index: int) -> nn.Module:
         if self.layer_class(index) is DecoderLayer:

@@ -12,6 +12,7 @@ from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.config.objectives import (
     LATE,
     LocalCriticOptions,
+    MomentumOptions,
     PredSimOptions,
     ReconstructionOptions,
     StochasticLayerwiseOptions,
@@ -75,20 +76,26 @@ def head_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: in
     trained = options.readout == "private" and not isinstance(options.objective, LocalCriticOptions)
     of_readout = Operations(product, product, product if trained else 0.0)
     layers = layer_operations(model, sequence_length)[1:-1]
-    of_block = (sum(piece) / len(layers) for piece in zip(*layers, strict=True))
-    beside = _beside_operations(model, options, sequence_length)
+    of_block = Operations(*(sum(piece) / len(layers) for piece in zip(*layers, strict=True)))
+    beside = _beside_operations(model, options, sequence_length, of_block)
     return Operations(*(a + options.blocks * b + c for a, b, c in zip(of_readout, of_block, beside, strict=True)))
 
 
-def _beside_operations(model: CausalLM, options: AuxHeadConfig, sequence_length: int) -> Operations:
+def _beside_operations(
+    model: CausalLM, options: AuxHeadConfig, sequence_length: int, of_block: Operations
+) -> Operations:
     """Of what an objective needs beside its prediction.
 
     Similarity and late targets are of some tokens of a micro-batch, here of one sequence: with more of them it is less
     for each token. A decoder of the input reads out the positions of the loss. Late targets are read out by the next
     exit too, which counts here as what this head costs. A random projection reads what a stage is given and what it
-    makes of it, and is not trained; the first stage has none, which is not told apart here.
+    makes of it, and is not trained; the first stage has none, which is not told apart here. Copied layers have
+    no weight gradient, the map B beside them has one.
     """
     objective = options.objective
+    if isinstance(objective, MomentumOptions):
+        b, q = model.hidden_size**2, objective.layers
+        return Operations(q * of_block.forward + b, q * of_block.input_gradient + b, b)
     if isinstance(objective, ReconstructionOptions):
         inner = inner_size(model.hidden_size)
         decoder = inner * (model.hidden_size + options.aux_tokens * model.vocab_size)

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.config.objectives import MomentumOptions
 from ibp_deepspeed.documents import at_hand
 from ibp_deepspeed.models.beside import beside_of
 from ibp_deepspeed.models.recorder import Recorder, no_mask, plain_attributes
 from ibp_deepspeed.models.routers import routers
 from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.objectives.cross_entropy import LazyLogits, LogitsBeside
+from ibp_deepspeed.objectives.slow_layers import SlowLayers
 from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward, split_linear
 
 
@@ -157,18 +159,22 @@ class AuxiliaryHead(nn.Module):
 
     Args:
         shell, recorder: of the model.
-        options: how many blocks, the rank of the LM head.
+        options: how many blocks, or copied layers in their place; the rank of the LM head.
         after: decoder layers of the model before the head; the blocks are of the kind that the model has next.
 
     Attributes:
+        kinds: for each block or copied layer, the decoder layer of the model that it is of the kind of.
         beside: what its objective trains beside it, if anything; the logits are then ``LogitsBeside``.
     """
 
     def __init__(self, shell: Shell, recorder: Recorder, options: AuxHeadConfig, after: int = 0) -> None:
         super().__init__()
         layers = len(shell.layers)
-        self.kinds = [min(after + i, layers - 1) for i in range(options.blocks)]
-        self.blocks = nn.Sequential(*(DecoderLayer(shell, kind, recorder) for kind in self.kinds))
+        copied = copied_layers(options)
+        self.kinds = [min(after + i, layers - 1) for i in range(copied or options.blocks)]
+        blocks = [DecoderLayer(shell, kind, recorder) for kind in self.kinds]
+        size, dtype = shell.hf_config.hidden_size, shell.readout.weight.dtype
+        self.blocks: Any = SlowLayers(blocks, size, dtype, "meta") if copied else nn.Sequential(*blocks)
         self.norm = shell.copy_of(shell.norm)
         self.readout = Readout(shell, options.rank)
         self.beside = beside_of(shell, options.objective)
@@ -196,9 +202,16 @@ class AuxiliaryHead(nn.Module):
             elif part == "readout" and len(self.readout.factors()) == 1:
                 found[name] = f"{self._last_layer}.{rest}"
             elif part == "blocks":
-                index, _, inner = rest.partition(".")
-                found[name] = f"{self.kinds[int(index)] + 1}.{inner}"
+                index, _, inner = rest.removeprefix("layers.").partition(".")
+                if index.isdigit():
+                    found[name] = f"{self.kinds[int(index)] + 1}.{inner}"
         return found
+
+    def initial(self) -> dict[str, Tensor]:
+        """Parameters that begin at a value of their own: B of copied layers at 0."""
+        if not isinstance(self.blocks, SlowLayers):
+            return {}
+        return {"blocks.correction.weight": torch.zeros(self.blocks.correction.weight.shape)}
 
     @torch.no_grad()
     def as_last_layer(self) -> dict[str, Tensor]:
@@ -261,6 +274,11 @@ class _DecoderOutput(SimpleNamespace):
 
     def __getitem__(self, index: int | slice) -> Any:
         return (self.last_hidden_state,)[index]
+
+
+def copied_layers(options: AuxHeadConfig) -> int:
+    """How many layers of the next stage a head has copies of."""
+    return options.objective.layers if isinstance(options.objective, MomentumOptions) else 0
 
 
 def _product_of_two(readout: nn.Linear, rank: int) -> nn.Sequential:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from ibp_deepspeed.models.errors import ModelError
 from ibp_deepspeed.models.layers import AuxiliaryHead
 from ibp_deepspeed.objectives.distillation import Distillation
 from ibp_deepspeed.objectives.head import ExitLayers, Objective
 from ibp_deepspeed.objectives.label_smoothing import LabelSmoothing
 from ibp_deepspeed.objectives.local_critic import LocalCritic
+from ibp_deepspeed.objectives.momentum import Momentum
 from ibp_deepspeed.objectives.reconstruction import Reconstruction
 from ibp_deepspeed.objectives.similarity import PredSim
 from ibp_deepspeed.objectives.stochastic_layerwise import StochasticLayerwise
@@ -34,6 +36,21 @@ class PredSimObjective(PredSim, LanguageModelObjective):
 
 class ReconstructingObjective(Reconstruction, LanguageModelObjective):
     """With reconstruction of the input."""
+
+
+class MomentumObjective(Momentum, LanguageModelObjective):
+    """Behind slow copies of the next stage's first layers."""
+
+    def as_layers(self) -> ExitLayers:
+        """Overrides LanguageModelObjective's.
+
+        Raises:
+            ModelError: always; no layer of a model adds a linear map of its input to its output.
+        """
+        raise ModelError(
+            "a head of objective momentum adds a linear map to its copied layers, which no layer of the model does, so "
+            "that its exit is no smaller model: export the last exit, or one with another objective."
+        )
 
 
 class SmoothedObjective(LabelSmoothing, LanguageModelObjective):
@@ -65,4 +82,5 @@ _KINDS = (
     DistilledObjective,
     CriticObjective,
     StochasticLayerwiseObjective,
+    MomentumObjective,
 )

@@ -84,3 +84,19 @@ def _best(
 
 def _of(extra: Extra, first: int, end: int) -> int:
     return extra(first, end) if callable(extra) else extra
+
+
+def check_next_stages(copied: int, exits: Sequence[int], bounds: Sequence[int]) -> None:
+    """That the stage behind each of these exits has as many decoder layers as its head has copies of.
+
+    Raises:
+        ModelError: it has fewer.
+    """
+    last = len(bounds) - 2
+    for stage in (loss + 1 for loss in exits):
+        there = bounds[stage + 1] - bounds[stage] - (stage == last)  # norm and LM head are no decoder layer
+        if there < copied:
+            raise ModelError(
+                f'"aux_head.objective" momentum copies {copied} decoder layers of the next stage, stage {stage} has '
+                f'{there}: use fewer stages, or "layers": {there}.'
+            )

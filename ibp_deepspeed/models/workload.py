@@ -45,8 +45,8 @@ def workload(
     head = None
     if options is not None:
         count = model.aux_head_parameters(options)
-        copied = 0 if options.readout == "private" else model.hidden_size * model.vocab_size
-        head = _work(head_operations(model, options, sequence_length), tokens, count, count - copied, 0.0)
+        trained = count - model.copied_head_parameters(options)
+        head = _work(head_operations(model, options, sequence_length), tokens, count, trained, 0.0)
     message = float(tokens * model.hidden_size * weight_bytes)
     return Workload(repr(model), tuple(layers), head, message, tokens, weight_bytes)
 

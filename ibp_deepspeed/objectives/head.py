@@ -19,6 +19,7 @@ from ibp_deepspeed.objectives.evaluation import weight_of
 from ibp_deepspeed.objectives.late_targets import LateTargets
 from ibp_deepspeed.objectives.sampled_softmax import NegativeSample
 from ibp_deepspeed.objectives.shared_readout import head_readout
+from ibp_deepspeed.objectives.slow_layers import head_copies
 from ibp_deepspeed.objectives.token_sampling import TokenSample
 
 __all__ = ["ExitLayers", "LossFn", "Needs", "Objective", "as_objective", "last_objective"]
@@ -35,11 +36,13 @@ class Needs:
         readout: whether its module has a copy of the last stage's LM head, kept up to date or as it was at the start.
         borrow: layers of the next stage before its module, which then stands there.
         late: what it wants to know of the next exit, some batches later, for :meth:`Objective.late_loss`.
+        layers: so many of the next stage's layers, its first ones, of which its module has slow copies.
     """
 
     readout: Literal["shared", "frozen"] | None = None
     borrow: int = 0
     late: LateTargets | None = None
+    layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,14 @@ class Objective:
             InterlockingError: it needs them and doesn't say where they are.
         """
         return head_readout(self.module) if self.needs.readout is not None else []
+
+    def copied_layers(self) -> list[Tensor]:
+        """The module's slow copies of the next stage's first layers; empty if it needs none.
+
+        Raises:
+            InterlockingError: it needs them and has none, or they are trained.
+        """
+        return head_copies(self.module) if self.needs.layers else []
 
     def sources(self) -> Mapping[str, str]:
         """The module's parameters → the trunk's ("layer.name") that they can start from, when a checkpoint has none."""

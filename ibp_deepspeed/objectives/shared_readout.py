@@ -28,7 +28,7 @@ class HasReadout(Protocol):
 
 @dataclass(frozen=True)
 class RefreshRule:
-    """When copies of the last stage's LM head are taken and used.
+    """When copies of the last stage's LM head are taken and used, or those of layers (:mod:`.slow_layers`).
 
     Attributes:
         interval: R.

@@ -166,8 +166,8 @@ def outlook(job: Job, block: Mapping[str, Any]) -> Outlook:
     Raises:
         PlanError: it can't run so.
     """
-    config = InterlockingConfig.parse(block)
     try:
+        config = InterlockingConfig.parse(block)
         strategy = Timeline(config, job.stages, job.micro_batches, job.workload.head is not None).at(0)[0]
     except ConfigError as error:
         raise PlanError(str(error)) from None

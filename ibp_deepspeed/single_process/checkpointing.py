@@ -26,6 +26,7 @@ from ibp_deepspeed.checkpoint.store import CheckpointStore
 from ibp_deepspeed.checkpoint.tensor_file import read
 from ibp_deepspeed.objectives.late_targets import not_taken
 from ibp_deepspeed.objectives.shared_readout import RefreshRule, fill_pending, source_readout
+from ibp_deepspeed.objectives.slow_layers import slow_rule
 from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
 from ibp_deepspeed.single_process.full_precision import FullPrecisionSums
 
@@ -93,6 +94,7 @@ class SingleProcessCheckpoints:
                 scheduler.load_state_dict(counters["lr_scheduler"])
         self._load_readouts(path, strict=same or regrouped)
         self._load_late_targets(path, strict=same or regrouped)
+        self.load_report += self._load_slow_layers(path, strict=same or regrouped)
         self._store.resume_random_state(path)
 
     def shape(self) -> PipelineShape:
@@ -125,6 +127,8 @@ class SingleProcessCheckpoints:
             torch.save(state, folder / layout.SHARED_READOUT)
         for k, memory in self._reference.late.memories(self._micro_batches).items():
             torch.save(memory.state_dict(self._reference.batch), folder / layout.late_targets(0, k))
+        for stage, copies in self._reference.slow_layers.items():
+            torch.save(copies.state(self._slow_copies_due()), folder / layout.slow_layers(self._heads()[stage]))
 
     def _stage_state(self, stage: int) -> dict[str, Any]:
         scheduler, batches = self._schedulers[stage], self._reference.batch
@@ -228,3 +232,17 @@ class SingleProcessCheckpoints:
             device = next(self._reference.stages[k].parameters()).device
             lacking = memory.load_state_dict(state, self._reference.batch, device)
             self.load_report += [not_taken(k, lacking)] if lacking else []
+
+    def _slow_copies_due(self) -> list[int]:
+        """The batches of the copies of layers that are taken and not yet used."""
+        rule = slow_rule(self._reference.interlocking, self._micro_batches)
+        return [] if rule is None else rule.pending(self._reference.batch)
+
+    def _load_slow_layers(self, folder: Path, *, strict: bool) -> list[str]:
+        """Averages, and copies that are taken and not yet used; returns lines for the user."""
+        lines, boundaries, due = [], self._heads(), self._slow_copies_due()
+        for stage, copies in self._reference.slow_layers.items():
+            path = folder / layout.slow_layers(boundaries[stage])
+            state = read(path) if path.exists() else None
+            lines += copies.load(state, due, strict=strict, boundary=boundaries[stage], path=path)
+        return lines

@@ -20,7 +20,9 @@ from ibp_deepspeed.objectives.evaluation import ExitMeans, weight_of
 from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
 from ibp_deepspeed.objectives.shared_readout import ReadoutSource, RefreshRule, install, source_readout
 from ibp_deepspeed.objectives.side_loss import MakeSideLoss, SideLoss
+from ibp_deepspeed.objectives.slow_layers import slow_rule
 from ibp_deepspeed.single_process.late_learning import LateLearning
+from ibp_deepspeed.single_process.slow_layers import slow_copies
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 from ibp_deepspeed.strategy.strategy import Strategy
 from ibp_deepspeed.strategy.timeline import Timeline
@@ -53,11 +55,12 @@ class InterlockedReference:
         taken: copies of the last LM head that are not used yet, by the batch at whose beginning they were taken.
         source: what makes these copies; None with private LM heads.
         late: what exits keep for late targets.
+        slow_layers: heads' copies of the next stage's first layers, by the heads' stages.
         side_losses: of the last forward pass, by stage.
         side_means: of the last batch: stage → name → mean over its micro-batches; the late loss too.
 
     Raises:
-        ConfigError: more borrowed layers than a stage has, or what :class:`Timeline` refuses.
+        ConfigError: more borrowed or copied layers than a stage has, or what :class:`Timeline` refuses.
         InterlockingError: late targets that can't be had.
         ValueError: an exit without a head.
     """
@@ -97,6 +100,7 @@ class InterlockedReference:
             initial = source_readout(self.stages[-1])
             self.source = ReadoutSource(initial, options.average)
             self._install(initial)
+        self.slow_layers = slow_copies(self.stages, self.objectives, self.interlocking)
 
     def parameters(self, stage: int) -> list[nn.Parameter]:
         """Trunk and head parameters of a stage, in that order; with borrowed layers the head of the stage before."""
@@ -118,6 +122,10 @@ class InterlockedReference:
         """
         count = len(micro_batches)
         self._refresh_readouts(count)
+        rule = slow_rule(self.interlocking, count)
+        if rule is not None:
+            for copies in self.slow_layers.values():
+                copies.begin_batch(self.batch, rule)
         self.side_means = {}
         self._learn_late(count)
         strategies = Timeline(self.interlocking, len(self.stages), count, self._has_heads).at(self.batch)

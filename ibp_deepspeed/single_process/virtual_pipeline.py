@@ -203,6 +203,11 @@ class VirtualPipeline:
         return 0
 
     @property
+    def layer_bytes(self) -> int:
+        """0: no copy of layers travels."""
+        return 0
+
+    @property
     def load_report(self) -> list[str]:
         """What the last :meth:`load_checkpoint` had to change, for the user; empty if nothing."""
         return self._checkpoints.load_report

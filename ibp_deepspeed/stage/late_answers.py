@@ -132,7 +132,7 @@ class LateAnswers(LatePart):
 
     def load(self, folder: str, batch: int, checkpoint_engine: Any, *, strict: bool = True) -> None:
         """Overrides LatePart's: what the checkpoint lacks, or has of another shape (not ``strict``), is left out."""
-        self.left_out = ()
+        self.load_report = ()
         if self._memory is None:
             return
         path = self._path(folder)
@@ -141,7 +141,7 @@ class LateAnswers(LatePart):
             state = checkpoint_engine.load(path, map_location=torch.device("cpu"))
         lacking = self._memory.load_state_dict(state, batch, self._device)
         if lacking and self._replica == 0:
-            self.left_out = (not_taken(self._stage, lacking),)
+            self.load_report = (not_taken(self._stage, lacking),)
 
     def close(self, *, wait: bool) -> None:
         """Overrides LatePart's."""

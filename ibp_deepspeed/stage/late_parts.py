@@ -11,10 +11,10 @@ class LatePart(ABC):
     """One kind of them. Batches decide alone what is taken and used, not when messages arrive.
 
     Attributes:
-        left_out: what the last :meth:`load` did without, lines for the user.
+        load_report: what the last :meth:`load` had to change, for the user; empty if nothing.
     """
 
-    left_out: Sequence[str] = ()
+    load_report: Sequence[str] = ()
 
     @abstractmethod
     def begin_batch(self, batch: int) -> None:

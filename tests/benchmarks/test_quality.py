@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from benchmarks.pages import filled, markdown
 from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import cosines
-from benchmarks.quality.momentum import BETA, INTERVAL, MomentumHeads
 from benchmarks.quality.optimizers import LARGEST_BASIS, MuonAndAdamW, Optimized
 from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
 from benchmarks.quality.price import price
@@ -220,31 +219,7 @@ def test_an_unknown_optimizer_is_refused() -> None:
         language_model("Lion", 500)
 
 
-def test_slow_heads_follow_the_layers_behind_them_and_pass_gradients_through() -> None:
-    block = {"strategy": "local", "exits": 2, "aux_head": {"blocks": 1}}
-    optimizer = {"type": "AdamW", "params": OPTIONS}
-    config = {"train_micro_batch_size_per_gpu": 2, "optimizer": optimizer, "interlocking": block}
-    model = CausalLM(tiny("llama", num_hidden_layers=4), seed=0)
-    kind = partial(MomentumHeads, optimizer="AdamW")
-    made = cast(MomentumHeads, virtual_pipeline(model, config, 4, [1] * 4, kind=kind))
-    head = cast(Any, made.reference.aux_heads[1])
-    slow, followed = head.blocks, list(made.reference.stages[2].parameters())
-    start = [p.detach().clone() for p in followed]
-    assert all(map(torch.equal, slow.layers.parameters(), start))
-    first = cast(Any, made.reference.stages[0])[1].layer.mlp.up_proj.weight  # behind the embedding
-    was, history = first.detach().clone(), []
-    for _ in range(2 * INTERVAL + 1):
-        history.append([p.detach().clone() for p in followed])
-        tokens = torch.randint(0, model.vocab_size, (2, 8))
-        made.train_batch(iter([(tokens, tokens)]))
-    # taken at the first refresh, used at the second
-    for now, old, then in zip(slow.layers.parameters(), start, history[INTERVAL], strict=True):
-        torch.testing.assert_close(now, BETA * old + (1 - BETA) * then)
-    assert not any(p.requires_grad for p in slow.layers.parameters())
-    assert slow.correction.weight.any() and not torch.equal(first, was)
-
-
-def test_a_block_that_no_loss_trains_costs_two_thirds() -> None:
+def test_a_copied_layer_that_no_loss_trains_costs_two_thirds() -> None:
     works = [row_price(row, 4).work for row in (SLOW_HEADS, "local, K = 4")]
     assert works[0] - works[1] == pytest.approx(0.75 * 2 / 2 / 3, abs=0.01)  # 3 of 4 stages; 2 of 3 units; 2 layers
 

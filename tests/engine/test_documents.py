@@ -11,6 +11,7 @@ CASES: list[dict[str, Any]] = [
     {"model": "llama", "interlocking": {"strategy": "pairwise", "mode": "window", "aux_head": PRIVATE}},
     {"model": "gpt2", "interlocking": {"strategy": "local", "aux_head": {"readout": "shared"}}},
     {"model": "mistral", "interlocking": {"strategy": "pairwise", "mode": "window", "aux_head": {"borrow": 1}}},
+    {"model": "llama", "interlocking": {"strategy": "local", "aux_head": {"objective": "momentum"}}},
     {"model": "qwen3_moe", "recompute": 1, "interlocking": {"strategy": "global"}},
     {"model": "qwen3", "recompute": 1, "interlocking": {"strategy": "nwise", "width": 3, "mode": "window"}},
 ]

@@ -63,3 +63,13 @@ def test_a_stage_that_dies_ends_those_that_wait_for_its_late_targets() -> None:
     assert run.seconds < 60, f"all ranks ended {run.seconds:.0f} s after the start"
     assert "lost the connection for late targets from stage 3 to stage 2" in run.output[2], run.output[2]
     assert all("Traceback" not in output and "lost the connection" in output for output in run.output[:3]), run.output
+
+
+def test_a_stage_that_dies_ends_those_that_wait_for_its_layers() -> None:
+    """The head before it has trained two batches, and nothing but a copy can wake it; the first stage needs none of it
+    to end well."""
+    run = launch("failures", 4, "followed stage dies", timeout=100)
+    assert run.codes[0] is not None and all(code not in (0, None) for code in run.codes[1:]), (run.codes, run.output)
+    assert run.seconds < 60, f"all ranks ended {run.seconds:.0f} s after the start"
+    assert "lost the connection for copies of layers from stage 3 to stage 2" in run.output[2], run.output[2]
+    assert "lost the connection" in run.output[1] and all("Traceback" not in output for output in run.output[:3])

@@ -13,6 +13,8 @@ HEADS: list[dict[str, Any]] = [
     {"objective": "predsim", "negatives": 20, "negatives_by": "uniform", "readout": "shared", "refresh_interval": 2},
     {"objective": {"name": "reconstruction", "weight": 0.6}, "aux_tokens": 0.5, "blocks": 1},
     {"objective": "reconstruction", "readout": "shared", "refresh_interval": 2, "chunk_tokens": 5},
+    {"objective": {"name": "momentum", "interval": 2, "average": 0.5}, "negatives": 20, "negatives_by": "uniform"},
+    {"objective": {"name": "momentum", "interval": 1, "delay": 3}, "readout": "shared", "refresh_interval": 2},
     {"objective": {"name": "stochastic_layerwise", "categories": 12, "dropout": 0.3}, "aux_tokens": 0.5, "blocks": 1},
     {"objective": "stochastic_layerwise", "negatives": 20, "negatives_by": "uniform", "readout": "shared"},
 ]

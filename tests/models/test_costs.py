@@ -14,6 +14,7 @@ from ibp_deepspeed.models import CausalLM
 from ibp_deepspeed.models.build import virtual_pipeline
 from ibp_deepspeed.models.costs import training_flops
 from ibp_deepspeed.models.devices import peak_flops
+from ibp_deepspeed.models.layers import copied_layers
 from ibp_deepspeed.models.workload import units
 
 LAYERS, WIDTH, VOCABULARY, TOKENS = 4, 32, 96, 16
@@ -53,6 +54,8 @@ def llama(**changes: Any) -> CausalLM:
         {"objective": "distillation"},
         {"objective": "distillation", "readout": "shared"},
         {"objective": "local_critic"},
+        {"objective": "momentum"},
+        {"objective": {"name": "momentum", "layers": 2}, "readout": "shared"},
     ],
     ids=lambda options: str(options),
 )
@@ -73,7 +76,7 @@ def test_operations_of_a_training_are_those_of_its_matrix_products(options: dict
     with Products() as products:
         pipeline.train_batch(iter(rows))
     given = None if options is None else AuxHeadConfig(**options)
-    attention_layers = LAYERS + (0 if given is None else given.blocks)
+    attention_layers = LAYERS + (0 if given is None else given.blocks + copied_layers(given))
     expected = training_flops(model, given, stages - 1, TOKENS) - 6 * TOKENS * WIDTH * attention_layers
     assert products.operations == expected * 3 * TOKENS
 

@@ -31,6 +31,7 @@ HEADS: list[dict[str, Any]] = [
     {"negatives": 8},
     {"objective": "predsim"},
     {"objective": "reconstruction"},
+    {"objective": "momentum"},
     {"objective": "stochastic_layerwise"},
     {"objective": "distillation"},
     {"objective": "local_critic"},

@@ -97,6 +97,16 @@ def test_it_does_not_depend_on_the_run_and_prunes() -> None:
     assert few.simulated == 5 and not few.complete and few.excluded["beyond the number of simulations"] > 0
 
 
+def test_heads_that_do_not_go_behind_borrowed_layers_are_tried_where_they_do() -> None:
+    of = space()
+    kinds = [
+        replace(of.kinds[0], name=name, options={"objective": name}) for name in ("momentum", "stochastic_layerwise")
+    ]
+    found = search(replace(of, kinds=kinds), 1.0)
+    assert found.excluded["their configuration can't run"] and found.best
+    assert all("borrow" not in (of.way.candidate.block or {}).get("aux_head", {}) for of in found.best)
+
+
 def test_what_is_advised_is_exact_unless_it_is_much_slower() -> None:
     far = search(space(samples=8), 0.0)
     assert far.exact is far.best[0] is far.advised

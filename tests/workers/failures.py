@@ -18,6 +18,7 @@ from ibp_deepspeed import InterlockedPipelineModule, cli, initialize
 from ibp_deepspeed.engine import watchdog
 from tests.toys import Head, Layer, layer_specs, loss_fn, make_module, micro_batches
 from tests.workers.late_targets import Outputs, Towards
+from tests.workers.slow_layers import module_of
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 4,
@@ -33,7 +34,14 @@ WAITING: dict[str, Any] = {
         "aux_head": {"readout": "shared", "refresh_interval": 2, "refresh_delay": 0},
     },
 }
-
+FOLLOWED: dict[str, Any] = {
+    **CONFIG,
+    "interlocking": {
+        "strategy": "local",
+        "channel_depth": 60,
+        "aux_head": {"objective": {"name": "momentum", "interval": 2, "delay": 0}},
+    },
+}
 
 LATE: dict[str, Any] = {"strategy": "local", "channel_depth": 60}
 UNWATCHED: dict[str, Any] = {**CONFIG, "interlocking": {"strategy": "pairwise", "watchdog_seconds": 0}}
@@ -180,6 +188,7 @@ def cases(phase: cli.SameOnAllRanks) -> dict[str, Callable[[], None]]:
         "loader hangs": lambda: train(make_module(4), phase, hanging_data(rank), WATCHED),
         "last stage dies": lambda: train(make_module(4, follow=True), phase, dying_data(rank), WAITING),
         "next exit dies": lambda: train(late_module(), phase, dying_data(rank), {**CONFIG, "interlocking": LATE}),
+        "followed stage dies": lambda: train(module_of({**FOLLOWED, "stages": 4}), phase, dying_data(rank), FOLLOWED),
         "infinite loss": lambda: train(
             module_with(LayerSpec(Misbehaving, 3, after_batches(1, lambda h: h * torch.inf))),
             phase,

@@ -351,7 +351,7 @@ def _check_heads(interlocking: InterlockingConfig, vocabulary: int) -> None:
 def _warn_of_mode(interlocking: InterlockingConfig, num_stages: int) -> None:
     """Say it when language models are known to learn slowly with these options."""
     options, width = interlocking.aux_head, interlocking.width_for(num_stages)
-    linear = options is not None and options.blocks == options.borrow == 0
+    linear = options is not None and options.blocks == options.borrow == 0 and options.objective.name != "momentum"
     if interlocking.mode == "furthest" and 1 < width < len(interlocking.exits_for(num_stages)) and linear:
         print(
             f'warning: mode "furthest" at width {width} with linear heads learns language slowly (docs/learning.md): '

@@ -113,6 +113,8 @@ def describe(pipeline: Pipeline, plan: TrainingPlan, args: argparse.Namespace, d
 def remarks(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data) -> list[str]:
     """What else is said of the training of a language model: where weights are from, what heads share, what is left
     out of the data."""
+    from ibp_deepspeed.objectives.slow_layers import slow_rule
+
     options, micro_batches = plan.interlocking.aux_head, pipeline.gradient_accumulation_steps()
     if len(plan.interlocking.exits_for(plan.num_stages)) == 1:
         options = None  # no head is left
@@ -129,6 +131,13 @@ def remarks(pipeline: Pipeline, plan: Plan, args: argparse.Namespace, data: Data
             f"{options.delay(plan.num_stages, micro_batches)} batches later"
         )
     lines += _late_targets(plan, micro_batches) if options else []
+    rule = slow_rule(plan.interlocking, micro_batches) if options else None
+    if rule is not None:
+        size = "" if args.one_process else f" ({pipeline.layer_bytes:,} bytes)"
+        lines.append(
+            f"the average of the first layers of a stage{size} goes to the head before it every {rule.interval} "
+            f"batches and is used {rule.delay} batches later"
+        )
     if plan.interlocking.compile:
         lines.append("decoder layers are compiled in the first batch, which may take minutes")
     if plan.model.was_tied:
