@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ibp_deepspeed import InterlockedTrainSchedule, InterlockingConfig, Strategy
 from ibp_deepspeed.config.interlocking import Mode
+from ibp_deepspeed.config.objectives import OBJECTIVES
 from ibp_deepspeed.errors import ScheduleError
 from ibp_deepspeed.schedule.instructions import (
     AuxLoss,
@@ -446,3 +447,14 @@ def test_forward_comes_first_in_its_slot() -> None:
         (ForwardPass, 3),
         (BackwardPass, 1),
     ]
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_an_objective_adds_no_instruction(name: str) -> None:
+    def steps(objective: str) -> list[list[str]]:
+        block = {"strategy": "pairwise", "mode": "window", "aux_head": {"objective": objective}}
+        timeline = Timeline(InterlockingConfig.parse(block), 4, 3, True)
+        (stages,) = validated_timeline(timeline).values()
+        return [[repr(step) for step in stage.steps()] for stage in stages]
+
+    assert steps(name) == steps("cross_entropy")
