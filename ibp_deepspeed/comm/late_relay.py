@@ -27,12 +27,11 @@ class LateRelay:
     """One stage's part of a way: copies come from the stage behind it on the way, and go on to the one before at once.
 
     Args:
-        group: a gloo group that this pipeline is in, for such ways alone.
+        group: a gloo group that this pipeline is in, for such ways alone, one between any two ranks.
         ranks: stage → global rank, of the stages on the way, rising; the last of them sends, the others receive.
         stage: this one.
         like: tensors of the shapes and dtypes of a copy; None: each copy says them first.
         what: travels, in errors.
-        tag: of the messages, another one for each way between the same ranks.
     """
 
     def __init__(
@@ -43,9 +42,8 @@ class LateRelay:
         like: Sequence[Tensor] | None,
         *,
         what: str,
-        tag: int = 0,
     ) -> None:
-        self.group, self.stage, self.what, self.tag = group, stage, what, tag
+        self.group, self.stage, self.what = group, stage, what
         stages = sorted(ranks)
         self._is_last = stage == stages[-1]
         self._below_listens = stage != stages[0]
@@ -127,7 +125,7 @@ class LateRelay:
         return [torch.empty(row[2 : 2 + row[1]], dtype=_DTYPES[row[0]]) for row in said.tolist()]
 
     def _receive_into(self, tensor: Tensor) -> None:
-        work = dist.irecv(tensor, self._from, group=self.group, tag=self.tag)
+        work = dist.irecv(tensor, self._from, group=self.group)
         assert work is not None
         work.wait(LONG)
 
@@ -137,7 +135,7 @@ class LateRelay:
         try:
             said = [] if self._like is not None or batch == _END else _shapes(copy)
             for tensor in [torch.tensor([batch]), *said, *copy]:
-                dist.send(tensor, self._to, group=self.group, tag=self.tag)
+                dist.send(tensor, self._to, group=self.group)
         except RuntimeError:
             self._below_listens = False  # it has ended: if too early, the channels say so
 

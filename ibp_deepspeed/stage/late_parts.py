@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 class LatePart(ABC):
     """One kind of them. Batches decide alone what is taken and used, not when messages arrive.
@@ -49,3 +52,14 @@ class LatePart(ABC):
     @abstractmethod
     def close(self, *, wait: bool) -> None:
         """End the background thread; ``wait`` until the stage that sends has no more to send."""
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that can be sent and kept while the tensors change."""
+    contiguous = torch.contiguous_format
+    return [tensor.detach().to("cpu", copy=True, memory_format=contiguous) for tensor in tensors]
+
+
+def shapes(tensors: Sequence[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each, for stages to compare."""
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

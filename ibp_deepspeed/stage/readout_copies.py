@@ -23,7 +23,7 @@ from ibp_deepspeed.objectives.shared_readout import (
     install,
     source_readout,
 )
-from ibp_deepspeed.stage.late_parts import LatePart
+from ibp_deepspeed.stage.late_parts import LatePart, on_host, shapes
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 
 
@@ -57,7 +57,7 @@ class ReadoutCopies(LatePart):
         self.refresh_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._like)
         self._start_equal(group, grid.topology().get_axis_comm_lists("pipe")[0][-1])
         self._beta = rule.average if rule and self.stage == self._last else None
-        self._source = ReadoutSource(self._on_host(), self._beta)
+        self._source = ReadoutSource(on_host(self._tensors.source), self._beta)
         self._taken: dict[int, list[Tensor]] = {}
         ways = dict(enumerate(self._ranks))
         self._relay = LateRelay(group, ways, self.stage, self._like, what="readouts") if rule else None
@@ -87,7 +87,7 @@ class ReadoutCopies(LatePart):
         if self.rule is None or self._relay is None:
             return
         if self.stage == self._last and self.rule.takes(batch):
-            self._taken[batch] = self._source.take(self._on_host())
+            self._taken[batch] = self._source.take(on_host(self._tensors.source))
             self._relay.send(batch, self._taken[batch])
         taken = self.rule.used_from(batch)
         if taken is not None:
@@ -129,7 +129,9 @@ class ReadoutCopies(LatePart):
         saved = state.get("taken", {})
         lacking = [taken for taken in pending if taken not in saved]
         if lacking and not strict:
-            fill_pending(saved, pending, self._on_host() or [tensor.to("cpu") for tensor in self._tensors.copies])
+            fill_pending(
+                saved, pending, on_host(self._tensors.source) or [tensor.to("cpu") for tensor in self._tensors.copies]
+            )
         elif lacking:
             held = f"holds those of batches {sorted(saved)}" if exists else "does not exist"
             raise InterlockingError(
@@ -139,7 +141,7 @@ class ReadoutCopies(LatePart):
         self._taken = {taken: saved[taken] for taken in pending}
         # without one (another configuration, or before the first copy) the average begins at the LM head loaded
         average = state.get("average")
-        self._source = ReadoutSource(self._on_host() if average is None else average, self._beta)
+        self._source = ReadoutSource(on_host(self._tensors.source) if average is None else average, self._beta)
 
     def close(self, *, wait: bool) -> None:
         """End the background thread; ``wait`` until the last stage has no more copies to send."""
@@ -152,14 +154,9 @@ class ReadoutCopies(LatePart):
             assert self._relay is not None
             self._taken[taken] = self._relay.take(taken)
 
-    def _on_host(self) -> list[Tensor]:
-        """A copy of the last stage's LM head, there alone."""
-        source = self._tensors.source
-        return [t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for t in source]
-
     def _start_equal(self, group: dist.ProcessGroup, first: int) -> None:
         """All replicas' last stages are equal: those of the first one serve all."""
-        source = self._on_host() or [torch.empty_like(tensor, device="cpu") for tensor in self._like]
+        source = on_host(self._tensors.source) or [torch.empty_like(tensor, device="cpu") for tensor in self._like]
         for tensor in source:
             dist.broadcast(tensor, first, group=group)
         if self._tensors.copies:
@@ -194,7 +191,7 @@ class _Tensors:
     def agreed(self, group: dist.ProcessGroup, ranks: Sequence[int]) -> list[Tensor]:
         """The last stage's LM head on the meta device, after all stages have found their tensors fitting."""
         seen: list[Any] = [None] * group.size()
-        dist.all_gather_object(seen, (self.error, _shapes(self.source), _shapes(self.copies)), group=group)
+        dist.all_gather_object(seen, (self.error, shapes(self.source), shapes(self.copies)), group=group)
         for error, _, _ in seen:
             if error:
                 raise ModuleError(error)
@@ -203,7 +200,3 @@ class _Tensors:
             if copies and copies != source:
                 raise ModuleError(f"the head of stage {k} copies an LM head of {copies}, the last stage's is {source}.")
         return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in source]
-
-
-def _shapes(tensors: list[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

@@ -20,7 +20,7 @@ from ibp_deepspeed.config.objectives import MomentumOptions
 from ibp_deepspeed.errors import InterlockingError, ModuleError
 from ibp_deepspeed.objectives.shared_readout import RefreshRule, install
 from ibp_deepspeed.objectives.slow_layers import START, Followed, begun_again, completed, first_layers, slow_rule
-from ibp_deepspeed.stage.late_parts import LatePart
+from ibp_deepspeed.stage.late_parts import LatePart, on_host, shapes
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 
 _WHAT = "copies of layers"
@@ -153,12 +153,12 @@ class _FollowedStage(_End):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._followed = Followed(self._on_host(), self.rule.average)
-        self.relay.send(START, self._on_host())
+        self._followed = Followed(on_host(self.tensors), self.rule.average)
+        self.relay.send(START, on_host(self.tensors))
 
     def begin_batch(self, batch: int) -> None:
         if self.rule.takes(batch):
-            self.relay.send(batch, self._followed.take(batch, self._on_host()))
+            self.relay.send(batch, self._followed.take(batch, on_host(self.tensors)))
         used = self.rule.used_from(batch)
         if used is not None:
             del self._followed.taken[used]
@@ -172,13 +172,8 @@ class _FollowedStage(_End):
         if state is not None:
             self._followed.load(state)
             return
-        self._followed.begin_again(self._on_host(), self.rule.pending(batch))
-        self.relay.send(START, self._on_host())
-
-    def _on_host(self) -> list[Tensor]:
-        """A copy of the layers."""
-        contiguous = torch.contiguous_format
-        return [tensor.detach().to("cpu", copy=True, memory_format=contiguous) for tensor in self.tensors]
+        self._followed.begin_again(on_host(self.tensors), self.rule.pending(batch))
+        self.relay.send(START, on_host(self.tensors))
 
 
 class _FollowingHead(_End):
@@ -240,7 +235,7 @@ class _Tensors:
     def agree(self, group: dist.ProcessGroup, ranks: Sequence[int], heads: Sequence[int]) -> int:
         """Bytes of the largest copy, after all stages have found that layers and copies fit."""
         seen: list[Any] = [None] * group.size()
-        dist.all_gather_object(seen, (self.error, _shapes(self.followed), _shapes(self.copies)), group=group)
+        dist.all_gather_object(seen, (self.error, shapes(self.followed), shapes(self.copies)), group=group)
         for error, _, _ in seen:
             if error:
                 raise ModuleError(error)
@@ -251,7 +246,3 @@ class _Tensors:
                     f"the head of stage {stage} copies layers of {copies}, the next stage's are {followed}."
                 )
         return max(sum(math.prod(shape) * dtype.itemsize for shape, dtype in seen[ranks[k]][2]) for k in heads)
-
-
-def _shapes(tensors: list[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

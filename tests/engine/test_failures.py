@@ -47,21 +47,13 @@ def test_a_stage_that_raises_in_the_middle_of_a_batch_ends_all_ranks() -> None:
         assert "Traceback" not in run.output[rank] and "lost the connection" in run.output[rank], run.output[rank]
 
 
-def test_a_stage_that_dies_ends_those_that_wait_for_its_readout() -> None:
-    """The others have trained two batches, and nothing but a readout can wake them."""
-    run = launch("failures", 4, "last stage dies", timeout=100)
+@pytest.mark.parametrize(("task", "what"), [("last stage dies", "readouts"), ("next exit dies", "late targets")])
+def test_a_stage_that_dies_ends_those_that_wait_for_what_comes_late(task: str, what: str) -> None:
+    """The others have trained two batches, or one, and nothing but that can wake them."""
+    run = launch("failures", 4, task, timeout=100)
     assert all(code not in (0, None) for code in run.codes), (run.codes, run.output)
     assert run.seconds < 60, f"all ranks ended {run.seconds:.0f} s after the start"
-    assert "lost the connection for readouts from stage 3 to stage 2" in run.output[2], run.output[2]
-    assert all("Traceback" not in output and "lost the connection" in output for output in run.output[:3]), run.output
-
-
-def test_a_stage_that_dies_ends_those_that_wait_for_its_late_targets() -> None:
-    """The others have trained a batch, and nothing but late targets can wake them."""
-    run = launch("failures", 4, "next exit dies", timeout=100)
-    assert all(code not in (0, None) for code in run.codes), (run.codes, run.output)
-    assert run.seconds < 60, f"all ranks ended {run.seconds:.0f} s after the start"
-    assert "lost the connection for late targets from stage 3 to stage 2" in run.output[2], run.output[2]
+    assert f"lost the connection for {what} from stage 3 to stage 2" in run.output[2], run.output[2]
     assert all("Traceback" not in output and "lost the connection" in output for output in run.output[:3]), run.output
 
 

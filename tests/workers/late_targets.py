@@ -29,6 +29,7 @@ from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
 from tests.models.test_causal_lm import SEQUENCE, shifted, tiny
 from tests.toys import Head, layer_specs, loss_fn, micro_batches
 from tests.workers.parity import OPTIMIZERS, compare, stage_parameters
+from tests.workers.readouts import sleeping
 
 ROWS = 4
 
@@ -183,14 +184,6 @@ def slow(case: dict[str, Any]) -> dict[str, Any]:
         dist.barrier()
         engine.close()
     return {"same": [all(map(torch.equal, results[0], other)) for other in results[1:]], "told": told[0]}
-
-
-def sleeping(function: Callable[..., None]) -> Callable[..., None]:
-    def late(*args: Any) -> None:
-        time.sleep(0.1)
-        function(*args)
-
-    return late
 
 
 def resume(case: dict[str, Any]) -> dict[str, Any]:
