@@ -242,14 +242,16 @@ def tokens_table(records: Sequence[Record], tried: Sequence[Record] = ()) -> Tab
 
 def modules_table(records: Sequence[Record]) -> Table:
     """N = 1: what more layers behind each loss bring, at equal tokens."""
-    rows = {"local, K = 8": 1, "local, K = 4": 2, "G = 2, K = 8": 2, "G = 2, K = 4": 4, "G = 4, K = 8": 4}
     full = [r for r in records if r["run"]["steps"] == STEPS and not r["run"]["cosine"]]
     baseline = by_seed([r for r in full if r["run"]["row"] == BACKPROPAGATION])
     table = [["layers a module", "", "seeds", "last exit", "to backpropagation"]]
-    for row, layers in rows.items():
+    for row in ("local, K = 8", "local, K = 4", "G = 2, K = 8", "G = 2, K = 4", "G = 4, K = 8"):
+        exits = InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages)
         of = by_seed([r for r in full if r["run"]["row"] == row])
         if of:
-            table.append([str(layers), row, str(len(of)), f"{mean(of.values()):.3f}", difference(of, baseline)])
+            table.append(
+                [str(LAYERS // len(exits)), row, str(len(of)), f"{mean(of.values()):.3f}", difference(of, baseline)]
+            )
     return [*table, [str(LAYERS), BACKPROPAGATION, str(len(baseline)), f"{mean(baseline.values()):.3f}", "–"]]
 
 

@@ -74,7 +74,7 @@ def _changes(job: Job) -> Iterator[tuple[str, Job]]:
 
 
 def advise(job: Job, rows: Sequence[Row], tolerance: float = 0.02) -> Advice:
-    """The fastest candidate of ours that fits and whose loss was measured to be within ``tolerance`` of
+    """The :func:`preferred` candidate of ours that fits and whose loss was measured to be within ``tolerance`` of
     backpropagation's, if it is more than 5% faster than the best exact schedule that fits; else that one."""
     memory = job.cluster.device.memory
     running = [row for row in rows if row.timing is not None]

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
+from ibp_deepspeed.config.objectives import OBJECTIVES
 
 _NO_QUALITY = {"borrow", "aux_tokens_seed", "chunk_tokens"}  # borrowed layers have rows of their own
 
@@ -106,6 +107,8 @@ def learned_head(options: AuxHeadConfig | None) -> LearnedHead | None:
     given = {} if options is None else options.model_dump(exclude_defaults=True, exclude=_NO_QUALITY)
     if len(given) != 1:
         return None
+    if options is not None and options.objective == OBJECTIVES[options.objective.name]():
+        given = {key: options.objective.name if key == "objective" else value for key, value in given.items()}
     ((option, value),) = given.items()
     alike = [row for row in heads() if row.option == option]
     if isinstance(value, int | float):
