@@ -30,6 +30,10 @@ FLATTENED = (1000, 2000, 8000)
 """Batches of further trainings: what another doubling of the tokens would bring."""
 
 
+BACKPROPAGATION = "backpropagation"
+_NAMES = {"Muon": "Muon", "SOAP": "basis rotation"}
+
+
 @dataclass(frozen=True)
 class Row:
     """A way to train.
@@ -40,6 +44,7 @@ class Row:
         delay, optimizer: of asynchronous backpropagation.
         priced: K of the pipeline that would run it, if that is not ``stages`` or 4; late gradients are for M = 4.
         like: the row whose learning rate it takes; None: its rates are tried.
+        whole: the row that differs in having whole private heads.
     """
 
     stages: int
@@ -48,6 +53,14 @@ class Row:
     delay: int | None = None
     optimizer: str = "AdamW"
     priced: int | None = None
+    whole: str | None = None
+
+    @property
+    def exact(self) -> str:
+        """Backpropagation with the row's optimizer; Nesterov's Adam corrects late gradients, so it is AdamW's rival."""
+        return (
+            BACKPROPAGATION if self.optimizer in ("AdamW", "NAdam") else f"{BACKPROPAGATION}, {_NAMES[self.optimizer]}"
+        )
 
     @property
     def pipeline(self) -> int:
@@ -68,14 +81,13 @@ def then_backpropagation(block: dict[str, Any], stages: int, share: float, steps
     return {**block, "schedule": [{"from_step": round(share * steps), "width": stages, "mode": "furthest"}]}
 
 
-BACKPROPAGATION = "backpropagation"
 _ALL = {"strategy": "global"}
-_MODULES, _PAIRWISE, _LOCAL = "G = 4, K = 8", "pairwise, K = 4", "local, K = 4"
+_MODULES, _PAIRWISE, _LOCAL, _TWO = "G = 4, K = 8", "pairwise, K = 4", "local, K = 4", "G = 2, K = 4"
 HEADLINES: dict[str, Row] = {
     BACKPROPAGATION: Row(1, _ALL),
     _MODULES: Row(8, modules(4)),
     _PAIRWISE: Row(4, modules("every", width=2)),
-    "G = 2, K = 4": Row(4, modules(2), _MODULES),
+    _TWO: Row(4, modules(2), _MODULES),
     _LOCAL: Row(4, modules("every")),
     "asynchronous, 1 batch late": Row(1, _ALL, delay=1),
     "asynchronous, 1 batch late, Nesterov": Row(1, _ALL, delay=1, optimizer="NAdam"),
@@ -97,6 +109,12 @@ _CENTRAL = 12
 FURTHER: dict[str, Row] = {
     "G = 4, backpropagation from 85%, K = 8": Row(8, then_backpropagation(modules(4), 8, 0.85), _MODULES),
     "G = 4, backpropagation from 70%, K = 8": Row(8, then_backpropagation(modules(4), 8, 0.70), _MODULES),
+    "G = 4, backpropagation from 85%, K = 8, Muon": Row(
+        8, then_backpropagation(modules(4), 8, 0.85), "G = 4, K = 8, Muon", optimizer="Muon"
+    ),
+    "G = 4, backpropagation from 70%, K = 8, Muon": Row(
+        8, then_backpropagation(modules(4), 8, 0.70), "G = 4, K = 8, Muon", optimizer="Muon"
+    ),
     "pairwise, backpropagation from 60%, K = 8": Row(
         8, then_backpropagation(modules("every", width=2), 8, 0.6), _PAIRWISE
     ),
@@ -137,27 +155,32 @@ FURTHER: dict[str, Row] = {
         4, modules("every", mixed={"width": 2, "fraction": 0.5}), _LOCAL
     ),
 }
-HEADS: dict[str, Row] = {
-    f"{_LOCAL}, {name}": Row(4, modules("every", aux_head=options), _LOCAL)
-    for name, options in {
-        "256 negatives": {"negatives": 256},
-        "loss on 1/4 of the positions": {"aux_tokens": 0.25},
-        "copied LM heads": {"readout": "shared"},
-        "rank 24": {"rank": 24},
-        "64 negatives": {"negatives": 64},
-        "label smoothing": {"objective": "label_smoothing"},
-        "similarity matching": {"objective": "predsim"},
-        "reconstruction": {"objective": "reconstruction"},
-        "distillation": {"objective": "distillation"},
-        "local critic": {"objective": "local_critic"},
-        "stochastic layer-wise": {"objective": "stochastic_layerwise"},
-        "1024 negatives": {"negatives": 1024},
-        "256 negatives, uniform": {"negatives": 256, "negatives_by": "uniform"},
-        "loss on 1/2 of the positions": {"aux_tokens": 0.5},
-        "loss on 1/16 of the positions": {"aux_tokens": 1 / 16},
-    }.items()
+_CHEAP: dict[str, dict[str, Any]] = {
+    "256 negatives": {"negatives": 256},
+    "loss on 1/4 of the positions": {"aux_tokens": 0.25},
+    "copied LM heads": {"readout": "shared"},
+    "rank 24": {"rank": 24},
+    "64 negatives": {"negatives": 64},
+    "label smoothing": {"objective": "label_smoothing"},
+    "similarity matching": {"objective": "predsim"},
+    "reconstruction": {"objective": "reconstruction"},
+    "distillation": {"objective": "distillation"},
+    "local critic": {"objective": "local_critic"},
+    "stochastic layer-wise": {"objective": "stochastic_layerwise"},
+    "1024 negatives": {"negatives": 1024},
+    "256 negatives, uniform": {"negatives": 256, "negatives_by": "uniform"},
+    "loss on 1/2 of the positions": {"aux_tokens": 0.5},
+    "loss on 1/16 of the positions": {"aux_tokens": 1 / 16},
 }
 """Heads that cost less than a product with the whole vocabulary at every position (4096 tokens; width 96)."""
+HEADS: dict[str, Row] = {
+    f"{whole}, {name}": Row(4, modules(exits, aux_head=options), like, whole=whole)
+    for whole, exits, like, heads in (
+        (_TWO, 2, _MODULES, ("256 negatives", "1024 negatives", "copied LM heads", "loss on 1/4 of the positions")),
+        (_LOCAL, "every", _LOCAL, tuple(_CHEAP)),
+    )
+    for name, options in ((name, _CHEAP[name]) for name in heads)
+}
 ROWS = {**HEADLINES, **FURTHER, **HEADS}
 TUNED = [name for name, row in ROWS.items() if row.like is None]
 """Rows whose learning rates are tried; others take the rate of the one that is most like them."""

@@ -10,11 +10,10 @@ from typing import Any
 
 from benchmarks.quality.price import Price, asynchronous_price, price
 from benchmarks.quality.records import Record
-from benchmarks.quality.second import BACKPROPAGATION, LAYERS, OVER_TOKENS, ROWS, STEPS, lowest_rate
+from benchmarks.quality.second import BACKPROPAGATION, HEADS, LAYERS, OVER_TOKENS, ROWS, STEPS, lowest_rate
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 
 Table = list[list[str]]
-_FULL = "local, K = 4"
 
 
 def last_exit(record: Record) -> float:
@@ -57,17 +56,24 @@ def seeds_table(records: Sequence[Record]) -> Table:
 
 
 def heads_table(records: Sequence[Record], full: Sequence[Record]) -> Table:
-    """Cheaper heads against the full ones of local learning at K = 4; ``full``: the study that these are in."""
-    complete = [r for r in full if r["run"]["row"] == _FULL and r["run"]["steps"] == STEPS]
+    """Cheaper heads below the same rows with whole ones; ``full``: the study that these are in."""
+    complete: dict[str, list[Record]] = defaultdict(list)
+    for record in full:
+        if record["run"]["steps"] == STEPS and not record["run"]["cosine"]:
+            complete[record["run"]["row"]].append(record)
     groups: dict[str, list[Record]] = defaultdict(list)
-    for record in (*complete, *records):
+    for record in records:
         groups[record["run"]["row"]].append(record)
-    table = [["", "seeds", "held-out loss of the exits", "last exit", "to full heads"]]
-    for name, group in groups.items():
-        exits = [mean(column) for column in zip(*(r["curve"][-1][1] for r in group), strict=True)]
-        compared = "–" if name == _FULL else difference(by_seed(group), by_seed(complete))
-        cells = " ".join(f"{loss:.2f}" for loss in exits), f"{exits[-1]:.3f}", compared
-        table.append([name, str(len(group)), *cells])
+    table = [["", "seeds", "held-out loss of the exits", "last exit", "to whole heads"]]
+    for whole in dict.fromkeys(row.whole for row in HEADS.values() if row.whole):
+        alike = [name for name in groups if ROWS[name].whole == whole]
+        for name in (whole, *alike) if alike else ():
+            group = complete[whole] if name == whole else groups[name]
+            columns = zip(*(r["curve"][-1][1] for r in group), strict=True)
+            exits = [mean(column) for column in columns if None not in column]
+            compared = "–" if name == whole else difference(by_seed(group), by_seed(complete[whole]))
+            cells = " ".join(f"{loss:.2f}" for loss in exits), f"{exits[-1]:.3f}", compared
+            table.append([name, str(len(group)), *cells])
     return table
 
 
@@ -99,20 +105,27 @@ def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
 
 
 def learned_heads(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """For the planner: kinds of heads, against full ones at the same seeds."""
-    full = by_seed([r for r in of.get("large", ()) if r["run"]["row"] == _FULL and r["run"]["steps"] == STEPS])
-    groups: dict[tuple[str, Any], dict[int, float]] = defaultdict(dict)
+    """For the planner: kinds of heads on a number of exits, against whole ones at the same seeds."""
+    wholes: dict[str, dict[int, float]] = defaultdict(dict)
+    for record in of.get("large", ()):
+        if record["run"]["steps"] == STEPS and not record["run"]["cosine"]:
+            wholes[record["run"]["row"]][record["run"]["seed"]] = last_exit(record)
+    groups: dict[str, list[Record]] = defaultdict(list)
     for record in of.get("heads", ()):
-        head = record["run"]["interlocking"]["aux_head"]
-        options = {key: value for key, value in head.items() if value != "private"}
-        if len(options) == 1:
-            groups[next(iter(options.items()))][record["run"]["seed"]] = last_exit(record)
+        groups[record["run"]["row"]].append(record)
     found = []
-    for (option, value), ends in groups.items():
+    for row, group in groups.items():
+        head = ROWS[row].block["aux_head"]
+        options = {key: value for key, value in head.items() if value != "private"}
+        ends, full = by_seed(group), wholes[ROWS[row].whole or ""]
         ratios = [ends[seed] / full[seed] - 1 for seed in sorted(ends.keys() & full.keys())]
+        if len(options) != 1 or not ratios:
+            continue
+        ((option, value),) = options.items()
+        exits = len(InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages))
         spread = {"mean": mean(ratios), "low": min(ratios), "high": max(ratios)}
         rounded = {name: round(number, 4) for name, number in spread.items()}
-        found.append({"option": option, "value": value, **rounded, "seeds": len(ratios)})
+        found.append({"option": option, "value": value, "exits": exits, **rounded, "seeds": len(ratios)})
     return found
 
 
@@ -166,6 +179,8 @@ def second_table(records: Sequence[Record]) -> Table:
         groups[record["run"]["row"], record["run"]["cosine"]].append(record)
     baseline, layers = by_seed(groups[BACKPROPAGATION, False]), full[0]["run"]["layers"]
     header = ["", "rate", "seeds", "held-out loss of the exits", "last exit", "to backpropagation"]
+    several = any(ROWS[name].exact != BACKPROPAGATION for (name, _), group in groups.items() if group)
+    header += ["to it with the same optimizer"] if several else []
     header += ["work", "time at M = 2 · 4 · 8", "time at M = 4 to the best exact schedule"]
     table = [header]
     for name, row in ROWS.items():
@@ -178,6 +193,7 @@ def second_table(records: Sequence[Record]) -> Table:
             half = (max(losses) - min(losses)) / 2
             prices = [row_price(name, m, layers) for m in (2, 4, 8)]
             exact = exact_price(row.pipeline, 4)
+            same = by_seed(groups[row.exact, False]) if row.exact not in (name, BACKPROPAGATION) else {}
             table.append(
                 [
                     f"{name}, cosine" if cosine else name,
@@ -186,6 +202,7 @@ def second_table(records: Sequence[Record]) -> Table:
                     " ".join(f"{mean(column):.2f}" for column in exits),
                     f"{mean(losses):.3f}" + (f" ± {half:.3f}" if len(group) > 1 else ""),
                     "–" if name == BACKPROPAGATION and not cosine else difference(by_seed(group), baseline),
+                    *([difference(by_seed(group), same)] if several else []),
                     f"{prices[1].work:.2f}",
                     " · ".join(f"{p.time:.2f}" for p in prices),
                     f"{prices[1].time / exact:.2f}",
@@ -256,7 +273,8 @@ def modules_table(records: Sequence[Record]) -> Table:
 
 
 def equal_time_table(records: Sequence[Record]) -> Table:
-    """Last exits against backpropagation with B before W that trains for the same predicted time, at M = 2, 4 and 8.
+    """Last exits against backpropagation with B before W that trains for the same predicted time, at M = 2, 4 and 8,
+    with the same optimizer (AdamW for Nesterov's Adam).
 
     What backpropagation reaches in another time is read off its trainings with more and fewer batches, each with a
     schedule of its own length (straight lines between them over the logarithm of batches); "–" beyond them.
@@ -264,17 +282,19 @@ def equal_time_table(records: Sequence[Record]) -> Table:
     trained = [r for r in records if not r["run"]["cosine"]]
     header = ["", "seeds", *(f"M = {m}: its time, then ours to it" for m in (2, 4, 8))]
     table = [header]
-    baseline = by_seed([r for r in trained if (r["run"]["row"], r["run"]["steps"]) == (BACKPROPAGATION, STEPS)])
-    first = [r for r in trained if r["run"]["row"] == BACKPROPAGATION and r["run"]["seed"] == 0]
-    ends = {r["run"]["steps"]: last_exit(r) / baseline[0] for r in first}
+    ends: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for record in trained:
+        ends[record["run"]["row"]][record["run"]["steps"]][record["run"]["seed"]] = last_exit(record)
     for name, row in ROWS.items():
-        of = by_seed([r for r in trained if (r["run"]["row"], r["run"]["steps"]) == (name, STEPS)])
-        if row.optimizer not in ("AdamW", "NAdam") or name == BACKPROPAGATION or len(of) < 3:
+        of, exact = ends[name][STEPS], ends[row.exact]
+        baseline = exact[STEPS]
+        if name == row.exact or len(of.keys() & baseline.keys()) < 3:
             continue
+        shares = {steps: seeds[0] / baseline[0] for steps, seeds in exact.items() if 0 in seeds}
         cells = []
         for m in (2, 4, 8):
             share = row_price(name, m).time / exact_price(row.pipeline, m)
-            reached = after(ends, share * STEPS)
+            reached = after(shares, share * STEPS)
             scaled = {seed: loss * reached for seed, loss in baseline.items()} if reached else {}
             cells.append(f"{share:.2f}: {difference(of, scaled)}")
         table.append([name, str(len(of)), *cells])

@@ -1,12 +1,12 @@
 """Train a causal language model with interlocking backpropagation.
 
-    deepspeed --num_accelerators 4 scripts/train_lm.py --deepspeed_config ds_configs/pairwise_cpu.json \\
+    deepspeed --num_accelerators 4 scripts/train_lm.py --deepspeed_config ds_configs/modules_cpu.json \\
         --model llama-tiny --data data/stdlib --steps 200 --output runs/first
 
 torchrun works too. Each process is one pipeline stage of one data-parallel replica. With --one-process the same stages
 are trained in one process on one device, without a launcher, to study how a strategy learns:
 
-    python scripts/train_lm.py --one-process --stages 8 --deepspeed_config ds_configs/pairwise_cpu.json …
+    python scripts/train_lm.py --one-process --stages 8 --deepspeed_config ds_configs/modules_cpu.json …
 """
 
 from __future__ import annotations

@@ -21,12 +21,14 @@ class LearnedHead:
     Attributes:
         option: of ``aux_head``, the only one that is not the default.
         value: of it.
+        exits: losses along the model that was trained, the last one among them.
         mean, low, high: of the paired differences over the seeds.
         seeds: how many.
     """
 
     option: str
     value: Any
+    exits: int
     mean: float
     low: float
     high: float
@@ -34,7 +36,7 @@ class LearnedHead:
 
     def sentence(self) -> str:
         """For the reader."""
-        return f"{self.mean:+.1%} of it by heads with {self.option} = {self.value} ({_of(self)})"
+        return f"{self.mean:+.1%} of it by heads with {self.option} = {self.value} at {self.exits} exits ({_of(self)})"
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def heads() -> tuple[LearnedHead, ...]:
     return tuple(LearnedHead(**row) for row in json.loads(text))
 
 
-def learned_head(options: AuxHeadConfig | None) -> LearnedHead | None:
-    """The measurement of heads whose only option beside the defaults is the same.
+def learned_head(options: AuxHeadConfig | None, exits: int) -> LearnedHead | None:
+    """The measurement of heads whose only option beside the defaults is the same, at the nearest number of exits.
 
     Of numbers it is the one with the most negatives, or the most positions, that is not above what is asked for: more
     of them do not learn worse. None: not measured, or private and whole.
@@ -112,8 +114,9 @@ def learned_head(options: AuxHeadConfig | None) -> LearnedHead | None:
     ((option, value),) = given.items()
     alike = [row for row in heads() if row.option == option]
     if isinstance(value, int | float):
-        return max((row for row in alike if row.value <= value), key=lambda row: row.value, default=None)
-    return next((row for row in alike if row.value == value), None)
+        below = [row for row in alike if row.value <= value]
+        return max(below, key=lambda row: (-abs(row.exits - exits), row.value), default=None)
+    return min((row for row in alike if row.value == value), key=lambda row: abs(row.exits - exits), default=None)
 
 
 def learned(width: int, exits: int, mode: str, borrow: int, head: AuxHeadConfig | None = None) -> Learned | None:
@@ -124,4 +127,4 @@ def learned(width: int, exits: int, mode: str, borrow: int, head: AuxHeadConfig 
         kind = [row for row in table() if row.width == 1 and row.borrow == borrow]
     near = [row for row in kind if exits <= 2 * row.exits and row.exits <= 2 * exits]
     nearest = min(near, key=lambda row: abs(row.exits - exits), default=None)
-    return None if nearest is None else nearest.with_head(learned_head(head))
+    return None if nearest is None else nearest.with_head(learned_head(head, exits))

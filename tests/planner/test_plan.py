@@ -249,20 +249,27 @@ def test_wrong_arguments_are_one_sentence(words: tuple[str, ...], sentence: str)
 
 
 def test_what_cheap_heads_lose_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = LearnedHead("negatives", 256, 0.02, 0.01, 0.03, 3), LearnedHead("negatives", 1024, 0.01, 0.01, 0.01, 1)
-    copied = LearnedHead("readout", "shared", -0.001, -0.001, -0.001, 1)
-    smooth = LearnedHead("objective", "label_smoothing", 0.01, 0.01, 0.01, 1)
-    monkeypatch.setattr("ibp_deepspeed.planner.learned.heads", lambda: (few, many, copied, smooth))
+    few, many = (
+        LearnedHead("negatives", 256, 4, 0.02, 0.01, 0.03, 3),
+        LearnedHead("negatives", 1024, 4, 0.01, 0.01, 0.01, 1),
+    )
+    one = LearnedHead("negatives", 256, 2, 0.005, 0.005, 0.005, 1)
+    copied = LearnedHead("readout", "shared", 4, -0.001, -0.001, -0.001, 1)
+    smooth = LearnedHead("objective", "label_smoothing", 4, 0.01, 0.01, 0.01, 1)
+    monkeypatch.setattr("ibp_deepspeed.planner.learned.heads", lambda: (few, many, one, copied, smooth))
 
-    def head(**options: Any) -> LearnedHead | None:
-        return learned_head(AuxHeadConfig(**options))
+    def head(exits: int = 4, **options: Any) -> LearnedHead | None:
+        return learned_head(AuxHeadConfig(**options), exits)
+
+    assert head(2, negatives=1000) is one and head(3, negatives=255) is None and head(8, negatives=1000) is few
+    assert head(2, readout="shared") is copied
 
     assert head(negatives=255) is None is head() and head(negatives=1000) is few and head(negatives=9000) is many
     assert head(readout="shared") is copied and head(readout="frozen") is None and head(negatives=512, blocks=1) is None
     assert head(negatives=300, aux_tokens_seed=3, chunk_tokens=4) is few
     assert head(objective="label_smoothing") is smooth and head(objective="predsim") is None
     assert head(objective={"name": "label_smoothing", "smoothing": 0.3}) is None
-    plain, with_few = learned(1, 2, "window", 0), learned(1, 2, "window", 0, AuxHeadConfig(negatives=300))
+    plain, with_few = learned(1, 4, "window", 0), learned(1, 4, "window", 0, AuxHeadConfig(negatives=300))
     assert plain is not None and with_few is not None and plain.head is None
     assert with_few.mean == pytest.approx((1 + plain.mean) * 1.02 - 1) and with_few.high > plain.high + 0.029
-    assert "+2.0% of it by heads with negatives = 256 (+1.0% to +3.0% over 3 seeds)." in with_few.sentence()
+    assert "+2.0% of it by heads with negatives = 256 at 4 exits (+1.0% to +3.0% over 3 seeds)." in with_few.sentence()
