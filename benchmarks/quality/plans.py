@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.run import Run
 from benchmarks.quality.second import heads, large, late_rates, rates
-from benchmarks.quality.thin import thin, thin_rates
+from benchmarks.quality.sizes import SIZES
 
 TEXT = "data/quality"
 SEEDS = (0, 1, 2)
@@ -305,6 +305,5 @@ PLANS: dict[str, Callable[[Path], Iterator[Run]]] = {
     "late_rates": late_rates,
     "large": large,
     "heads": heads,
-    "thin_rates": thin_rates,
-    "thin": thin,
+    **SIZES,
 }

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.quality.price import Price, asynchronous_price, price
 from benchmarks.quality.records import Record
 from benchmarks.quality.second import BACKPROPAGATION, HEADS, LAYERS, OVER_TOKENS, ROWS, STEPS, lowest_rate
+from benchmarks.quality.sizes import DEPTHS, WIDTH
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 
 Table = list[list[str]]
@@ -339,9 +340,11 @@ def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Tab
         yield "second study, tokens", tokens_table(large, of.get("rates", ()))
         yield "second study, layers a module", modules_table(large)
         yield "second study, equal time", equal_time_table(large)
-    if of.get("thin_rates"):
-        yield "second study, sixteen layers, learning rates", rates_table(of["thin_rates"])
-    if any(r["run"]["row"] == BACKPROPAGATION for r in of.get("thin", ())):
-        yield "second study, sixteen layers", second_table(of["thin"])
+    for size, depth in DEPTHS.items():
+        title = f"second study, {depth} layers of width {WIDTH}"
+        if of.get(f"{size}_rates"):
+            yield f"{title}, learning rates", rates_table(of[f"{size}_rates"])
+        if any(r["run"]["row"] == BACKPROPAGATION for r in of.get(size, ())):
+            yield title, second_table(of[size])
     if of.get("heads"):
         yield "second study, heads", heads_table(of["heads"], large)
