@@ -39,7 +39,12 @@ def check_optimizer(ds_config: Mapping[str, Any]) -> None:
     for key in _NUMBERS:
         if key in params and (not isinstance(params[key], Real) or isinstance(params[key], bool)):
             raise ConfigError(f'"optimizer.params.{key}" is {params[key]!r}: give a number.')
-    if name.lower().startswith("mu") and name.lower() != "muon" and find_spec("mup") is None:
+    if name.lower() == "muon":
+        raise ConfigError(
+            f'"optimizer.type" is {name}, which DeepSpeed makes for models whose parameters it has marked, and not for '
+            "stages: use AdamW, or give initialize an optimizer of your own."
+        )
+    if name.lower().startswith("mu") and find_spec("mup") is None:
         raise ConfigError(f'"optimizer.type" {name} needs the package mup, which is not installed: use AdamW.')
     try:
         _try(name, params)

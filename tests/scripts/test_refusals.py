@@ -81,6 +81,7 @@ def optimizer(**params: Any) -> dict[str, Any]:
             {"settings": {"optimizer": {"params": {"lr": 1e-3}}}},
             '"optimizer" names no type, so nothing',
         ),
+        ({"settings": {"optimizer": {"type": "Muon"}}}, '"optimizer.type" is Muon, which DeepSpeed makes for models'),
         ({"settings": {"optimizer": None}}, '"optimizer" must be an object, not None'),
         ({"settings": optimizer(torch_adam=True, beta=[0.9, 0.95])}, "unexpected keyword argument 'beta'"),
         ({"settings": optimizer(beta=[0.9, 0.95])}, "unexpected keyword argument 'beta'"),
