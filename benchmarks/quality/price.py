@@ -1,4 +1,4 @@
-"""What a strategy costs at K stages: work, and the time a batch that its schedule predicts, against 1F1B."""
+"""What a strategy costs at K stages: work, and the time a batch that its schedule predicts, against 1F1B; or a head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.config.interlocking import AuxHeadConfig, InterlockingConfig
+from ibp_deepspeed.models import CausalLM, load_config
+from ibp_deepspeed.models.costs import head_operations, layer_operations
 from ibp_deepspeed.models.layers import copied_layers
 from ibp_deepspeed.schedule.predict import Prediction, predict_timeline
 from ibp_deepspeed.schedule.simulator import Costs
@@ -16,6 +18,9 @@ from ibp_deepspeed.strategy.timeline import Timeline
 
 HEAD = 0.1  # forward, B and W of a private LM head, where a stage's forward is 1
 MICRO_BATCHES = 4
+REAL = {"llama2-7b": "32,000 tokens", "llama3-8b": "128,256 tokens"}
+"""Models at whose size a head's price is said, and their vocabularies."""
+STAGE_OF_LAYERS, SEQUENCE = 4, 4096
 
 
 @dataclass(frozen=True)
@@ -98,3 +103,24 @@ def _predict(config: InterlockingConfig, stages: int, micro_batches: int, costs:
 
 def _work(prediction: Prediction) -> float:
     return sum((1 - idle) * prediction.batch_time for idle in prediction.idle)
+
+
+def head_price(options: Mapping[str, Any], vocabulary: int, width: int, model: str) -> float:
+    """Operations of a head (F, B and W), as a share of those of a stage of four decoder layers.
+
+    Args:
+        options: of ``aux_head``; ``negatives`` and ``rank`` are scaled to the model: the same part of its vocabulary
+            and of its width.
+        vocabulary, width: of the model that the options were for.
+        model: the name of a config of ours.
+    """
+    of = _real_model(model)
+    sizes = {"negatives": of.vocab_size / vocabulary, "rank": of.hidden_size / width}
+    scaled = {key: round(value * sizes[key]) if key in sizes else value for key, value in options.items()}
+    layer = layer_operations(of, SEQUENCE)[1]
+    return head_operations(of, AuxHeadConfig(**scaled), SEQUENCE).total / (STAGE_OF_LAYERS * layer.total)
+
+
+@cache
+def _real_model(name: str) -> CausalLM:
+    return CausalLM(load_config(name), seed=0)

@@ -23,7 +23,7 @@ from benchmarks.quality.run import Run
 
 LARGE = "data/large"
 SEEDS = (0, 1, 2)
-LAYERS, WIDTH = 8, 96
+LAYERS, WIDTH, VOCABULARY = 8, 96, 4096
 RATES = (4e-3, 2e-3, 8e-3, 1e-3, 5e-4)
 STEPS_OF_RATES, STEPS = 1000, 4000
 FLATTENED = (1000, 2000, 8000)
@@ -168,6 +168,7 @@ _CHEAP: dict[str, dict[str, Any]] = {
     "local critic": {"objective": "local_critic"},
     "stochastic layer-wise": {"objective": "stochastic_layerwise"},
     "1024 negatives": {"negatives": 1024},
+    "512 negatives": {"negatives": 512},
     "256 negatives, uniform": {"negatives": 256, "negatives_by": "uniform"},
     "loss on 1/2 of the positions": {"aux_tokens": 0.5},
     "loss on 1/16 of the positions": {"aux_tokens": 1 / 16},

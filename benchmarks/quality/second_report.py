@@ -8,10 +8,21 @@ from math import log
 from statistics import mean
 from typing import Any
 
-from benchmarks.quality.price import Price, asynchronous_price, price
+from benchmarks.quality.price import REAL, Price, asynchronous_price, head_price, price
 from benchmarks.quality.records import Record
-from benchmarks.quality.second import BACKPROPAGATION, HEADS, LAYERS, OVER_TOKENS, ROWS, STEPS, lowest_rate
-from benchmarks.quality.sizes import DEPTHS, WIDTH
+from benchmarks.quality.second import (
+    BACKPROPAGATION,
+    HEADS,
+    LAYERS,
+    OVER_TOKENS,
+    ROWS,
+    STEPS,
+    VOCABULARY,
+    WIDTH,
+    lowest_rate,
+)
+from benchmarks.quality.sizes import DEPTHS
+from benchmarks.quality.sizes import WIDTH as THIN
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 
 Table = list[list[str]]
@@ -57,7 +68,8 @@ def seeds_table(records: Sequence[Record]) -> Table:
 
 
 def heads_table(records: Sequence[Record], full: Sequence[Record]) -> Table:
-    """Cheaper heads below the same rows with whole ones; ``full``: the study that these are in."""
+    """Cheaper heads below the same rows with whole ones, which are of the study ``full``; and what each costs at real
+    sizes (:func:`head_price`)."""
     complete: dict[str, list[Record]] = defaultdict(list)
     for record in full:
         if record["run"]["steps"] == STEPS and not record["run"]["cosine"]:
@@ -65,7 +77,8 @@ def heads_table(records: Sequence[Record], full: Sequence[Record]) -> Table:
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[record["run"]["row"]].append(record)
-    table = [["", "seeds", "held-out loss of the exits", "last exit", "to whole heads"]]
+    operations = [f"operations at {size}" for size in REAL.values()]
+    table = [["", "seeds", "held-out loss of the exits", "last exit", "to whole heads", *operations]]
     for whole in dict.fromkeys(row.whole for row in HEADS.values() if row.whole):
         alike = [name for name in groups if ROWS[name].whole == whole]
         for name in (whole, *alike) if alike else ():
@@ -73,7 +86,8 @@ def heads_table(records: Sequence[Record], full: Sequence[Record]) -> Table:
             columns = zip(*(r["curve"][-1][1] for r in group), strict=True)
             exits = [mean(column) for column in columns if None not in column]
             compared = "–" if name == whole else difference(by_seed(group), by_seed(complete[whole]))
-            cells = " ".join(f"{loss:.2f}" for loss in exits), f"{exits[-1]:.3f}", compared
+            cells = [" ".join(f"{loss:.2f}" for loss in exits), f"{exits[-1]:.3f}", compared]
+            cells += [f"{head_price(ROWS[name].block['aux_head'], VOCABULARY, WIDTH, model):.1%}" for model in REAL]
             table.append([name, str(len(group)), *cells])
     return table
 
@@ -341,7 +355,7 @@ def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Tab
         yield "second study, layers a module", modules_table(large)
         yield "second study, equal time", equal_time_table(large)
     for size, depth in DEPTHS.items():
-        title = f"second study, {depth} layers of width {WIDTH}"
+        title = f"second study, {depth} layers of width {THIN}"
         if of.get(f"{size}_rates"):
             yield f"{title}, learning rates", rates_table(of[f"{size}_rates"])
         if any(r["run"]["row"] == BACKPROPAGATION for r in of.get(size, ())):

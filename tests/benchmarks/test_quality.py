@@ -21,7 +21,7 @@ from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import cosines
 from benchmarks.quality.optimizers import LARGEST_BASIS, MuonAndAdamW, Optimized
 from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
-from benchmarks.quality.price import price
+from benchmarks.quality.price import head_price, price
 from benchmarks.quality.probes import probes
 from benchmarks.quality.records import load
 from benchmarks.quality.report import (
@@ -309,6 +309,15 @@ def test_tables_of_the_page_are_those_of_the_records() -> None:
         assert filled(page, tables(of)) == page
     assert json.loads(LEARNED.read_text(encoding="utf-8")) == learned_rows(of)
     assert json.loads(LEARNED_HEADS.read_text(encoding="utf-8")) == learned_heads(of)
+
+
+def test_a_head_costs_as_large_a_part_of_the_vocabulary_as_it_reads() -> None:
+    whole, sampled, copied = (
+        head_price(options, 4096, 96, "llama3-8b") for options in ({}, {"negatives": 256}, {"readout": "shared"})
+    )
+    matrices = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14_336
+    assert whole == pytest.approx(4096 * 128_256 / (4 * (matrices + 4096 * 4096)))  # queries times keys: 4096 tokens
+    assert sampled == pytest.approx(whole / 16, rel=1e-3) and copied == pytest.approx(whole * 2 / 3)
 
 
 def test_differences_are_between_runs_of_the_same_seed() -> None:
