@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -92,16 +91,16 @@ def test_what_is_allowed_is_announced_and_done(used: Path, data: Path, config: P
     ):
         assert line in done.stdout, done.stdout
     rates = History.read(used).of_stage(0, measures.LEARNING_RATE)
-    assert rates[0][-1] == 10 and rates[1][-1] == pytest.approx(cosine(10, 10, 0.004), rel=1e-6), rates
+    assert rates[0][-1] == 10 and rates[1][-1] == pytest.approx(decayed(10, 10, 0.004), rel=1e-6), rates
     position = json.loads((used / "checkpoint" / "global_step10" / "data_position.json").read_text())
     assert position == {"epoch": 0, "samples": 8 * 8 + 2 * 4}
     again = script("train_lm.py", *words(config, data, used, *more, *allowed))
     assert again.returncode == 0 and "has 10 batches of 10" in again.stdout
 
 
-def cosine(batch: int, steps: int, rate: float) -> float:
-    """DeepSpeed's WarmupCosineLR, whose warm-up takes two batches at least."""
-    return rate * (1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * (batch - 3) / (steps - 2))) / 2)
+def decayed(batch: int, steps: int, rate: float) -> float:
+    """The presets' WarmupStableDecayLR, which as DeepSpeed's schedules is a batch behind."""
+    return rate * min(1.0, (steps - (batch - 2)) / round(steps / 4))
 
 
 @pytest.mark.parametrize(("restarts", "samples"), [(False, 40), (True, 0)])
