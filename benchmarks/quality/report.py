@@ -16,6 +16,7 @@ from benchmarks.quality.figures import draw_check, draw_gap, draw_text
 from benchmarks.quality.plans import TEXT_ROWS, VARIANTS
 from benchmarks.quality.price import price
 from benchmarks.quality.records import Record, load
+from benchmarks.quality.rivals import rival_tables
 from benchmarks.quality.run import SOLVED
 from benchmarks.quality.second_report import learned_heads, learned_rows, over_tokens, second_tables
 
@@ -217,6 +218,7 @@ def tables(of: dict[str, list[Record]]) -> Iterator[tuple[str, list[list[str]]]]
     if any(r["run"]["row"] == "global" for r in borrowed):
         yield "text, 3 stages of 3 layers", text_table(borrowed, 3)
     yield from second_tables(of)
+    yield from rival_tables(of)
     if of.get("stuck"):
         yield "agreement of gradients", stuck_table(of["stuck"])
 

@@ -21,7 +21,7 @@ from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import cosines
 from benchmarks.quality.optimizers import LARGEST_BASIS, MuonAndAdamW, Optimized
 from benchmarks.quality.plans import HOP_ROWS, PLANS, RATES, TEXT_ROWS, best_rates, hop
-from benchmarks.quality.price import head_price, price
+from benchmarks.quality.price import asynchronous_price, head_price, price
 from benchmarks.quality.probes import probes
 from benchmarks.quality.records import load
 from benchmarks.quality.report import (
@@ -36,6 +36,7 @@ from benchmarks.quality.report import (
     text_table,
     tuned,
 )
+from benchmarks.quality.rivals import late_table
 from benchmarks.quality.run import SOLVED, Run, train
 from benchmarks.quality.second import BACKPROPAGATION, ROWS, large, large_run
 from benchmarks.quality.second_report import (
@@ -323,6 +324,22 @@ def test_a_head_costs_as_large_a_part_of_the_vocabulary_as_it_reads() -> None:
 def test_differences_are_between_runs_of_the_same_seed() -> None:
     assert difference({0: 2.2, 1: 3.0, 7: 9.0}, {0: 2.0, 1: 3.0}) == "+5.0% (+0.0 … +10.0)"
     assert difference({1: 3.3}, {0: 2.0, 1: 3.0}) == "+10.0% (one seed)" and difference({1: 1.0}, {0: 1.0}) == "–"
+
+
+def test_less_time_is_fewer_batches_against_asynchronous_backpropagation() -> None:
+    def record(row: str, steps: int, seed: int, loss: float) -> dict[str, Any]:
+        run = {"row": row, "steps": steps, "seed": seed, "cosine": False, "decay": 0.25, "rate": 0.1}
+        return {"run": run, "curve": [[steps, [9.0, loss]]]}
+
+    late = [record("asynchronous, 1 batch late, Nesterov", 4000, seed, 4.0) for seed in range(3)]
+    ours = [record("local, K = 4", 4000, seed, 4.0) for seed in range(3)]
+    header, *rows = late_table([*late, *ours], [record("local, K = 4", 1000, 0, 6.0)])
+    assert header[-1] == "ours to it" and [row[:3] for row in rows] == [
+        ["local, K = 4", m, "asynchronous, 1 batch late, Nesterov"] for m in ("4", "8")
+    ]
+    share = asynchronous_price(4, 4).time / row_price("local, K = 4", 4).time
+    assert 0.9 < share < 1 and rows[0][4] == f"{4000 * share:.0f}"
+    assert rows[0][5].startswith(f"{100 * (math.log2(1 / share) / 4):+.1f}% (")  # 6 to 4 over two doublings
 
 
 def test_equal_time_is_read_between_trainings_of_other_lengths() -> None:
