@@ -1,4 +1,4 @@
-"""Ours against asynchronous backpropagation, its rival for the same idle time."""
+"""Ours against asynchronous backpropagation, which waits for nothing either, at equal predicted time."""
 
 from __future__ import annotations
 
