@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality.price import asynchronous_price
 from benchmarks.quality.records import Record
-from benchmarks.quality.second import STEPS, lowest_rate
-from benchmarks.quality.second_report import Table, after, difference, last_exit, row_price
+from benchmarks.quality.second import STEPS
+from benchmarks.quality.second_report import Table, after, best_of, by_length, difference, relative, row_price
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,7 @@ def late_table(records: Sequence[Record], tried: Sequence[Record]) -> Table:
     trainings of other lengths, as in :func:`equal_time_table`.
     """
     table = [["", "M", "against", "seeds", "batches of ours in its time", "ours to it"]]
-    ends: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for record in (*_best_of(tried), *(r for r in records if not r["run"]["cosine"])):
-        ends[record["run"]["row"]][record["run"]["steps"]][record["run"]["seed"]] = last_exit(record)
+    ends = by_length([*best_of(tried), *records])
     for pair in rivals():
         ours, late, over = ends[pair.ours][STEPS], ends[pair.late][STEPS], ends[pair.over]
         if not ours.keys() & late.keys() or 0 not in over[STEPS]:
@@ -63,21 +60,12 @@ def late_table(records: Sequence[Record], tried: Sequence[Record]) -> Table:
         share = (
             asynchronous_price(pair.stages, pair.micro_batches).time / row_price(pair.priced, pair.micro_batches).time
         )
-        reached = after(
-            {steps: seeds[0] / over[STEPS][0] for steps, seeds in over.items() if 0 in seeds}, share * STEPS
-        )
+        reached = after(relative(over), share * STEPS)
         scaled = {seed: loss * reached for seed, loss in ours.items()} if reached else {}
         named = pair.ours if pair.priced in pair.ours else f"{pair.priced}, Muon"
         seeds, done = str(len(ours.keys() & late.keys())), f"{share * STEPS:.0f}"
         table.append([named, str(pair.micro_batches), pair.late, seeds, done, difference(scaled, late)])
     return table
-
-
-def _best_of(tried: Sequence[Record]) -> list[Record]:
-    """Of the short trainings those at each row's best rate."""
-    rows = {record["run"]["row"] for record in tried if record["run"]["decay"]}
-    rates = {row: lowest_rate(list(tried), row) for row in rows}
-    return [r for r in tried if r["run"]["decay"] and r["run"]["rate"] == rates[r["run"]["row"]]]
 
 
 def rival_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Table]]:

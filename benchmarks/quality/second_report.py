@@ -110,7 +110,8 @@ def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
     second: dict[str, list[Record]] = defaultdict(list)
     for record in of.get("large", ()):
         run = record["run"]
-        if run["steps"] == STEPS and not run["cosine"] and run.get("optimizer", "AdamW") == "AdamW":
+        tuned = "NAdam" if run.get("delay") else "AdamW"  # the rival as it is best, with its correction
+        if run["steps"] == STEPS and not run["cosine"] and run.get("optimizer", "AdamW") == tuned:
             second[run["row"]].append(record)
     for row, group in second.items():
         if row != BACKPROPAGATION and _is_plain(group[0]):
@@ -249,14 +250,8 @@ def over_tokens(records: Sequence[Record], tried: Sequence[Record] = ()) -> dict
         records: of the study.
         tried: the short trainings that rates were chosen by, of which the best rate's count.
     """
-    chosen = {row: lowest_rate(list(tried), row) for row in OVER_TOKENS}
-    short = [r for r in tried if r["run"]["rate"] == chosen.get(r["run"]["row"])]
-    ends: dict[str, dict[int, dict[int, float]]] = {row: defaultdict(dict) for row in OVER_TOKENS}
-    for record in (*short, *records):
-        run = record["run"]
-        if run["row"] in ends and not run["cosine"]:
-            ends[run["row"]][run["steps"]][run["seed"]] = last_exit(record)
-    return ends
+    ends = by_length([*best_of(tried), *records])
+    return {row: ends[row] for row in OVER_TOKENS}
 
 
 def tokens_table(records: Sequence[Record], tried: Sequence[Record] = ()) -> Table:
@@ -294,26 +289,42 @@ def equal_time_table(records: Sequence[Record]) -> Table:
     What backpropagation reaches in another time is read off its trainings with more and fewer batches, each with a
     schedule of its own length (straight lines between them over the logarithm of batches); "–" beyond them.
     """
-    trained = [r for r in records if not r["run"]["cosine"]]
     header = ["", "seeds", *(f"M = {m}: its time, then ours to it" for m in (2, 4, 8))]
     table = [header]
-    ends: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for record in trained:
-        ends[record["run"]["row"]][record["run"]["steps"]][record["run"]["seed"]] = last_exit(record)
+    ends = by_length(records)
     for name, row in ROWS.items():
         of, exact = ends[name][STEPS], ends[row.exact]
         baseline = exact[STEPS]
         if name == row.exact or len(of.keys() & baseline.keys()) < 3:
             continue
-        shares = {steps: seeds[0] / baseline[0] for steps, seeds in exact.items() if 0 in seeds}
         cells = []
         for m in (2, 4, 8):
             share = row_price(name, m).time / exact_price(row.pipeline, m)
-            reached = after(shares, share * STEPS)
+            reached = after(relative(exact), share * STEPS)
             scaled = {seed: loss * reached for seed, loss in baseline.items()} if reached else {}
             cells.append(f"{share:.2f}: {difference(of, scaled)}")
         table.append([name, str(len(of)), *cells])
     return table
+
+
+def by_length(records: Sequence[Record]) -> dict[str, dict[int, dict[int, float]]]:
+    """Row → batches → seed → last exit, of trainings without a cosine; each has a schedule of its own length."""
+    ends: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        if not record["run"]["cosine"]:
+            ends[record["run"]["row"]][record["run"]["steps"]][record["run"]["seed"]] = last_exit(record)
+    return ends
+
+
+def best_of(tried: Sequence[Record]) -> list[Record]:
+    """Of the short trainings those at each row's best rate."""
+    rates = {row: lowest_rate(list(tried), row) for row in {record["run"]["row"] for record in tried}}
+    return [r for r in tried if r["run"]["rate"] == rates[r["run"]["row"]]]
+
+
+def relative(ends: Mapping[int, Mapping[int, float]]) -> dict[int, float]:
+    """Batches → last exit against that after STEPS batches, of seed 0, which is trained at all lengths."""
+    return {steps: seeds[0] / ends[STEPS][0] for steps, seeds in ends.items() if 0 in seeds}
 
 
 def after(ends: Mapping[int, float], batches: float) -> float | None:
