@@ -115,17 +115,20 @@ def restore_plain(
     """
     settings = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states = {}
-    for index, parameter in enumerate(parameters):
+    keys = [_key_of_moments(group) for group in optimizer.param_groups for _ in group["params"]]
+    states, anew = {}, 0
+    for index, (parameter, key_of_moments) in enumerate(zip(parameters, keys, strict=True)):
         values = saved.state(sources[parameter]) if parameter in sources else {}
-        if values:
+        if _is_foreign(values, key_of_moments):
+            anew += 1
+        elif values:
             states[index] = {key: _shaped(value, parameter) for key, value in values.items() if key != MASTER}
         if MASTER in values:
             parameter.copy_(_shaped(values[MASTER], parameter))
     members = [group["params"] for group in optimizer.param_groups]
     groups, lines = _with_settings(settings["param_groups"], members, sources, saved)
     optimizer.load_state_dict({**settings, "state": states, "param_groups": groups})
-    return lines
+    return lines + _foreign_report(anew, saved)
 
 
 @torch.no_grad()
@@ -141,7 +144,7 @@ def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], sav
     Returns:
         lines for the user.
     """
-    inner = optimizer.optimizer
+    inner, anew = optimizer.optimizer, 0
     optimizer.refresh_fp32_params()
     for parameter, name in sources.items():
         values = saved.state(name)
@@ -150,6 +153,10 @@ def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], sav
             safe_set_full_fp32_param(parameter, values[MASTER].flatten().to(parameter.device))
         if parameter._hp_mapping is None:  # type: ignore[attr-defined]
             continue  # another replica's
+        group = inner.param_groups[parameter._hp_mapping.param_group_index]  # type: ignore[attr-defined]
+        if _is_foreign(values, _key_of_moments(group)):
+            anew += 1
+            continue
         for key, value in values.items():
             if key != MASTER:
                 _set_state(parameter, inner, key, value)
@@ -157,7 +164,25 @@ def restore_partitioned(optimizer: Any, sources: Mapping[nn.Parameter, str], sav
     groups, lines = _with_settings(inner.param_groups, members, sources, saved)
     for group, settings in zip(inner.param_groups, groups, strict=True):
         group.update({key: value for key, value in settings.items() if key != "params"})
-    return lines
+    return lines + _foreign_report(anew, saved)
+
+
+def _key_of_moments(group: Mapping[str, Any]) -> str | None:
+    """What the optimizer of a group can't go on without once a parameter has a state; None: nothing that is known."""
+    if group.get("use_muon"):
+        return "momentum_buffer"
+    return "exp_avg" if "betas" in group else None
+
+
+def _is_foreign(values: Mapping[str, Any], key_of_moments: str | None) -> bool:
+    """Whether a state is another kind of optimizer's."""
+    return key_of_moments is not None and bool(values.keys() - {MASTER}) and key_of_moments not in values
+
+
+def _foreign_report(anew: int, saved: CheckpointReader) -> list[str]:
+    """A line for the user if moments of so many parameters were another kind of optimizer's."""
+    kind = saved.shape.optimizer.rpartition("/")[2]
+    return [f"{anew} parameters begin with new moments, those of the checkpoint are {kind}'s"] if anew else []
 
 
 def _set_state(parameter: nn.Parameter, inner: torch.optim.Optimizer, key: str, value: Any) -> None:
@@ -204,11 +229,11 @@ def _with_settings(
         votes = Counter(map(repr, kept))
         winner = next((s for s in kept if repr(s) == votes.most_common(1)[0][0]), {})
         if len(votes) > 1:
-            names = sorted({k for s in kept for k in s if repr(s[k]) != repr(winner[k])})
-            lines.append(
+            names = sorted({k for s in kept for k in s if k in winner and repr(s[k]) != repr(winner[k])})
+            lines += [
                 f"parameter group {number}: {', '.join(f'{name} {winner[name]}' for name in names)}, as most of its "
                 f"parameters had; {len(kept) - votes.most_common(1)[0][1]} of {len(kept)} had others"
-            )
+            ] * bool(names)  # groups of another kind of optimizer have other settings besides
         made.append({**group, **winner})
     return made, lines
 

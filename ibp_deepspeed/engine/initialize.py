@@ -24,7 +24,9 @@ from ibp_deepspeed.config.known_keys import unknown_keys
 from ibp_deepspeed.engine.engine import InterlockedPipelineEngine
 from ibp_deepspeed.errors import ConfigError, DataError, ModuleError
 from ibp_deepspeed.objectives.slow_layers import slow_rule
+from ibp_deepspeed.optimizer.configured import check_muon, is_muon
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule, is_ours
+from ibp_deepspeed.optimizer.matrices import muon_groups
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.stage.module import InterlockedPipelineModule
 from ibp_deepspeed.strategy.timeline import Timeline
@@ -72,6 +74,7 @@ def initialize(
     ds_config = load_ds_config(config if config is not None else getattr(args, "deepspeed_config", None))
     interlocking = resolve_interlocking(ds_config, model.interlocking)
     check_ds_config(ds_config)
+    check_muon(ds_config)
     check_compiler(ds_config)
     _check_fused_adam(ds_config)
     check_connections(dist.get_backend())
@@ -88,13 +91,18 @@ def initialize(
     _find_frozen_stages(model)
     _check_aux_head(interlocking.aux_head, model.num_stages, micro_batches)
     _check_slow_layers(interlocking, micro_batches)
+    if model_parameters is not None and optimizer is None and is_muon(ds_config):
+        raise ConfigError("Muon has groups of its own: leave model_parameters out, or give an optimizer.")
     if model_parameters is not None or isinstance(optimizer, torch.optim.Optimizer):
         interlocking = interlocking.model_copy(update={"decay": "all"})  # the user's own groups, left as they are
     if model_parameters is None:
         trained = [
             p for p in model.parameters() if p.requires_grad
         ]  # DeepSpeed would take the copies of an LM head too
-        model_parameters = parameter_groups(trained, interlocking.decay)
+        if optimizer is None and is_muon(ds_config):
+            model_parameters = muon_groups(trained, model.inner_matrices(), interlocking.decay)
+        else:
+            model_parameters = parameter_groups(trained, interlocking.decay)
         _check_groups(model_parameters, interlocking, ds_config)
     engine = InterlockedPipelineEngine(
         interlocking=interlocking,
@@ -136,6 +144,8 @@ def _for_deepspeed(ds_config: Mapping[str, Any]) -> dict[str, Any]:
         without_block.setdefault("data_types", {"grad_accum_dtype": "fp32"})
         if without_block["data_types"].get("grad_accum_dtype") == "fp32":
             without_block.setdefault("communication_data_type", "fp32")
+        if is_muon(ds_config):  # whose class is DeepSpeed's, which it knows by its name alone
+            without_block["zero_allow_untested_optimizer"] = True
     return without_block
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import MUON_OPTIMIZER
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 from torch import nn
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.optimizer.configured import muon_params
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, not_made
 from ibp_deepspeed.stage.losses import StageLosses
 
@@ -23,6 +25,7 @@ class SteppingEngine(PipelineEngine):
 
     interlocking: InterlockingConfig
     _losses: StageLosses
+    mpu: Any
     _states_are_linked = False
 
     @cached_property
@@ -33,6 +36,31 @@ class SteppingEngine(PipelineEngine):
     def zero_grad(self) -> None:
         """Overrides DeepSpeedEngine's, which walks through the modules."""
         drop_gradients(self._parameters_of_stage)
+
+    def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
+        """Overrides DeepSpeedEngine's: Muon is this package's, in groups that ``initialize`` has made.
+
+        DeepSpeed's own takes the matrices that ``deepspeed.initialize`` has marked, by the words "embed" and "lm_head"
+        that names of a pipeline's layers don't have, and needs rates of its own for them.
+        """
+        if self.optimizer_name() != MUON_OPTIMIZER:
+            made: torch.optim.Optimizer = super()._configure_basic_optimizer(model_parameters)
+            return made
+        from ibp_deepspeed.optimizer.muon import Muon  # takes seconds to import
+
+        return Muon(model_parameters, **muon_params(self.optimizer_params() or {}))
+
+    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Overrides DeepSpeedEngine's: BF16_Optimizer refuses Muon beside any ``mpu``, for the sake of matrices that
+        are divided among processes. Ours says over which stages norms are taken, and ``None`` means each stage's own.
+        """
+        mpu: Any = self.mpu
+        if self.optimizer_name() == MUON_OPTIMIZER:
+            self.mpu = None
+        try:
+            return super()._configure_bf16_optimizer(optimizer)
+        finally:
+            self.mpu = mpu
 
     @contextmanager
     def _accumulating(self) -> Iterator[None]:
@@ -72,7 +100,8 @@ class SteppingEngine(PipelineEngine):
             self._norm_or_no_gradients()
         elif self.using_bf16_optimizer:
             self._take_part_without_gradients()
-        super()._take_model_step(lr_kwargs)
+        with self._step_runs():
+            super()._take_model_step(lr_kwargs)
         if self.skipped_steps == skipped:
             self._link_states_of_all_groups()
             return
@@ -83,6 +112,14 @@ class SteppingEngine(PipelineEngine):
         )
         if self.grid.get_data_parallel_rank() == 0:
             logger.warning(said)
+
+    def _step_runs(self) -> AbstractContextManager[None]:
+        """How: BF16_Optimizer calls DeepSpeed's compiled functions for Muon before the optimizer's own step."""
+        if self.optimizer_name() != MUON_OPTIMIZER:
+            return nullcontext()
+        from ibp_deepspeed.optimizer.muon import eagerly
+
+        return eagerly()
 
     def _before_step(self) -> None:
         """Called when gradients are complete, averaged over replicas, and neither clipped nor dropped."""

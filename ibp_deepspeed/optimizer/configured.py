@@ -9,8 +9,9 @@ from numbers import Real
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, MUON_OPTIMIZER
 
+from ibp_deepspeed.config.deepspeed import is_enabled, zero_stage
 from ibp_deepspeed.config.interlocking import nearest
 from ibp_deepspeed.errors import ConfigError
 
@@ -39,19 +40,59 @@ def check_optimizer(ds_config: Mapping[str, Any]) -> None:
     for key in _NUMBERS:
         if key in params and (not isinstance(params[key], Real) or isinstance(params[key], bool)):
             raise ConfigError(f'"optimizer.params.{key}" is {params[key]!r}: give a number.')
-    if name.lower() == "muon":
-        raise ConfigError(
-            f'"optimizer.type" is {name}, which DeepSpeed makes for models whose parameters it has marked, and not for '
-            "stages: use AdamW, or give initialize an optimizer of your own."
-        )
-    if name.lower().startswith("mu") and find_spec("mup") is None:
+    if name.lower().startswith("mu") and not is_muon(ds_config) and find_spec("mup") is None:
         raise ConfigError(f'"optimizer.type" {name} needs the package mup, which is not installed: use AdamW.')
+    check_muon(ds_config)
     try:
         _try(name, params)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f'"optimizer" of type {name}: {error}.') from error
+
+
+def is_muon(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the configuration asks for Muon."""
+    block = ds_config.get("optimizer")
+    return isinstance(block, Mapping) and str(block.get("type", "")).lower() == MUON_OPTIMIZER
+
+
+def check_muon(ds_config: Mapping[str, Any]) -> None:
+    """Refuse what does not combine with Muon.
+
+    Raises:
+        ConfigError: ZeRO 1 with fp32 weights or bf16 sums, whose optimizer orthogonalizes before it clips; with bf16 a
+            norm of the whole pipeline, which DeepSpeed's optimizer can't take beside Muon.
+    """
+    if not is_muon(ds_config):
+        return
+    bf16, types = is_enabled(ds_config, "bf16"), ds_config.get("data_types", {})
+    sums = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
+    if (zero_stage(ds_config) == 1 and not bf16) or (bf16 and sums not in (None, "fp32")):
+        raise ConfigError(
+            'Muon needs whole matrices and fp32 sums: use it with fp32 without ZeRO, or with "bf16" and no other '
+            '"data_types.grad_accum_dtype" than fp32.'
+        )
+    block = ds_config.get("interlocking", {})
+    if bf16 and isinstance(block, Mapping) and block.get("clip_scope") == "global":
+        raise ConfigError('"clip_scope": "global" does not work with Muon and bf16: use "clip_scope": "stage".')
+
+
+def muon_params(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :class:`~ibp_deepspeed.optimizer.muon.Muon`, of a configuration's ``optimizer.params``.
+
+    Raises:
+        ConfigError: rates of DeepSpeed's own Muon.
+    """
+    params = dict(given)
+    if rates := sorted({"muon_lr", "adam_lr"} & params.keys()):
+        raise ConfigError(
+            f'"optimizer.params.{rates[0]}" is a rate of DeepSpeed\'s own Muon: matrices and all else have one here, '
+            '"lr", which is AdamW\'s.'
+        )
+    if params.get("torch_adam"):  # it is
+        del params["torch_adam"]
+    return params
 
 
 def _try(name: str, params: dict[str, Any]) -> None:
@@ -65,6 +106,11 @@ def _try(name: str, params: dict[str, Any]) -> None:
             from deepspeed.ops.adam import FusedAdam
 
             inspect.signature(FusedAdam).bind([], **params)
+    elif name.lower() == MUON_OPTIMIZER:
+        from ibp_deepspeed.optimizer.muon import Muon  # takes seconds to import
+
+        matrix = torch.nn.Parameter(torch.zeros(1, 1))
+        Muon([{"params": [matrix], "use_muon": True, "columns": 1}], **muon_params(params))
     elif name.lower() == "adagrad":
         _make(torch.optim.Adagrad, params)
     elif name.lower() == "lamb":

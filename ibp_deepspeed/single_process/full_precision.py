@@ -27,6 +27,10 @@ class FullPrecisionSums(InterlockedReference):
         """Whether weights have fp32 copies."""
         return bool(self._masters)
 
+    def master(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A weight's fp32 copy, or the weight itself where it has none."""
+        return self._masters.get(parameter, parameter)
+
     def masters(self, stage: int) -> list[nn.Parameter]:
         """What the optimizer of a stage trains: the weights, or their fp32 copies."""
         return [parameter for part in self.masters_by_part(stage) for parameter in part]
@@ -34,7 +38,7 @@ class FullPrecisionSums(InterlockedReference):
     def masters_by_part(self, stage: int) -> list[list[nn.Parameter]]:
         """The same, apart: of the trunk, and of the head if there is one."""
         parts = [trained_parameters(module) for module in self.modules(stage)]
-        return [[self._masters.get(p, p) for p in part] for part in parts]
+        return [[self.master(p) for p in part] for part in parts]
 
     @torch.no_grad()
     def masters_to_weights(self) -> None:
@@ -46,8 +50,8 @@ class FullPrecisionSums(InterlockedReference):
     def set_masters(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor] | None) -> None:
         """After loading the weights: their fp32 copies as saved, or made of them."""
         for parameter, value in zip(parameters, values or parameters, strict=True):
-            self._masters.get(parameter, parameter).copy_(value)
+            self.master(parameter).copy_(value)
 
     def _add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        master = self._masters.get(parameter, parameter)
+        master = self.master(parameter)
         super()._add_gradient(master, gradient.to(master.dtype))

@@ -25,8 +25,10 @@ from ibp_deepspeed.documents import Documents
 from ibp_deepspeed.errors import BatchError, ConfigError
 from ibp_deepspeed.objectives.head import Objective
 from ibp_deepspeed.objectives.side_loss import MakeSideLoss
+from ibp_deepspeed.optimizer.configured import muon_params
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, not_made
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule
+from ibp_deepspeed.optimizer.matrices import inner_matrices, muon_groups
 from ibp_deepspeed.optimizer.parameter_groups import parameter_groups
 from ibp_deepspeed.running_statistics import RunningStatistics
 from ibp_deepspeed.single_process.checkpointing import SingleProcessCheckpoints
@@ -51,7 +53,7 @@ class VirtualPipeline:
         stages: K trunks of layers.
         aux_heads: K-1 heads, None where a stage is no exit; or None for backpropagation without heads.
         loss_fn: ``loss_fn(outputs, labels)`` → scalar.
-        ds_config: a DeepSpeed configuration with its ``"interlocking"`` block. Optimizers: Adam, AdamW, SGD;
+        ds_config: a DeepSpeed configuration with its ``"interlocking"`` block. Optimizers: Adam, AdamW, Muon, SGD;
             learning-rate schedules: DeepSpeed's and WarmupStableDecayLR. bf16 keeps fp32 master weights and sums
             gradients in fp32.
         device: where everything is put.
@@ -241,17 +243,29 @@ class VirtualPipeline:
     def _optimizer(self, stage: int) -> torch.optim.Optimizer:
         block = self.ds_config.get("optimizer", {})
         name, options = str(block.get("type", "")), dict(block.get("params", {}))
-        if name.lower() not in _OPTIMIZERS:
-            raise ConfigError(f'virtual stages train with Adam, AdamW or SGD; "optimizer.type" is {name!r}.')
+        if name.lower() not in (*_OPTIMIZERS, "muon"):
+            raise ConfigError(f'virtual stages train with Adam, AdamW, Muon or SGD; "optimizer.type" is {name!r}.')
         if not options.get("adam_w_mode", True):
             raise ConfigError('virtual stages have no Adam without "adam_w_mode": use AdamW.')
         kept = {key: value for key, value in options.items() if key not in _DEEPSPEED_ONLY}
         if "betas" in kept:
             kept["betas"] = tuple(kept["betas"])
         defaults = {} if name.lower() == "sgd" else {"weight_decay": 0.01 if name.lower() == "adamw" else 0.0}
+        if name.lower() == "muon":
+            return self._muon(stage, muon_params(options))
         trained = self.reference.masters(stage) or [nn.Parameter(torch.zeros(1, device=self.device))]  # as the engine's
         groups = parameter_groups(trained, self.reference.interlocking.decay)
         return _OPTIMIZERS[name.lower()](groups, **{**defaults, **kept})
+
+    def _muon(self, stage: int, options: dict[str, Any]) -> torch.optim.Optimizer:
+        from ibp_deepspeed.optimizer.muon import Muon  # takes seconds to import
+
+        trunk, *heads = self.reference.modules(stage)
+        assert isinstance(trunk, nn.Sequential)
+        last = stage == self.num_stages - 1
+        matrices = inner_matrices([*trunk], first=stage == 0, last=last, head=heads[0] if heads else None)
+        masters = [self.reference.master(p) for p in matrices]
+        return Muon(muon_groups(self.reference.masters(stage), masters, self.reference.interlocking.decay), **options)
 
     def _clip(self) -> None:
         """As the engine: clip by the norm of clip_scope, and no step where that is not finite, or the end."""

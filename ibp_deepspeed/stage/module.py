@@ -20,6 +20,7 @@ from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.errors import ModuleError
 from ibp_deepspeed.objectives.head import Objective, as_objective, last_objective
 from ibp_deepspeed.objectives.side_loss import MakeSideLoss, SideLoss
+from ibp_deepspeed.optimizer.matrices import inner_matrices
 from ibp_deepspeed.optimizer.parameter_groups import PLACEHOLDER
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
@@ -165,6 +166,11 @@ class InterlockedPipelineModule(PipelineModule):
         return [
             p for name, p in self.named_parameters() if p.requires_grad and id(p) not in others and name != PLACEHOLDER
         ]
+
+    def inner_matrices(self) -> list[nn.Parameter]:
+        """What Muon trains of this stage."""
+        last = self.stage_id == self.num_stages - 1
+        return inner_matrices(self.forward_funcs, first=self.stage_id == 0, last=last, head=self.aux_head)
 
     def give_optimizer_something(self) -> None:
         """On a stage with nothing to train: one number that nobody uses, because DeepSpeed's optimizers need a

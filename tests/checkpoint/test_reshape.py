@@ -111,6 +111,26 @@ def test_a_part_of_a_checkpoint_of_another_shape(low: bool, tmp_path: Path) -> N
                 assert 0 < row["step"] < 0.5, (rank, each, row)
 
 
+def test_muons_momentum_follows_its_matrices(tmp_path: Path) -> None:
+    """4 × 1 ↔ 2 × 2, plain and divided among replicas, where a matrix may be divided too."""
+    whole, halves = case(FOUR, muon=True), case(TWO, 2, muon=True)
+    low = {"zero": 1, "bf16": True}
+    folders = {name: str(tmp_path / name) for name in ("plain", "low", "halves")}
+    cases = [
+        whole | {"save": folders["plain"]},
+        whole | low | {"save": folders["low"]},
+        halves | low | {"save": folders["halves"]},
+        halves | {"load": folders["plain"]},
+        halves | low | {"load": folders["low"]},
+        halves | low | {"load": folders["halves"]},
+        whole | low | {"load": folders["halves"]},
+    ]
+    rows = [row for row in launch("reshape", 4, cases).check().reports[0] if row is not None]
+    for row, heads in zip(rows, ([4], [4], [4], [4]), strict=True):
+        check_kept(row, heads)
+    assert rows[2]["error"] == 0 and not rows[2]["lines"], rows[2]
+
+
 @pytest.mark.parametrize("precision", [{}, {"zero": 1}], ids=["plain", "zero"])
 def test_processes_with_other_exits(precision: dict[str, Any], tmp_path: Path) -> None:
     """Every stage, every second, the last alone, and back: heads go, stay with all their state, and come."""

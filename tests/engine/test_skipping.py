@@ -16,15 +16,16 @@ PRECISIONS: list[dict[str, Any]] = [
     {"bf16": True, "zero": 0, "clip": 1.0},
     {"bf16": True, "zero": 1, "clip": 0.0},
 ]
+ALL = [*PRECISIONS, *({**PRECISIONS[i], "optimizer": "Muon"} for i in (1, 4))]
 
 
 @pytest.fixture(scope="module")
 def infinite() -> list[Any]:
     """Local learning with an infinite loss at the last stage in batch 1: the reports of all stages."""
-    return launch("skipping", STAGES, [{"what": "infinite", **each} for each in PRECISIONS]).check().reports
+    return launch("skipping", STAGES, [{"what": "infinite", **each} for each in ALL]).check().reports
 
 
-@pytest.mark.parametrize("index", range(len(PRECISIONS)), ids=[str(tuple(each.values())) for each in PRECISIONS])
+@pytest.mark.parametrize("index", range(len(ALL)), ids=[str(tuple(each.values())) for each in ALL])
 def test_a_step_that_is_not_finite_is_left_out_on_its_stage_alone(infinite: list[Any], index: int) -> None:
     *others, last = (rows[index] for rows in infinite)
     assert last["finite"] and last["moved"] == [batch != BAD for batch in range(BATCHES)], last

@@ -81,7 +81,10 @@ def optimizer(**params: Any) -> dict[str, Any]:
             {"settings": {"optimizer": {"params": {"lr": 1e-3}}}},
             '"optimizer" names no type, so nothing',
         ),
-        ({"settings": {"optimizer": {"type": "Muon"}}}, '"optimizer.type" is Muon, which DeepSpeed makes for models'),
+        (
+            {"settings": {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02}}}},
+            '"optimizer.params.muon_lr" is a rate of DeepSpeed\'s own Muon',
+        ),
         ({"settings": {"optimizer": None}}, '"optimizer" must be an object, not None'),
         ({"settings": optimizer(torch_adam=True, beta=[0.9, 0.95])}, "unexpected keyword argument 'beta'"),
         ({"settings": optimizer(beta=[0.9, 0.95])}, "unexpected keyword argument 'beta'"),

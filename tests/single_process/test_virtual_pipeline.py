@@ -19,7 +19,9 @@ from tests.workers.skipping import Listener
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"readout": "shared", "refresh_interval": 2, "refresh_delay": 4}
 STABLE = {"type": "WarmupStableDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 6, "decay_share": 0.5}}
+MUON = {"type": "Muon", "params": {"lr": 0.05, "weight_decay": 0.1}}
 CASES: list[dict[str, Any]] = [
+    {"interlocking": {"strategy": "pairwise", "mode": "window"}, "exchange": True, "settings": {"optimizer": MUON}},
     {"interlocking": {"strategy": "pairwise", "mode": "window"}, "exchange": True},
     {"interlocking": {"strategy": "local"}, "exchange": True, "settings": {"scheduler": STABLE}},
     {
@@ -61,6 +63,7 @@ def test_bf16_sums_and_keeps_in_full_precision(replicas: int) -> None:
     """
     stages = 3 if replicas == 1 else 2
     cases = [bf16(*how, stages=stages) for how in (("local", "window"), ("pairwise", "furthest"))]
+    cases += [bf16("pairwise", "furthest", stages=stages, settings={"optimizer": MUON, "gradient_clipping": 0.05})]
     cases += [bf16("pairwise", "window", stages=stages)]
     for *alike, window in launch("virtual", stages * replicas, cases).check().reports:
         for case, row in zip(cases, alike, strict=False):
@@ -69,14 +72,20 @@ def test_bf16_sums_and_keeps_in_full_precision(replicas: int) -> None:
 
 
 def test_the_optimizer_of_the_gpu_presets_is_torchs_fused_one() -> None:
-    """DeepSpeed hands ``fused`` to torch, whose kernel needs no nvcc; on CPU it is the same mathematics."""
+    """Also with Muon in its place, for what is not Muon's.
+
+    DeepSpeed hands ``fused`` to torch, whose kernel needs no nvcc; on CPU it is the same mathematics.
+    """
     preset = json.loads((ROOT / "ds_configs" / "pairwise_gpu.json").read_text())
     optimizer = {**preset["optimizer"], "params": {**preset["optimizer"]["params"], "lr": 0.01}}
-    settings = {"optimizer": optimizer, "data_types": preset["data_types"]}
-    assert settings["optimizer"]["params"]["fused"] and settings["optimizer"]["params"]["torch_adam"]
-    case = bf16("pairwise", "furthest", settings=settings)
-    for (row,) in launch("virtual", 3, [case]).check().reports:
-        assert row["fused"] and all(row[error] <= 1e-6 for error in ("loss", "trained", "masters")), row
+    assert optimizer["params"]["fused"] and optimizer["params"]["torch_adam"]
+    cases = [
+        bf16("pairwise", "furthest", settings={"optimizer": kind, "data_types": preset["data_types"]})
+        for kind in (optimizer, {**optimizer, "type": "Muon"})
+    ]
+    for rows in launch("virtual", 3, cases).check().reports:
+        for row in rows:
+            assert row["fused"] and all(row[error] <= 1e-6 for error in ("loss", "trained", "masters")), row
 
 
 def make(follow: bool = False, **changes: Any) -> VirtualPipeline:
@@ -97,11 +106,13 @@ def test_resumed_bf16_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_gradients_that_are_not_finite_cost_their_stage_one_step(bf16: bool) -> None:
+@pytest.mark.parametrize("kind", ["AdamW", "Muon"])
+def test_gradients_that_are_not_finite_cost_their_stage_one_step(kind: str, bf16: bool) -> None:
     """In the engine: tests/engine/test_skipping.py."""
     warmup = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.01, "warmup_max_lr": 0.02}}
     policy = {"strategy": "local", "non_finite": "skip_batch"}
-    run = make(bf16={"enabled": bf16}, interlocking=policy, scheduler=warmup)
+    optimizer = {"type": kind, "params": {"lr": 0.01}}
+    run = make(bf16={"enabled": bf16}, interlocking=policy, scheduler=warmup, optimizer=optimizer)
     batch, weights = micro_batches(0, 1), [stage[0].weight for stage in run.reference.stages]  # type: ignore[index]
     run.train_batch(iter(batch))
     run.reference.stages[1][0].register_forward_hook(lambda _, __, outputs: outputs * torch.inf)  # type: ignore[index]

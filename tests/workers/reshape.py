@@ -46,7 +46,10 @@ def make_engine(case: dict[str, Any]) -> Any:
         "zero_optimization": {"stage": case.get("zero", 0)},
         "bf16": {"enabled": bool(case.get("bf16"))},
         "gradient_clipping": 0.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True}},
+        "optimizer": {
+            "type": "Muon" if case.get("muon") else "AdamW",
+            "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True},
+        },
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": 0.02}},
     }
     return initialize(model=module, config=config)[0]
@@ -70,10 +73,12 @@ def train(engine: Any, batches: range) -> None:
 def states(engine: Any) -> dict[str, dict[str, Tensor]]:
     """Of this stage: name in the model → weight, fp32 copy and moments."""
     names = names_of(engine.module, engine.module.head_boundary)
-    found = {}
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # else only after a step
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    found, muons = {}, set(map(id, engine.module.inner_matrices() if engine.optimizer_name() == "muon" else ()))
     for name, parameter in engine.module.named_parameters():
         found[names[name]] = values = {"weight": parameter.detach().clone()}
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in ("momentum_buffer",) if id(parameter) in muons else ("exp_avg", "exp_avg_sq"):
             if hasattr(parameter, "_hp_mapping"):
                 values[key] = safe_get_full_optimizer_state(parameter, key)
                 values["master"] = safe_get_full_fp32_param(parameter)
@@ -121,7 +126,7 @@ def load(case: dict[str, Any]) -> dict[str, Any]:
     dist.all_gather_object(lines, engine.load_report)
     decays = [group["weight_decay"] for group in groups_of(engine)]
     eps: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(eps, [group["eps"] for group in groups_of(engine)])
+    dist.all_gather_object(eps, [group.get("eps") for group in groups_of(engine)])
     counted = [engine.global_steps, engine.global_samples - there["samples"], engine.get_lr()[0] - there["rate"]]
     train(engine, range(3, 6))
     end = together(engine)
@@ -192,6 +197,8 @@ def compare(
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     keys = one.keys() & other.keys()
-    return {"weight", "exp_avg"} <= keys and all(
-        one[key].shape == other[key].shape and torch.equal(one[key], other[key]) for key in keys
+    return (
+        "weight" in keys
+        and keys & {"exp_avg", "momentum_buffer"} != set()
+        and all(one[key].shape == other[key].shape and torch.equal(one[key], other[key]) for key in keys)
     )

@@ -60,7 +60,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "gradient_clipping": case["clip"],
         "zero_optimization": {"stage": case["zero"]},
         "bf16": {"enabled": case["bf16"]},
-        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+        "optimizer": {"type": case.get("optimizer", "AdamW"), "params": {"lr": 0.01, "torch_adam": True}},
         "scheduler": {
             "type": "WarmupLR",
             "params": {"warmup_num_steps": 10, "warmup_min_lr": 0.01, "warmup_max_lr": 0.02},
