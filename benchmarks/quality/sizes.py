@@ -18,7 +18,7 @@ from benchmarks.quality.second import BACKPROPAGATION, LAYERS, SEEDS, STEPS, STE
 WIDTH = 64
 DEPTHS = {"narrow": LAYERS, "thin": 16}
 ROWS = (BACKPROPAGATION, "G = 2, K = 4", "local, K = 4", "pairwise, K = 4")
-RATES = (2e-3, 4e-3, 1e-3)
+RATES = (4e-3, 2e-3, 8e-3)
 
 
 def _run(study: str, size: str, row: str, rate: float, steps: int, seed: int = 0) -> Run:

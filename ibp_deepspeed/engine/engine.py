@@ -40,6 +40,7 @@ from ibp_deepspeed.stage.sample_ledger import SampleLedger
 from ibp_deepspeed.stage.slow_layer_copies import SlowLayerCopies
 from ibp_deepspeed.stage.weight_gradients import WeightGradients, split_backward
 from ibp_deepspeed.strategy.timeline import Timeline
+from ibp_deepspeed.trace.spans import LATE
 
 _FLUSH_SECONDS = 30.0
 
@@ -173,10 +174,12 @@ class InterlockedPipelineEngine(ExecutingEngine):
         self.position.batch = self.global_steps + 1
         try:
             for part in self._late:
-                part.begin_batch(self.global_steps)
+                with self._recording(LATE, -1):
+                    part.begin_batch(self.global_steps)
             self._exec_schedule(self._schedule)
             if self._answers is not None:
-                self._answers.end_batch()
+                with self._recording(LATE, -1):
+                    self._answers.end_batch()
             self.position.at("the mean of its losses")
             losses = self._losses.means(self.module.losses)
             if not self.interlocking.streaming:

@@ -19,7 +19,7 @@ from ibp_deepspeed.errors import OutputError, TraceError
 from ibp_deepspeed.json_text import parsed
 from ibp_deepspeed.schedule import instructions
 from ibp_deepspeed.schedule.instructions import Instruction, Link
-from ibp_deepspeed.trace.spans import CREDIT, WEIGHTS, Process, Recording, Span
+from ibp_deepspeed.trace.spans import CREDIT, LATE, WEIGHTS, Process, Recording, Span
 
 _FORMAT = "interlocking trace 1"
 _MICRO = 1e6
@@ -30,7 +30,7 @@ _MESSAGES = {
     "RecvGrad": "receive gradient",
     "SendGrad": "send gradient",
 }
-_WHOLE = {"ReduceGrads": "reduce gradients", "OptimizerStep": "optimizer step"}
+_WHOLE = {LATE: "late targets and copies", "ReduceGrads": "reduce gradients", "OptimizerStep": "optimizer step"}
 
 
 def name_of(span: Span) -> str:

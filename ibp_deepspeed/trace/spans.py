@@ -12,6 +12,9 @@ WEIGHTS = "WeightGradient"
 CREDIT = "CreditWait"
 """Kind of a span in which a forward pass waits until the next stage has received enough."""
 
+LATE = "LateParts"
+"""Kind of a span in which a batch begins or ends with what travels late: losses of late targets, and copies."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -19,7 +22,7 @@ class Span:
 
     Attributes:
         rank: of the process.
-        kind: the instruction's class, :data:`WEIGHTS` or :data:`CREDIT`.
+        kind: the instruction's class, :data:`WEIGHTS`, :data:`CREDIT` or :data:`LATE`.
         batch: from 1.
         micro_batch: from 0; -1: of the whole batch.
         loss: whose gradient or head it is; None: no loss is meant.

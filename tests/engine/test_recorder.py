@@ -10,15 +10,19 @@ import pytest
 from ibp_deepspeed.engine.recorder import DeviceClock
 from ibp_deepspeed.trace import chrome
 from ibp_deepspeed.trace.report import analyse
-from ibp_deepspeed.trace.spans import CREDIT, WEIGHTS, Recording
+from ibp_deepspeed.trace.spans import CREDIT, LATE, WEIGHTS, Recording
 from tests.launch import launch
 from tests.workers.tracing import APART, ASLEEP, BATCHES, COUNT, FIRST, LAST, STAGES
 
 BLOCKS: dict[str, dict[str, Any]] = {
     "pairwise": {"strategy": "pairwise"},
     "backpropagation": {"strategy": "global", "exits": STAGES},
+    "copies": {"strategy": "local", "aux_head": {"readout": "shared", "refresh_interval": 2, "refresh_delay": 4}},
 }
-CASES = [{"interlocking": block, "slow": name == "backpropagation"} for name, block in BLOCKS.items()]
+CASES = [
+    {"interlocking": block, "slow": name == "backpropagation", "follow": name == "copies"}
+    for name, block in BLOCKS.items()
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,8 @@ def recording(request: pytest.FixtureRequest, run: tuple[list[Any], dict[str, Pa
 
 def test_tracing_changes_no_number(run: tuple[list[Any], dict[str, Path]]) -> None:
     for report in run[0]:
-        assert [case["losses"] for case in report[:2]] == [case["losses"] for case in report[2:4]]
+        plain, traced = report[: len(CASES)], report[len(CASES) : 2 * len(CASES)]
+        assert [case["losses"] for case in plain] == [case["losses"] for case in traced]
 
 
 def test_every_instruction_is_recorded_in_its_order(
@@ -47,10 +52,11 @@ def test_every_instruction_is_recorded_in_its_order(
 ) -> None:
     number = list(BLOCKS.values()).index(recording.interlocking)
     for rank, report in enumerate(run[0]):
-        program = [tuple(each) for each in report[2 + number]["program"]]
+        program = [tuple(each) for each in report[len(CASES) + number]["program"]]
+        late = [(LATE, -1, None)] if "aux_head" in recording.interlocking else []
         for batch in range(FIRST, LAST + 1):
             spans = [s for s in recording.by_rank[rank] if s.batch == batch and s.kind not in (WEIGHTS, CREDIT)]
-            assert [(s.kind, s.micro_batch, s.loss) for s in spans] == program
+            assert [(s.kind, s.micro_batch, s.loss) for s in spans] == late + program
     assert {span.batch for span in recording.spans} == {FIRST, LAST}
     assert {(p.rank, p.stage, p.replica) for p in recording.processes} == {(k, k, 0) for k in range(STAGES)}
 
@@ -95,7 +101,7 @@ def test_trained_batches_cannot_be_traced(run: tuple[list[Any], dict[str, Path]]
 def test_clocks_are_aligned(run: tuple[list[Any], dict[str, Path]]) -> None:
     """On one machine, with clocks set apart by known seconds."""
     for rank, report in enumerate(run[0]):
-        offset, uncertainty = report[4]["offset"]
+        offset, uncertainty = report[-1]["offset"]
         assert abs(offset + APART * rank) <= uncertainty + 1e-6 and uncertainty < 0.5
         assert (uncertainty > 0) == (rank > 0)
 

@@ -13,7 +13,7 @@ from ibp_deepspeed import initialize
 from ibp_deepspeed.comm.clocks import offset_to_first
 from ibp_deepspeed.comm.link_groups import new_host_group
 from ibp_deepspeed.errors import TraceError
-from tests.toys import Layer, micro_batches
+from tests.toys import Layer, make_module, micro_batches
 from tests.workers.failures import module_with
 
 STAGES, COUNT, BATCHES, FIRST, LAST = 3, 3, 5, 3, 4
@@ -33,7 +33,11 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "interlocking": case["interlocking"],
     }
     layer = _Slow(9) if case.get("slow") else Layer(9)
-    engine = initialize(model=module_with(layer, STAGES, at=2 * STAGES - 2), config=config)[0]
+    if case.get("follow"):
+        module = make_module(STAGES, case["interlocking"], follow=True)
+    else:
+        module = module_with(layer, STAGES, at=2 * STAGES - 2)
+    engine = initialize(model=module, config=config)[0]
     path, losses = case["path"], []
     if path:
         engine.trace_batches(FIRST, LAST, path)
