@@ -4,6 +4,9 @@ A 1F1B pipeline that never drains keeps two sets of weights (PipeDream-2BW, arXi
 gradients of a batch are those of the weights ⌈(K-1)/M⌉ batches ago, on all stages alike, and are applied to today's.
 Published corrections change the optimizer: Nesterov's momentum (arXiv:2505.01099: torch's NAdam, momentum 0.99),
 orthogonal updates of the matrices (Muon, arXiv:2606.30634), and Adam in a rotated basis (arXiv:2602.03515).
+
+Modules of G stages that never drain are late by ⌈(G-1)/M⌉ batches alone, however many modules there are: no gradient
+passes from one to another.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from ibp_deepspeed.single_process.reference import Sample
 
 
 class Asynchronous(Optimized):
-    """One stage (K - 1 boundaries don't change the numbers) whose gradients come late.
+    """Stages whose gradients come late; for backpropagation one stands for all, boundaries don't change the numbers.
 
     Attributes:
         delay: batches; 0 is ordinary backpropagation. The first batches see the initial weights.
@@ -33,7 +36,7 @@ class Asynchronous(Optimized):
 
     def _accumulate(self, micro_batches: Sequence[Sample]) -> Tensor:
         """Overrides VirtualPipeline's: at the weights of ``delay`` batches ago."""
-        parameters = self.reference.parameters(0)
+        parameters = [p for stage in range(self.num_stages) for p in self.reference.parameters(stage)]
         today = [parameter.detach().clone() for parameter in parameters]
         self._older.append(today)
         _set(parameters, self._older[0])

@@ -75,9 +75,11 @@ def price(
     )
 
 
-def asynchronous_price(stages: int, micro_batches: int = MICRO_BATCHES) -> Price:
-    """Of a 1F1B pipeline that never drains: the same work, no bubble."""
-    return Price(work=1.0, time=micro_batches / (micro_batches + stages - 1))
+def asynchronous_price(stages: int, micro_batches: int = MICRO_BATCHES, *, heads: int = 0) -> Price:
+    """Of a 1F1B pipeline that never drains: the same work, no bubble; all wait for a stage with a private head."""
+    head = HEAD / 3
+    longest = 1 + head * bool(heads)
+    return Price(work=1 + head * heads / stages, time=longest * micro_batches / (micro_batches + stages - 1))
 
 
 def _price(config: InterlockingConfig, stages: int, layers_per_stage: float, micro_batches: int) -> Price:

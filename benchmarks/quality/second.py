@@ -132,6 +132,11 @@ FURTHER: dict[str, Row] = {
     "asynchronous, 2 batches late, Muon": Row(
         1, _ALL, "asynchronous, 1 batch late, Muon", delay=2, optimizer="Muon", priced=8
     ),
+    "G = 4, 1 batch late, K = 8, Muon": Row(8, modules(4), "G = 4, K = 8, Muon", delay=1, optimizer="Muon"),
+    "G = 4, 1 batch late, K = 8, Nesterov": Row(
+        8, modules(4), "asynchronous, 1 batch late, Nesterov", delay=1, optimizer="NAdam"
+    ),
+    "G = 2, K = 8, Muon": Row(8, modules(2), "G = 4, K = 8, Muon", optimizer="Muon"),
     "backpropagation, basis rotation": Row(1, _ALL, delay=0, optimizer="SOAP"),
     "asynchronous, 1 batch late, basis rotation": Row(1, _ALL, delay=1, optimizer="SOAP"),
     "asynchronous, 2 batches late, basis rotation": Row(
@@ -145,7 +150,7 @@ FURTHER: dict[str, Row] = {
     ),
     "exits on stages 4 and 7, K = 8": Row(8, modules([4, 7]), _MODULES),
     "exits on stages 2 and 7, K = 8": Row(8, modules([2, 7]), _MODULES),
-    "G = 4, borrow 1, K = 8": Row(8, modules(4, aux_head={"borrow": 1}), _MODULES),
+    "G = 2, borrow 1, K = 4": Row(4, modules(2, aux_head={"borrow": 1}), _MODULES),
     "3-wise, K = 4": Row(4, modules("every", width=3), _PAIRWISE),
     "sum, K = 8": Row(8, {**_ALL, "mode": "sum"}, BACKPROPAGATION),
     "local, two blocks in the heads, copied LM heads, K = 4": Row(

@@ -155,10 +155,12 @@ def _kind(record: Record, stages: int) -> tuple[int, int, str, int]:
 
 
 def _is_plain(record: Record) -> bool:
-    """Nothing that the planner doesn't ask for: phases, mixtures, blocks in heads, gradients two batches late."""
+    """Nothing that the planner doesn't ask for: phases, mixtures, blocks in heads, gradients two batches late, or those
+    of modules late."""
     run = record["run"]
+    known = 1 if run["stages"] == 1 else 0
     block, head = run["interlocking"], run["interlocking"].get("aux_head") or {}
-    return not (block.keys() & {"schedule", "mixed"} or head.get("blocks") or (run.get("delay") or 0) > 1)
+    return not (block.keys() & {"schedule", "mixed"} or head.get("blocks") or (run.get("delay") or 0) > known)
 
 
 def _learn(
@@ -231,7 +233,8 @@ def row_price(name: str, micro_batches: int, layers: int = LAYERS) -> Price:
     """Work and time of a batch against 1F1B at the row's number of stages; gradients are sent before B and W end."""
     row = ROWS[name]
     if row.delay:
-        return asynchronous_price(row.pipeline, micro_batches)
+        heads = len(InterlockingConfig.parse(row.block).exits_for(row.stages)) - 1
+        return asynchronous_price(row.pipeline, micro_batches, heads=heads)
     if row.stages == 1:
         return Price(work=1.0, time=1.0)
     size = row.stages, layers / row.stages, STEPS

@@ -125,20 +125,26 @@ def test_prices_follow_the_schedule() -> None:
     assert price(TEXT_ROWS["local, shared, 1 block"], 4, 2, 1000).work > local.work + 0.3
 
 
-def pair(**changes: Any) -> list[Asynchronous | VirtualPipeline]:
-    """Ordinary backpropagation, and another way, on the same layers."""
+def pair(stages: int = 1, **changes: Any) -> list[Asynchronous | VirtualPipeline]:
+    """Ordinary backpropagation, or local learning on several stages, and another way, on the same layers."""
     config = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW", "params": OPTIONS}}
-    config |= {"interlocking": {"strategy": "global"}}
+    block = {"strategy": "global" if stages == 1 else "local"}
+    config |= {"interlocking": block}
     late: dict[str, Any] = {"delay": 0, "optimizer": "AdamW", **changes}
     made: list[Asynchronous | VirtualPipeline] = []
     for kind in (VirtualPipeline, partial(Asynchronous, **late)):
-        stages = cast(list[nn.Sequential], make_reference(1, {"strategy": "global"}).stages)
-        made.append(kind(stages, None, loss_fn, config))
+        parts = make_reference(stages, block)
+        heads = list(parts.aux_heads.values()) if stages > 1 else None
+        made.append(kind(cast(list[nn.Sequential], parts.stages), heads, loss_fn, config))
     return made
 
 
+def all_parameters(run: VirtualPipeline) -> list[nn.Parameter]:
+    return [parameter for stage in range(run.num_stages) for parameter in run.reference.parameters(stage)]
+
+
 def weights(run: VirtualPipeline) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in run.reference.parameters(0)]
+    return [parameter.detach().clone() for parameter in all_parameters(run)]
 
 
 def test_asynchronous_without_delay_is_backpropagation() -> None:
@@ -149,22 +155,23 @@ def test_asynchronous_without_delay_is_backpropagation() -> None:
     assert all(map(torch.equal, weights(exact), weights(late)))
 
 
-@pytest.mark.parametrize("delay", [1, 2])
-def test_gradients_are_those_of_the_weights_some_batches_ago(delay: int) -> None:
-    """By hand: the gradients of each batch at old weights, given to the same optimizer."""
-    exact, late = pair(delay=delay)
+@pytest.mark.parametrize(("stages", "delay"), [(1, 1), (1, 2), (2, 1)])
+def test_gradients_are_those_of_the_weights_some_batches_ago(stages: int, delay: int) -> None:
+    """By hand: the gradients of each batch at old weights, given to the same optimizers; modules that are late too."""
+    exact, late = pair(stages, delay=delay)
     history = [weights(exact)]
     for step in range(5):
         batch = micro_batches(step, 1)
-        now, parameters = weights(exact), exact.reference.parameters(0)
+        now, parameters = weights(exact), all_parameters(exact)
         for parameter, old in zip(parameters, history[max(0, step - delay)], strict=True):
             parameter.data.copy_(old)
         exact.reference.accumulate(batch)
         for parameter, value in zip(parameters, now, strict=True):
             parameter.data.copy_(value)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        exact.optimizers[0].step()
-        exact.optimizers[0].zero_grad()
+        for stage, optimizer in enumerate(exact.optimizers):
+            torch.nn.utils.clip_grad_norm_(exact.reference.parameters(stage), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         history.append(weights(exact))
         late.train_batch(iter(batch))
         for a, b in zip(history[-1], weights(late), strict=True):

@@ -1,0 +1,39 @@
+"""Every row of the second study can be trained: a training that can't begin ends a night's queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.quality.asynchronous import Asynchronous
+from benchmarks.quality.optimizers import Optimized
+from benchmarks.quality.second import LAYERS, ROWS, large_run
+from ibp_deepspeed.models import CausalLM
+from ibp_deepspeed.models.build import virtual_pipeline
+from tests.models.test_causal_lm import tiny
+
+NEGATIVES, RANK = 8, 2
+"""For a vocabulary and a width that are smaller than the study's."""
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_trains_a_batch(row: str) -> None:
+    run = large_run(row, rate=1e-3, study="test")
+    head = {**(run.interlocking.get("aux_head") or {})}
+    head |= {key: value for key, value in (("negatives", NEGATIVES), ("rank", RANK)) if key in head}
+    block = {**run.interlocking, **({"aux_head": head} if head else {})}
+    model = CausalLM(tiny("llama", num_hidden_layers=LAYERS), seed=0)
+    kind: Callable[..., Optimized] = partial(Optimized, optimizer=run.optimizer)
+    if run.delay is not None:
+        kind = partial(Asynchronous, delay=run.delay, optimizer=run.optimizer)
+    size = model.hf_config.vocab_size
+    counts = torch.ones(size, dtype=torch.long)
+    partition = [LAYERS // run.stages] * run.stages
+    settings = {**run.settings(), "interlocking": block}
+    pipeline = virtual_pipeline(model, settings, run.stages, partition, token_counts=counts, kind=kind)
+    tokens = torch.randint(0, size, (8 // run.micro_batches, 12))
+    losses = pipeline.train_batch(iter([(tokens, tokens)] * run.micro_batches))
+    assert losses[-1].isfinite()
