@@ -32,7 +32,8 @@ class Rivals:
 
 
 def rivals() -> Iterator[Rivals]:
-    """What can be compared: modules of four layers, and of two, with AdamW; of four with Muon."""
+    """What can be compared: modules of four layers, and of two, with AdamW; of four with Muon; of four that never
+    drain."""
     one, two = "asynchronous, 1 batch late", "asynchronous, 2 batches late"
     four, pairs, single = "G = 4, K = 8", "G = 2, K = 4", "local, K = 4"
     for stages, micro_batches in ((4, 4), (4, 8), (8, 4), (8, 8)):
@@ -42,6 +43,10 @@ def rivals() -> Iterator[Rivals]:
         if stages == 4:
             yield Rivals(single, f"{late}, Nesterov", stages, micro_batches, single, single)
         yield Rivals(f"{four}, Muon", f"{late}, Muon", stages, micro_batches, own, f"{four}, Muon")
+        if late == two:  # modules of four are one batch late where the pipeline as a whole is two
+            for optimizer, over in (("Muon", f"{four}, Muon"), ("Nesterov", four)):
+                never = f"G = 4, 1 batch late, K = 8, {optimizer}"
+                yield Rivals(never, f"{two}, {optimizer}", stages, micro_batches, never, over)
 
 
 def late_table(records: Sequence[Record], tried: Sequence[Record]) -> Table:
