@@ -25,7 +25,7 @@ from ibp_deepspeed.documents import Documents
 from ibp_deepspeed.errors import BatchError, ConfigError
 from ibp_deepspeed.objectives.head import Objective
 from ibp_deepspeed.objectives.side_loss import MakeSideLoss
-from ibp_deepspeed.optimizer.configured import muon_params
+from ibp_deepspeed.optimizer.configured import is_muon, muon_params
 from ibp_deepspeed.optimizer.gradient_norm import drop_gradients, gradient_norm, not_made
 from ibp_deepspeed.optimizer.learning_rate import configured_schedule
 from ibp_deepspeed.optimizer.matrices import inner_matrices, muon_groups
@@ -243,7 +243,9 @@ class VirtualPipeline:
     def _optimizer(self, stage: int) -> torch.optim.Optimizer:
         block = self.ds_config.get("optimizer", {})
         name, options = str(block.get("type", "")), dict(block.get("params", {}))
-        if name.lower() not in (*_OPTIMIZERS, "muon"):
+        if is_muon(self.ds_config):
+            return self._muon(stage, muon_params(options))
+        if name.lower() not in _OPTIMIZERS:
             raise ConfigError(f'virtual stages train with Adam, AdamW, Muon or SGD; "optimizer.type" is {name!r}.')
         if not options.get("adam_w_mode", True):
             raise ConfigError('virtual stages have no Adam without "adam_w_mode": use AdamW.')
@@ -251,10 +253,7 @@ class VirtualPipeline:
         if "betas" in kept:
             kept["betas"] = tuple(kept["betas"])
         defaults = {} if name.lower() == "sgd" else {"weight_decay": 0.01 if name.lower() == "adamw" else 0.0}
-        if name.lower() == "muon":
-            return self._muon(stage, muon_params(options))
-        trained = self.reference.masters(stage) or [nn.Parameter(torch.zeros(1, device=self.device))]  # as the engine's
-        groups = parameter_groups(trained, self.reference.interlocking.decay)
+        groups = parameter_groups(self._trained(stage), self.reference.interlocking.decay)
         return _OPTIMIZERS[name.lower()](groups, **{**defaults, **kept})
 
     def _muon(self, stage: int, options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -265,7 +264,11 @@ class VirtualPipeline:
         last = stage == self.num_stages - 1
         matrices = inner_matrices([*trunk], first=stage == 0, last=last, head=heads[0] if heads else None)
         masters = [self.reference.master(p) for p in matrices]
-        return Muon(muon_groups(self.reference.masters(stage), masters, self.reference.interlocking.decay), **options)
+        return Muon(muon_groups(self._trained(stage), masters, self.reference.interlocking.decay), **options)
+
+    def _trained(self, stage: int) -> list[nn.Parameter]:
+        """As in the engine one number where there is nothing to train."""
+        return self.reference.masters(stage) or [nn.Parameter(torch.zeros(1, device=self.device))]
 
     def _clip(self) -> None:
         """As the engine: clip by the norm of clip_scope, and no step where that is not finite, or the end."""

@@ -237,12 +237,21 @@ def rates(pipeline: VirtualPipeline) -> list[list[float]]:
     return [[group["lr"] for group in optimizer.param_groups] for optimizer in pipeline.optimizers]
 
 
-def make(bounds: list[int], interlocking: dict[str, Any], sources: bool = False, **more: Any) -> VirtualPipeline:
+def make(
+    bounds: list[int],
+    interlocking: dict[str, Any],
+    sources: bool = False,
+    frozen: int | None = None,
+    **more: Any,
+) -> VirtualPipeline:
     layers = [Layer(seed) for seed in range(LAYERS - 1)] + [Head(LAYERS - 1)]
     stages = [nn.Sequential(*layers[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
     kind = HeadWithSources if sources else Head
     without = interlocking["strategy"] == "global" and interlocking.get("mode") != "sum"
     heads = None if without else [kind(100 + k) for k in range(len(stages) - 1)]
+    if frozen is not None:
+        for module in (stages[frozen], *(heads[frozen : frozen + 1] if heads else ())):
+            module.requires_grad_(False)
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": SAMPLES,

@@ -127,6 +127,13 @@ def test_frozen_matrices_are_nobodys() -> None:
     assert inner_matrices(layers, first=False, last=True, head=None) == [layers[0].weight]
 
 
+def test_a_stage_with_nothing_to_train_takes_part() -> None:
+    made = make(FOUR, LOCAL, frozen=2, optimizer=MUON)
+    before = [p.clone() for p in made.reference.stages[2].parameters()]
+    train(made, range(2))
+    assert all(map(torch.equal, before, made.reference.stages[2].parameters()))
+
+
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
 def test_a_checkpoint_goes_on_in_another_cut(low: bool, tmp_path: Path) -> None:
     """Momentum and moments follow their layers; without losses that the cut decides, the numbers are the same."""
