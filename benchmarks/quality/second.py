@@ -28,6 +28,8 @@ RATES = (4e-3, 2e-3, 8e-3, 1e-3, 5e-4)
 STEPS_OF_RATES, STEPS = 1000, 4000
 FLATTENED = (1000, 2000, 8000)
 """Batches of further trainings: what another doubling of the tokens would bring."""
+LONGEST = 16000
+"""Batches of two more: how far from flat the curve still is, and whether the order of the rows holds."""
 
 
 BACKPROPAGATION = "backpropagation"
@@ -164,6 +166,7 @@ _CHEAP: dict[str, dict[str, Any]] = {
     "256 negatives": {"negatives": 256},
     "loss on 1/4 of the positions": {"aux_tokens": 0.25},
     "copied LM heads": {"readout": "shared"},
+    "copied LM heads, 1024 negatives": {"readout": "shared", "negatives": 1024},
     "rank 24": {"rank": 24},
     "64 negatives": {"negatives": 64},
     "label smoothing": {"objective": "label_smoothing"},
@@ -179,10 +182,18 @@ _CHEAP: dict[str, dict[str, Any]] = {
     "loss on 1/16 of the positions": {"aux_tokens": 1 / 16},
 }
 """Heads that cost less than a product with the whole vocabulary at every position (4096 tokens; width 96)."""
+_OF_MODULES = (
+    "256 negatives",
+    "1024 negatives",
+    "copied LM heads",
+    "copied LM heads, 1024 negatives",
+    "rank 24",
+    "loss on 1/4 of the positions",
+)
 HEADS: dict[str, Row] = {
     f"{whole}, {name}": Row(4, modules(exits, aux_head=options), like, whole=whole)
     for whole, exits, like, heads in (
-        (_TWO, 2, _MODULES, ("256 negatives", "1024 negatives", "copied LM heads", "loss on 1/4 of the positions")),
+        (_TWO, 2, _MODULES, _OF_MODULES),
         (_LOCAL, "every", _LOCAL, tuple(_CHEAP)),
     )
     for name, options in ((name, _CHEAP[name]) for name in heads)
@@ -270,6 +281,7 @@ def large(results: Path) -> Iterator[Run]:
     rows = list(HEADLINES)
     order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], rows[:_CENTRAL])]
     order += [(row, {"steps": FLATTENED[2]}) for row in OVER_TOKENS]
+    order += [(row, {"steps": LONGEST}) for row in OVER_TOKENS[:2]]
     order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], rows[_CENTRAL:])]
     order += [(BACKPROPAGATION, {"seed": seed, "shape": "cosine"}) for seed in SEEDS[1:]]
     order += [(row, {"steps": steps}) for row in OVER_TOKENS[1:] for steps in FLATTENED[:2]]
