@@ -21,7 +21,7 @@ from ibp_deepspeed.schedule.validate import validated_timeline
 from ibp_deepspeed.strategy.timeline import Timeline
 
 DEFAULTS: dict[str, Any] = {option: 1e-3 if option == "--learning-rate" else 4 for option in FILLED.values()}
-STRATEGIES = ("local", "solo", "modules", "pairwise", "3wise", "global", "finetune")
+STRATEGIES = ("local", "solo", "modules", "large_vocabulary", "pairwise", "3wise", "global", "finetune")
 EVERY = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 PRESETS = [path for path in EVERY if not path.stem.startswith("vision_")]
 VISION = [path for path in EVERY if path not in PRESETS]
@@ -80,8 +80,17 @@ def test_preset(path: Path) -> None:
     config = resolve_interlocking(settings)
     parsed = DeepSpeedConfig({k: v for k, v in settings.items() if k != "interlocking"})
     timeline = Timeline(config, 4, parsed.gradient_accumulation_steps, aux_heads=config.aux_head is not None)
-    name = path.stem.split("_")[0]
-    width = {"local": 1, "solo": 1, "modules": 1, "pairwise": 2, "3wise": 3, "global": 4, "finetune": 2}[name]
+    name = path.stem.rsplit("_", 1)[0]
+    width = {
+        "local": 1,
+        "solo": 1,
+        "modules": 1,
+        "large_vocabulary": 1,
+        "pairwise": 2,
+        "3wise": 3,
+        "global": 4,
+        "finetune": 2,
+    }[name]
     assert [strategy.width for strategy in timeline.strategies()] == [width]
     validated_timeline(timeline)
     assert all(strategy.is_backpropagation == (name == "global") for strategy in timeline.strategies())
@@ -103,6 +112,15 @@ def test_rate_warm_up_and_length_follow_the_command_line(path: Path) -> None:
 def test_modules_are_two_stages() -> None:
     config = resolve_interlocking(load_ds_config(PRESETS[0].with_name("modules_cpu.json")))
     assert [config.exits_for(stages) for stages in (2, 3, 4, 8)] == [(1,), (0, 2), (1, 3), (1, 3, 5, 7)]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_a_large_vocabulary_changes_the_head_alone(kind: str) -> None:
+    plain, large = (
+        load_ds_config(PRESETS[0].with_name(f"{name}_{kind}.json")) for name in ("modules", "large_vocabulary")
+    )
+    head = large["interlocking"].pop("aux_head")
+    assert head["readout"] == "shared" and large == plain
 
 
 def test_an_unknown_key_is_named_with_its_neighbour() -> None:
