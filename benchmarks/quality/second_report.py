@@ -24,6 +24,7 @@ from benchmarks.quality.second import (
 from benchmarks.quality.sizes import DEPTHS
 from benchmarks.quality.sizes import WIDTH as THIN
 from ibp_deepspeed.config.interlocking import InterlockingConfig
+from ibp_deepspeed.planner.learned import Sizes
 
 Table = list[list[str]]
 
@@ -141,7 +142,9 @@ def learned_heads(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
         exits = len(InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages))
         spread = {"mean": mean(ratios), "low": min(ratios), "high": max(ratios)}
         rounded = {name: round(number, 4) for name, number in spread.items()}
-        found.append({"option": option, "value": value, "exits": exits, **rounded, "seeds": len(ratios)})
+        part = round(Sizes(VOCABULARY, WIDTH).part(option, value), 4) if isinstance(value, int | float) else None
+        kind = {"option": option, "value": value, "part": part, "exits": exits}
+        found.append({**kind, **rounded, "seeds": len(ratios)})
     return found
 
 

@@ -30,6 +30,7 @@ def main(phase: cli.SameOnAllRanks) -> None:
     from ibp_deepspeed.commands.planning.job import make_job
     from ibp_deepspeed.commands.planning.searching import find
     from ibp_deepspeed.commands.planning.table import show
+    from ibp_deepspeed.commands.training.arguments import parse_overrides
     from ibp_deepspeed.planner.advice import advise
     from ibp_deepspeed.planner.plan import candidates, evaluate
 
@@ -40,7 +41,8 @@ def main(phase: cli.SameOnAllRanks) -> None:
         find(args)
         return
     job = make_job(args)
-    rows = [evaluate(job, c) for c in tqdm(list(candidates(job.stages)), desc="plan", leave=False, disable=None)]
+    ways = list(candidates(job.stages, parse_overrides(args.head, "--head")))
+    rows = [evaluate(job, way) for way in tqdm(ways, desc="plan", leave=False, disable=None)]
     advice = advise(job, rows, args.tolerance / 100)
     show(job, rows, advice)
     if args.json is not None:

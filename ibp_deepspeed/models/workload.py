@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.models.causal_lm import CausalLM
 from ibp_deepspeed.models.costs import Operations, head_operations, layer_operations
+from ibp_deepspeed.planner.learned import Sizes
 from ibp_deepspeed.planner.workload import Work, Workload
 from ibp_deepspeed.schedule.simulator import Costs
 
@@ -48,7 +49,12 @@ def workload(
         trained = count - model.copied_head_parameters(options)
         head = _work(head_operations(model, options, sequence_length), tokens, count, trained, 0.0)
     message = float(tokens * model.hidden_size * weight_bytes)
-    return Workload(repr(model), tuple(layers), head, message, tokens, weight_bytes)
+    return Workload(repr(model), tuple(layers), head, message, tokens, weight_bytes, sizes(model))
+
+
+def sizes(model: CausalLM) -> Sizes:
+    """That options of heads are parts of."""
+    return Sizes(model.vocab_size, model.hidden_size)
 
 
 def units(model: CausalLM, options: AuxHeadConfig | None, bounds: Sequence[int], sequence_length: int) -> list[Costs]:

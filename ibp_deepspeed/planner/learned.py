@@ -11,7 +11,24 @@ from typing import Any
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.config.objectives import OBJECTIVES
 
-_NO_QUALITY = {"borrow", "aux_tokens_seed", "chunk_tokens"}  # borrowed layers have rows of their own
+_OF_A_MODEL = {"negatives": "vocabulary", "rank": "width"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model; what numbers of ``aux_head`` are compared as parts of.
+
+    Attributes:
+        vocabulary: tokens.
+        width: of the hidden states.
+    """
+
+    vocabulary: int
+    width: int
+
+    def part(self, option: str, value: float) -> float:
+        """Of the vocabulary or the width, where that is what the option counts."""
+        return value / getattr(self, _OF_A_MODEL[option]) if option in _OF_A_MODEL else value
 
 
 @dataclass(frozen=True)
@@ -21,22 +38,29 @@ class LearnedHead:
     Attributes:
         option: of ``aux_head``, the only one that is not the default.
         value: of it.
+        part: a number as a part of the trained model's vocabulary or width (:meth:`Sizes.part`); None: no number.
         exits: losses along the model that was trained, the last one among them.
         mean, low, high: of the paired differences over the seeds.
         seeds: how many.
+        or_more: it stands for heads with a smaller part, which were not measured.
     """
 
     option: str
     value: Any
+    part: float | None
     exits: int
     mean: float
     low: float
     high: float
     seeds: int
+    or_more: bool = False
 
     def sentence(self) -> str:
         """For the reader."""
-        return f"{self.mean:+.1%} of it by heads with {self.option} = {self.value} at {self.exits} exits ({_of(self)})"
+        whole = f" of {self.value / self.part:,.0f}" if self.part and self.option in _OF_A_MODEL else ""
+        head = f"{self.option} = {self.value}{whole}"
+        more = " or more" if self.or_more else ""
+        return f"{self.mean:+.1%}{more} of it by heads with {head} at {self.exits} exits ({_of(self)})"
 
 
 @dataclass(frozen=True)
@@ -100,13 +124,25 @@ def heads() -> tuple[LearnedHead, ...]:
     return tuple(LearnedHead(**row) for row in json.loads(text))
 
 
-def learned_head(options: AuxHeadConfig | None, exits: int) -> LearnedHead | None:
+def head_options(options: AuxHeadConfig | None) -> dict[str, Any]:
+    """Those that are not the defaults and that what is learned depends on; borrowed layers have rows of their own."""
+    same = {"borrow", "aux_tokens_seed", "chunk_tokens"}
+    return {} if options is None else options.model_dump(exclude_defaults=True, exclude=same)
+
+
+def learned_head(options: AuxHeadConfig | None, exits: int, sizes: Sizes | None) -> LearnedHead | None:
     """The measurement of heads whose only option beside the defaults is the same, at the nearest number of exits.
 
-    Of numbers it is the one with the most negatives, or the most positions, that is not above what is asked for: more
-    of them do not learn worse. None: not measured, or private and whole.
+    Of numbers it is the one with the largest part of the positions, of the vocabulary or of the width that is not above
+    what is asked for: more of them do not learn worse. Below all that were measured it is the smallest one, "or more".
+    None: not measured, or private and whole.
+
+    Args:
+        options: of ``aux_head``.
+        exits: losses along the model.
+        sizes: of the model; None: not known, then no number is compared.
     """
-    given = {} if options is None else options.model_dump(exclude_defaults=True, exclude=_NO_QUALITY)
+    given = head_options(options)
     if len(given) != 1:
         return None
     if options is not None and options.objective == OBJECTIVES[options.objective.name]():
@@ -114,17 +150,28 @@ def learned_head(options: AuxHeadConfig | None, exits: int) -> LearnedHead | Non
     ((option, value),) = given.items()
     alike = [row for row in heads() if row.option == option]
     if isinstance(value, int | float):
-        below = [row for row in alike if row.value <= value]
-        return max(below, key=lambda row: (-abs(row.exits - exits), row.value), default=None)
+        return None if sizes is None else _of_part(alike, sizes.part(option, value), exits)
     return min((row for row in alike if row.value == value), key=lambda row: abs(row.exits - exits), default=None)
 
 
-def learned(width: int, exits: int, mode: str, borrow: int, head: AuxHeadConfig | None = None) -> Learned | None:
+def _of_part(measured: list[LearnedHead], part: float, exits: int) -> LearnedHead | None:
+    """The largest part that is not above this one, or the smallest one; both at the nearest number of exits."""
+    known = [(row.part, row) for row in measured if row.part is not None]
+    below = [(of, row) for of, row in known if of <= part]
+    if below:
+        return max(below, key=lambda found: (-abs(found[1].exits - exits), found[0]))[1]
+    least = min(known, key=lambda found: (abs(found[1].exits - exits), found[0]), default=None)
+    return None if least is None else replace(least[1], or_more=True)
+
+
+def learned(
+    width: int, exits: int, mode: str, borrow: int, head: AuxHeadConfig | None = None, sizes: Sizes | None = None
+) -> Learned | None:
     """The measurement of the same width, mode and borrowed layers with the nearest number of exits, at most twice or
-    half as many, with what was measured of such heads; None: not measured."""
+    half as many, with what was measured of such heads on a model of such sizes; None: not measured."""
     kind = [row for row in table() if (row.width, row.mode, row.borrow) == (width, mode, borrow)]
     if width == 1:  # with one loss a trunk the modes are one
         kind = [row for row in table() if row.width == 1 and row.borrow == borrow]
     near = [row for row in kind if exits <= 2 * row.exits and row.exits <= 2 * exits]
     nearest = min(near, key=lambda row: abs(row.exits - exits), default=None)
-    return None if nearest is None else nearest.with_head(learned_head(head, exits))
+    return None if nearest is None else nearest.with_head(learned_head(head, exits, sizes))

@@ -109,20 +109,32 @@ class Row:
         return max((m.total for m in self.memory), default=0.0)
 
 
-def candidates(stages: int) -> Iterator[Candidate]:
-    """Other systems' schedules, then ours: exact ones, modules, widths in both modes, borrowed layers."""
+def candidates(stages: int, head: Mapping[str, Any] | None = None) -> Iterator[Candidate]:
+    """Other systems' schedules, then ours: exact ones, modules, widths in both modes, borrowed layers.
+
+    Args:
+        stages: K.
+        head: options of ``aux_head``.
+    """
     yield from (Candidate(name) for name in PEERS)
     yield Candidate(ASYNCHRONOUS)
     yield Candidate("backpropagation, input gradients first", {"strategy": "global", "exits": stages})
-    yield Candidate("backpropagation, all exits (sum)", {"strategy": "global", "mode": "sum"})
+    for name, block in _with_heads(stages):
+        options = {**(head or {}), **block.get("aux_head", {})}
+        yield Candidate(name, {**block, "aux_head": options} if options else block)
+
+
+def _with_heads(stages: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and configuration of ours that have auxiliary heads."""
+    yield "backpropagation, all exits (sum)", {"strategy": "global", "mode": "sum"}
     for size in sizes(stages):
         if size > 1:
-            yield Candidate(f"modules of {size} (G = {size})", {"strategy": "local", "exits": size})
+            yield f"modules of {size} (G = {size})", {"strategy": "local", "exits": size}
     for width in sizes(stages):
-        yield Candidate(f"N = {width}", _nwise(width, "window"))
+        yield f"N = {width}", _nwise(width, "window")
         if width > 1:
-            yield Candidate(f"N = {width}, furthest", _nwise(width, "furthest"))
-    yield Candidate("N = 1, heads behind a borrowed layer", {"strategy": "local", "aux_head": {"borrow": 1}})
+            yield f"N = {width}, furthest", _nwise(width, "furthest")
+    yield "N = 1, heads behind a borrowed layer", {"strategy": "local", "aux_head": {"borrow": 1}}
 
 
 def sizes(stages: int) -> list[int]:
@@ -197,7 +209,9 @@ def outlook(job: Job, block: Mapping[str, Any]) -> Outlook:
         least_time=job.micro_batches * max(works(strategy, costs)) + reduction,
         reduction=reduction,
         exact=strategy.is_backpropagation,
-        learned=learned(strategy.width, len(strategy.placement.losses), strategy.mode, borrow, config.aux_head),
+        learned=learned(
+            strategy.width, len(strategy.placement.losses), strategy.mode, borrow, config.aux_head, job.workload.sizes
+        ),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
+from ibp_deepspeed.planner.learned import Sizes
 from ibp_deepspeed.schedule.simulator import Costs
 
 
@@ -62,6 +63,7 @@ class Workload:
         message: bytes of the hidden states that cross a boundary.
         tokens: of a micro-batch.
         weight_bytes: of a weight as it is computed with: 4, or 2 with fp32 copies.
+        sizes: of the model; None: not known.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Workload:
     message: float
     tokens: int
     weight_bytes: int
+    sizes: Sizes | None = None
 
     def times(self, samples: int) -> Workload:
         """With micro-batches of so many times as many samples."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ibp_deepspeed.commands.planning.measured import check_subject, given_profile, measured
@@ -67,7 +68,7 @@ def make_job(args: argparse.Namespace) -> Job:
         InterlockingError: one sentence about the first thing that is wrong.
     """
     from ibp_deepspeed.commands.training.arguments import parse_partition
-    from ibp_deepspeed.models.workload import workload
+    from ibp_deepspeed.models.workload import sizes, workload
     from ibp_deepspeed.planner.plan import Job
     from ibp_deepspeed.planner.workload import balanced
 
@@ -86,7 +87,7 @@ def make_job(args: argparse.Namespace) -> Job:
         work = workload(model, options, **size, weight_bytes=4 if args.fp32 else 2)
     else:
         check_subject(profile, args, model, options)
-        work = profile.workload()
+        work = replace(profile.workload(), sizes=sizes(model))
     manual = parse_partition(args.partition)
     bounds = (
         balanced(work.layers, args.stages, work.head, range(args.stages))

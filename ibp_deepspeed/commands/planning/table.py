@@ -41,7 +41,18 @@ def show(job: Job, rows: list[Row], advice: Advice) -> None:
             console.print(f"{row.candidate.name}: {row.reason}", soft_wrap=True)
     if any(row.timing is not None and not row.timing.simulated for row in rows):
         console.print("~: continued from smaller pipelines, all stages as slow as the slowest", soft_wrap=True)
+    if any(row.learned is not None and row.learned.head is None and has_own_heads(row) for row in rows):
+        console.print("Such heads were not measured: losses are those of private ones", soft_wrap=True)
     console.print(f"\nAdvice: {advice.reason}", soft_wrap=True)
+
+
+def has_own_heads(row: Row) -> bool:
+    """Whether its heads could learn otherwise than private linear ones."""
+    from ibp_deepspeed.config.interlocking import InterlockingConfig
+    from ibp_deepspeed.planner.learned import head_options
+
+    block = row.candidate.block
+    return block is not None and bool(head_options(InterlockingConfig.parse(block).aux_head))
 
 
 def cells(job: Job, row: Row) -> list[str]:
