@@ -24,7 +24,7 @@ from benchmarks.quality.second import (
 from benchmarks.quality.sizes import DEPTHS
 from benchmarks.quality.sizes import WIDTH as THIN
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.planner.learned import Sizes
+from ibp_deepspeed.planner.learned import Sizes, divided
 
 Table = list[list[str]]
 
@@ -136,15 +136,14 @@ def learned_heads(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
         options = {key: value for key, value in head.items() if value != "private"}
         ends, full = by_seed(group), wholes[ROWS[row].whole or ""]
         ratios = [ends[seed] / full[seed] - 1 for seed in sorted(ends.keys() & full.keys())]
-        if len(options) != 1 or not ratios:
+        numbers = divided(options)[1]
+        if len(numbers) > 1 or not ratios:
             continue
-        ((option, value),) = options.items()
         exits = len(InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages))
         spread = {"mean": mean(ratios), "low": min(ratios), "high": max(ratios)}
         rounded = {name: round(number, 4) for name, number in spread.items()}
-        part = round(Sizes(VOCABULARY, WIDTH).part(option, value), 4) if isinstance(value, int | float) else None
-        kind = {"option": option, "value": value, "part": part, "exits": exits}
-        found.append({**kind, **rounded, "seeds": len(ratios)})
+        part = next((round(Sizes(VOCABULARY, WIDTH).part(*each), 4) for each in numbers.items()), None)
+        found.append({"options": options, "part": part, "exits": exits, **rounded, "seeds": len(ratios)})
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -36,17 +37,15 @@ class LearnedHead:
     """Held-out loss of the last exit with a kind of heads against the same with private ones, as a share of it.
 
     Attributes:
-        option: of ``aux_head``, the only one that is not the default.
-        value: of it.
-        part: a number as a part of the trained model's vocabulary or width (:meth:`Sizes.part`); None: no number.
+        options: of ``aux_head`` that are not the defaults; one of them at most is a number.
+        part: that number as a part of the trained model's vocabulary or width (:meth:`Sizes.part`); None: no number.
         exits: losses along the model that was trained, the last one among them.
         mean, low, high: of the paired differences over the seeds.
         seeds: how many.
         or_more: it stands for heads with a smaller part, which were not measured.
     """
 
-    option: str
-    value: Any
+    options: dict[str, Any]
     part: float | None
     exits: int
     mean: float
@@ -57,10 +56,12 @@ class LearnedHead:
 
     def sentence(self) -> str:
         """For the reader."""
-        whole = f" of {self.value / self.part:,.0f}" if self.part and self.option in _OF_A_MODEL else ""
-        head = f"{self.option} = {self.value}{whole}"
+        head = ", ".join(f"{option} = {value}{self._whole(option, value)}" for option, value in self.options.items())
         more = " or more" if self.or_more else ""
         return f"{self.mean:+.1%}{more} of it by heads with {head} at {self.exits} exits ({_of(self)})"
+
+    def _whole(self, option: str, value: float) -> str:
+        return f" of {value / self.part:,.0f}" if self.part and option in _OF_A_MODEL else ""
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,11 @@ def head_options(options: AuxHeadConfig | None) -> dict[str, Any]:
 
 
 def learned_head(options: AuxHeadConfig | None, exits: int, sizes: Sizes | None) -> LearnedHead | None:
-    """The measurement of heads whose only option beside the defaults is the same, at the nearest number of exits.
+    """The measurement of heads whose options beside the defaults are the same, at the nearest number of exits.
 
-    Of numbers it is the one with the largest part of the positions, of the vocabulary or of the width that is not above
-    what is asked for: more of them do not learn worse. Below all that were measured it is the smallest one, "or more".
+    Of numbers (one at most) it is the one with the largest part of the positions, of the vocabulary or of the width
+    that is not above what is asked for: more of them do not learn worse. Below all that were measured it is the
+    smallest one, "or more".
     None: not measured, or private and whole.
 
     Args:
@@ -143,15 +145,22 @@ def learned_head(options: AuxHeadConfig | None, exits: int, sizes: Sizes | None)
         sizes: of the model; None: not known, then no number is compared.
     """
     given = head_options(options)
-    if len(given) != 1:
-        return None
     if options is not None and options.objective == OBJECTIVES[options.objective.name]():
         given = {key: options.objective.name if key == "objective" else value for key, value in given.items()}
-    ((option, value),) = given.items()
-    alike = [row for row in heads() if row.option == option]
-    if isinstance(value, int | float):
-        return None if sizes is None else _of_part(alike, sizes.part(option, value), exits)
-    return min((row for row in alike if row.value == value), key=lambda row: abs(row.exits - exits), default=None)
+    words, numbers = divided(given)
+    alike = [row for row in heads() if row.options.keys() == given.keys() and divided(row.options)[0] == words]
+    if not numbers:
+        return min(alike, key=lambda row: abs(row.exits - exits), default=None)
+    if sizes is None or len(numbers) > 1:
+        return None
+    ((option, value),) = numbers.items()
+    return _of_part(alike, sizes.part(option, value), exits)
+
+
+def divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Options that are words (or objects), and those that are numbers."""
+    numbers = {key: value for key, value in options.items() if isinstance(value, int | float)}
+    return {key: value for key, value in options.items() if key not in numbers}, numbers
 
 
 def _of_part(measured: list[LearnedHead], part: float, exits: int) -> LearnedHead | None:

@@ -106,7 +106,7 @@ def _samples(args: argparse.Namespace) -> int:
 
 
 def _kinds(args: argparse.Namespace) -> list[Kind]:
-    """That of --head, or private heads, a shared LM head, loss on some positions, and sampled tokens."""
+    """That of --head, or private heads, a shared LM head, that over sampled tokens, and private heads over these."""
     from ibp_deepspeed.commands.training.arguments import parse_overrides
     from ibp_deepspeed.config.interlocking import InterlockingConfig
     from ibp_deepspeed.models import CausalLM
@@ -117,7 +117,8 @@ def _kinds(args: argparse.Namespace) -> list[Kind]:
     model = CausalLM(load_config(args.model, **parse_overrides(args.set)))
     given = parse_overrides(args.head, "--head")
     sampled = {"negatives": min(_NEGATIVES, model.vocab_size // 8)}
-    options: list[dict[str, Any]] = [given] if given else [{}, {"readout": "shared"}, {"aux_tokens": 0.25}, sampled]
+    copied_and_sampled = {"readout": "shared", "negatives": model.vocab_size // 4}
+    options: list[dict[str, Any]] = [given] if given else [{}, {"readout": "shared"}, copied_and_sampled, sampled]
     kinds = []
     for each in options:
         head = InterlockingConfig.parse({"aux_head": each}).aux_head
