@@ -49,12 +49,8 @@ def workload(
         trained = count - model.copied_head_parameters(options)
         head = _work(head_operations(model, options, sequence_length), tokens, count, trained, 0.0)
     message = float(tokens * model.hidden_size * weight_bytes)
-    return Workload(repr(model), tuple(layers), head, message, tokens, weight_bytes, sizes(model))
-
-
-def sizes(model: CausalLM) -> Sizes:
-    """That options of heads are parts of."""
-    return Sizes(model.vocab_size, model.hidden_size)
+    sizes = Sizes(model.vocab_size, model.hidden_size)
+    return Workload(repr(model), tuple(layers), head, message, tokens, weight_bytes, sizes)
 
 
 def units(model: CausalLM, options: AuxHeadConfig | None, bounds: Sequence[int], sequence_length: int) -> list[Costs]:

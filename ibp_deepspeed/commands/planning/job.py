@@ -68,7 +68,8 @@ def make_job(args: argparse.Namespace) -> Job:
         InterlockingError: one sentence about the first thing that is wrong.
     """
     from ibp_deepspeed.commands.training.arguments import parse_partition
-    from ibp_deepspeed.models.workload import sizes, workload
+    from ibp_deepspeed.models.workload import workload
+    from ibp_deepspeed.planner.learned import Sizes
     from ibp_deepspeed.planner.plan import Job
     from ibp_deepspeed.planner.workload import balanced
 
@@ -87,7 +88,7 @@ def make_job(args: argparse.Namespace) -> Job:
         work = workload(model, options, **size, weight_bytes=4 if args.fp32 else 2)
     else:
         check_subject(profile, args, model, options)
-        work = replace(profile.workload(), sizes=sizes(model))
+        work = replace(profile.workload(), sizes=Sizes(model.vocab_size, model.hidden_size))
     manual = parse_partition(args.partition)
     bounds = (
         balanced(work.layers, args.stages, work.head, range(args.stages))
