@@ -29,7 +29,7 @@ STEPS_OF_RATES, STEPS = 1000, 4000
 FLATTENED = (1000, 2000, 8000)
 """Batches of further trainings: what another doubling of the tokens would bring."""
 LONGEST = 16000
-"""Batches of two more: how far from flat the curve still is, and whether the order of the rows holds."""
+"""Batches of two more rows: how far from flat the curve still is, and whether the order of the rows holds."""
 
 
 BACKPROPAGATION = "backpropagation"
@@ -283,6 +283,7 @@ def large(results: Path) -> Iterator[Run]:
     order += [(row, {"steps": FLATTENED[2]}) for row in OVER_TOKENS]
     order += [(row, {"steps": LONGEST}) for row in OVER_TOKENS[:2]]
     order += [(row, {"seed": seed}) for seed, row in product(SEEDS[1:], rows[_CENTRAL:])]
+    order += [(row, {"steps": LONGEST, "seed": seed}) for seed, row in product(SEEDS[1:], OVER_TOKENS[:2])]
     order += [(BACKPROPAGATION, {"seed": seed, "shape": "cosine"}) for seed in SEEDS[1:]]
     order += [(row, {"steps": steps}) for row in OVER_TOKENS[1:] for steps in FLATTENED[:2]]
     order += [(row, {}) for row in FURTHER]
