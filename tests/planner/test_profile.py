@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from ibp_deepspeed.commands.planning.arguments import parse_arguments
+from ibp_deepspeed.commands.planning.job import make_job
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.errors import PlanError
-from ibp_deepspeed.models import CausalLM
+from ibp_deepspeed.models import CausalLM, load_config
 from ibp_deepspeed.models.profiling.subject import subject_of
 from ibp_deepspeed.planner.hardware import Cluster, Link
+from ibp_deepspeed.planner.learned import Sizes
 from ibp_deepspeed.planner.plan import Candidate, Job, evaluate
 from ibp_deepspeed.planner.profile import Profile, check_profile, read_profile, write_profile
 from ibp_deepspeed.planner.workload import balanced, over_mean
@@ -179,6 +182,13 @@ def max_load(work: Any, bounds: list[int]) -> float:
     last = len(bounds) - 2
     loads = [sum(layer.total for layer in work.layers[low:high]) for low, high in pairwise(bounds)]
     return max(load + (work.head.total if k < last else 0.0) for k, load in enumerate(loads))
+
+
+def test_numbers_of_heads_are_parts_of_the_model_that_was_measured(tmp_path: Path) -> None:
+    """A profile has no vocabulary and no width: the command takes them from the model that it is of."""
+    where = written(tmp_path, alike(CausalLM(load_config("llama-tiny"))))
+    words = f"--model llama-tiny --stages 2 --sequence-length 16 --fp32 --profile {where}".split()
+    assert make_job(parse_arguments(None, words)).workload.sizes == Sizes(vocabulary=4096, width=128)
 
 
 def test_a_slow_layer_makes_its_stage_shorter() -> None:
