@@ -24,7 +24,7 @@ from benchmarks.quality.second import (
 from benchmarks.quality.sizes import DEPTHS
 from benchmarks.quality.sizes import WIDTH as THIN
 from ibp_deepspeed.config.interlocking import InterlockingConfig
-from ibp_deepspeed.planner.learned import Sizes, divided
+from ibp_deepspeed.planner.learned_heads import Sizes, divided
 
 Table = list[list[str]]
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
 from ibp_deepspeed.models.causal_lm import CausalLM
 from ibp_deepspeed.models.costs import Operations, head_operations, layer_operations
-from ibp_deepspeed.planner.learned import Sizes
+from ibp_deepspeed.planner.learned_heads import Sizes
 from ibp_deepspeed.planner.workload import Work, Workload
 from ibp_deepspeed.schedule.simulator import Costs
 

@@ -3,65 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 from ibp_deepspeed.config.interlocking import AuxHeadConfig
-from ibp_deepspeed.config.objectives import OBJECTIVES
-
-_OF_A_MODEL = {"negatives": "vocabulary", "rank": "width"}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a model; what numbers of ``aux_head`` are compared as parts of.
-
-    Attributes:
-        vocabulary: tokens.
-        width: of the hidden states.
-    """
-
-    vocabulary: int
-    width: int
-
-    def part(self, option: str, value: float) -> float:
-        """Of the vocabulary or the width, where that is what the option counts."""
-        return value / getattr(self, _OF_A_MODEL[option]) if option in _OF_A_MODEL else value
-
-
-@dataclass(frozen=True)
-class LearnedHead:
-    """Held-out loss of the last exit with a kind of heads against the same with private ones, as a share of it.
-
-    Attributes:
-        options: of ``aux_head`` that are not the defaults; one of them at most is a number.
-        part: that number as a part of the trained model's vocabulary or width (:meth:`Sizes.part`); None: no number.
-        exits: losses along the model that was trained, the last one among them.
-        mean, low, high: of the paired differences over the seeds.
-        seeds: how many.
-        or_more: it stands for heads with a smaller part, which were not measured.
-    """
-
-    options: dict[str, Any]
-    part: float | None
-    exits: int
-    mean: float
-    low: float
-    high: float
-    seeds: int
-    or_more: bool = False
-
-    def sentence(self) -> str:
-        """For the reader."""
-        head = ", ".join(f"{option} = {value}{self._whole(option, value)}" for option, value in self.options.items())
-        more = " or more" if self.or_more else ""
-        return f"{self.mean:+.1%}{more} of it by heads with {head} at {self.exits} exits ({_of(self)})"
-
-    def _whole(self, option: str, value: float) -> str:
-        return f" of {value / self.part:,.0f}" if self.part and option in _OF_A_MODEL else ""
+from ibp_deepspeed.planner.learned_heads import LearnedHead, Sizes, learned_head, over_seeds
 
 
 @dataclass(frozen=True)
@@ -92,7 +39,7 @@ class Learned:
 
     def sentence(self) -> str:
         """For the reader."""
-        about = f"{_of(self)}; {self.size}, {self.exits} exits"
+        about = f"{over_seeds(self.low, self.high, self.seeds)}; {self.size}, {self.exits} exits"
         said = f"its loss was {self.mean:+.1%} against backpropagation's ({about})"
         return f"{said}." if self.head is None else f"{said}, {self.head.sentence()}."
 
@@ -105,72 +52,11 @@ class Learned:
         return replace(self, mean=middle, low=low, high=high, head=head)
 
 
-def _of(measured: Learned | LearnedHead) -> str:
-    if measured.seeds == 1:
-        return "one seed"
-    return f"{measured.low:+.1%} to {measured.high:+.1%} over {measured.seeds} seeds"
-
-
 @cache
 def table() -> tuple[Learned, ...]:
     """All that was measured (``learned.json``, written by ``python -m benchmarks.quality.report``)."""
     text = files("ibp_deepspeed.planner").joinpath("learned.json").read_text(encoding="utf-8")
     return tuple(Learned(**row) for row in json.loads(text))
-
-
-@cache
-def heads() -> tuple[LearnedHead, ...]:
-    """All kinds of heads that were measured (``learned_heads.json``, written with ``learned.json``)."""
-    text = files("ibp_deepspeed.planner").joinpath("learned_heads.json").read_text(encoding="utf-8")
-    return tuple(LearnedHead(**row) for row in json.loads(text))
-
-
-def head_options(options: AuxHeadConfig | None) -> dict[str, Any]:
-    """Those that are not the defaults and that what is learned depends on; borrowed layers have rows of their own."""
-    same = {"borrow", "aux_tokens_seed", "chunk_tokens"}
-    return {} if options is None else options.model_dump(exclude_defaults=True, exclude=same)
-
-
-def learned_head(options: AuxHeadConfig | None, exits: int, sizes: Sizes | None) -> LearnedHead | None:
-    """The measurement of heads whose options beside the defaults are the same, at the nearest number of exits.
-
-    Of numbers (one at most) it is the one with the largest part of the positions, of the vocabulary or of the width
-    that is not above what is asked for: more of them do not learn worse. Below all that were measured it is the
-    smallest one, "or more".
-    None: not measured, or private and whole.
-
-    Args:
-        options: of ``aux_head``.
-        exits: losses along the model.
-        sizes: of the model; None: not known, then no number is compared.
-    """
-    given = head_options(options)
-    if options is not None and options.objective == OBJECTIVES[options.objective.name]():
-        given = {key: options.objective.name if key == "objective" else value for key, value in given.items()}
-    words, numbers = divided(given)
-    alike = [row for row in heads() if row.options.keys() == given.keys() and divided(row.options)[0] == words]
-    if not numbers:
-        return min(alike, key=lambda row: abs(row.exits - exits), default=None)
-    if sizes is None or len(numbers) > 1:
-        return None
-    ((option, value),) = numbers.items()
-    return _of_part(alike, sizes.part(option, value), exits)
-
-
-def divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Options that are words (or objects), and those that are numbers."""
-    numbers = {key: value for key, value in options.items() if isinstance(value, int | float)}
-    return {key: value for key, value in options.items() if key not in numbers}, numbers
-
-
-def _of_part(measured: list[LearnedHead], part: float, exits: int) -> LearnedHead | None:
-    """The largest part that is not above this one, or the smallest one; both at the nearest number of exits."""
-    known = [(row.part, row) for row in measured if row.part is not None]
-    below = [(of, row) for of, row in known if of <= part]
-    if below:
-        return max(below, key=lambda found: (-abs(found[1].exits - exits), found[0]))[1]
-    least = min(known, key=lambda found: (abs(found[1].exits - exits), found[0]), default=None)
-    return None if least is None else replace(least[1], or_more=True)
 
 
 def learned(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from ibp_deepspeed.planner.learned import Sizes
+from ibp_deepspeed.planner.learned_heads import Sizes
 from ibp_deepspeed.schedule.simulator import Costs
 
 

@@ -20,7 +20,8 @@ from ibp_deepspeed.models.workload import kept_bytes_per_token, workload
 from ibp_deepspeed.planner import plan
 from ibp_deepspeed.planner.advice import advise
 from ibp_deepspeed.planner.hardware import Cluster, Device, Link
-from ibp_deepspeed.planner.learned import Learned, LearnedHead, Sizes, learned, learned_head, table
+from ibp_deepspeed.planner.learned import Learned, learned, table
+from ibp_deepspeed.planner.learned_heads import LearnedHead, Sizes, learned_head
 from ibp_deepspeed.planner.memory import PUT_OFF, stage_memory
 from ibp_deepspeed.planner.plan import Candidate, Job, candidates, evaluate
 from ibp_deepspeed.planner.workload import NOTHING, Work, Workload, balanced
@@ -272,7 +273,7 @@ def test_what_cheap_heads_lose_is_added(monkeypatch: pytest.MonkeyPatch) -> None
     narrow = LearnedHead({"rank": 24}, 0.25, 4, 0.1, 0.1, 0.1, 1)
     both = LearnedHead({"readout": "shared", "negatives": 256}, 0.0625, 4, 0.1, 0.1, 0.1, 1)
     measured = (both, few, many, one, copied, smooth, few_positions, narrow)
-    monkeypatch.setattr("ibp_deepspeed.planner.learned.heads", lambda: measured)
+    monkeypatch.setattr("ibp_deepspeed.planner.learned_heads.heads", lambda: measured)
     small, large = Sizes(4096, 96), Sizes(131072, 4096)
 
     def head(exits: int = 4, sizes: Sizes | None = small, **options: Any) -> LearnedHead | None:

@@ -19,7 +19,7 @@ from ibp_deepspeed.errors import PlanError
 from ibp_deepspeed.models import CausalLM, load_config
 from ibp_deepspeed.models.profiling.subject import subject_of
 from ibp_deepspeed.planner.hardware import Cluster, Link
-from ibp_deepspeed.planner.learned import Sizes
+from ibp_deepspeed.planner.learned_heads import Sizes
 from ibp_deepspeed.planner.plan import Candidate, Job, evaluate
 from ibp_deepspeed.planner.profile import Profile, check_profile, read_profile, write_profile
 from ibp_deepspeed.planner.workload import balanced, over_mean

@@ -69,7 +69,7 @@ def make_job(args: argparse.Namespace) -> Job:
     """
     from ibp_deepspeed.commands.training.arguments import parse_partition
     from ibp_deepspeed.models.workload import workload
-    from ibp_deepspeed.planner.learned import Sizes
+    from ibp_deepspeed.planner.learned_heads import Sizes
     from ibp_deepspeed.planner.plan import Job
     from ibp_deepspeed.planner.workload import balanced
 

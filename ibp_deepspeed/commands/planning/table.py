@@ -49,7 +49,7 @@ def show(job: Job, rows: list[Row], advice: Advice) -> None:
 def has_own_heads(row: Row) -> bool:
     """Whether its heads could learn otherwise than private linear ones."""
     from ibp_deepspeed.config.interlocking import InterlockingConfig
-    from ibp_deepspeed.planner.learned import head_options
+    from ibp_deepspeed.planner.learned_heads import head_options
 
     block = row.candidate.block
     return block is not None and bool(head_options(InterlockingConfig.parse(block).aux_head))
