@@ -20,7 +20,7 @@ _PATTERNS = (
     "tests/toys.py",
     "requirements.txt",
 )
-_OTHERS = {("ibp_deepspeed", "models"), ("ibp_deepspeed", "commands"), ("ibp_deepspeed", "planner")}
+_OTHERS = {("ibp_deepspeed", "models"), ("ibp_deepspeed", "commands")}
 """Of the library, and not in the thinned tests."""
 _STAMP = ROOT / "tests" / "full_run.json"
 
