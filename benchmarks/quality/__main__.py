@@ -24,6 +24,7 @@ from benchmarks.quality.plans import PLANS
 from benchmarks.quality.records import load
 from benchmarks.quality.report import hop_table, markdown
 from benchmarks.quality.run import finish
+from ibp_deepspeed import cli
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -32,7 +33,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**33,
 """For glibc, bytes: logits are large, and to get their pages anew took a fifth of a training's time."""
 
 
-def main() -> None:
+def main(phase: cli.SameOnAllRanks) -> None:
     """Train what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", metavar="STUDY", choices=sorted(PLANS), help=f"one of {', '.join(sorted(PLANS))}")
@@ -52,6 +53,8 @@ def main() -> None:
         for run in missing:
             print(run.study, run.row, f"K={run.stages} rate={run.rate} seed={run.seed} steps={run.steps}", run.task)
         return
+    for run in {str(run.task): run for run in missing}.values():
+        _ = run.make_task().vocabulary  # a text that is missing is one sentence, before any process starts
     args.results.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     os.environ.update({name: os.environ.get(name, str(size)) for name, size in KEEP_MEMORY.items()})
@@ -66,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

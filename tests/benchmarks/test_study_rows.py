@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.optimizers import Optimized
 from benchmarks.quality.second import LAYERS, ROWS, large_run
+from ibp_deepspeed.cli import SameOnAllRanks
+from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.models import CausalLM
 from ibp_deepspeed.models.build import virtual_pipeline
 from tests.models.test_causal_lm import tiny
@@ -37,3 +41,12 @@ def test_every_row_trains_a_batch(row: str) -> None:
     tokens = torch.randint(0, size, (8 // run.micro_batches, 12))
     losses = pipeline.train_batch(iter([(tokens, tokens)] * run.micro_batches))
     assert losses[-1].isfinite()
+
+
+def test_a_text_that_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any process starts, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["quality", "rates", "--results", "results"])
+    with pytest.raises(InterlockingError, match="data/large is not a folder: make it with scripts/prepare_data"):
+        main(SameOnAllRanks())
+    assert not list(tmp_path.iterdir())
