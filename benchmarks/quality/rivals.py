@@ -54,9 +54,9 @@ def late_table(records: Sequence[Record], tried: Sequence[Record]) -> Table:
     (AdamW against Nesterov's Adam).
 
     Asynchronous backpropagation does STEPS batches; what ours reaches in as much time, which is fewer, is read off its
-    trainings of other lengths, as in :func:`equal_time_table`.
+    trainings of other lengths, as in :func:`equal_time_table`. The last column is of as many batches of both.
     """
-    table = [["", "M", "against", "seeds", "batches of ours in its time", "ours to it"]]
+    table = [["", "M", "against", "seeds", "batches of ours in its time", "ours to it", "at equal tokens"]]
     ends = by_length([*best_of(tried), *records])
     for pair in rivals():
         ours, late, over = ends[pair.ours][STEPS], ends[pair.late][STEPS], ends[pair.over]
@@ -69,7 +69,8 @@ def late_table(records: Sequence[Record], tried: Sequence[Record]) -> Table:
         scaled = {seed: loss * reached for seed, loss in ours.items()} if reached else {}
         named = pair.ours if pair.priced in pair.ours else f"{pair.priced}, Muon"
         seeds, done = str(len(ours.keys() & late.keys())), f"{share * STEPS:.0f}"
-        table.append([named, str(pair.micro_batches), pair.late, seeds, done, difference(scaled, late)])
+        compared = [difference(scaled, late), difference(ours, late)]
+        table.append([named, str(pair.micro_batches), pair.late, seeds, done, *compared])
     return table
 
 
