@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.run import Run
+from benchmarks.quality.sampling import sampling
 from benchmarks.quality.second import heads, large, late_rates, rates
 from benchmarks.quality.sizes import SIZES
 
@@ -305,5 +306,6 @@ PLANS: dict[str, Callable[[Path], Iterator[Run]]] = {
     "late_rates": late_rates,
     "large": large,
     "heads": heads,
+    "sampling": sampling,
     **SIZES,
 }

@@ -18,6 +18,7 @@ from benchmarks.quality.price import price
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.rivals import rival_tables
 from benchmarks.quality.run import SOLVED
+from benchmarks.quality.sampling import sampling_table
 from benchmarks.quality.second_report import learned_heads, learned_rows, over_tokens, second_tables
 
 RESULTS = Path(__file__).parent / "results"
@@ -219,6 +220,8 @@ def tables(of: dict[str, list[Record]]) -> Iterator[tuple[str, list[list[str]]]]
         yield "text, 3 stages of 3 layers", text_table(borrowed, 3)
     yield from second_tables(of)
     yield from rival_tables(of)
+    if of.get("sampling"):
+        yield "gradients over drawn tokens", sampling_table(of["sampling"])
     if of.get("stuck"):
         yield "agreement of gradients", stuck_table(of["stuck"])
 

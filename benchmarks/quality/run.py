@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from benchmarks.quality.asynchronous import Asynchronous
-from benchmarks.quality.gradients import cosines
+from benchmarks.quality.gradients import cosines, sampled_gradients
 from benchmarks.quality.optimizers import Optimized
 from benchmarks.quality.probes import probes
 from benchmarks.quality.tasks import HopTask, Task, TextTask
@@ -44,6 +44,7 @@ class Run:
         delay: batches that gradients are late (``asynchronous.py``); None: no pipeline of that kind.
         optimizer: AdamW, or one of ``optimizers.py``.
         probes: record what each layer knows at the end (``probes.py``).
+        sampled: record at the end how a loss over drawn tokens changes the gradient of the first exit's trunks.
         cosines: record how each trunk's gradient agrees with the last loss's, at each evaluation.
         steps: batches, fewer if ``until_solved`` and the last exit's accuracy is 0.99 at two evaluations.
         batch: sequences a batch; ``micro_batches`` of them is M.
@@ -69,6 +70,7 @@ class Run:
     delay: int | None = None
     optimizer: str = "AdamW"
     probes: bool = False
+    sampled: bool = False
     evaluations: int = 20
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -112,7 +114,7 @@ def train(run: Run, device: str = "cpu") -> dict[str, Any]:
 
     Returns:
         ``run``, ``curve``: [step, value of each exit] (held-out loss in nats, or accuracy for hops; null: no head),
-        ``steps`` trained, ``seconds``; ``probes`` and ``cosines`` if asked for.
+        ``steps`` trained, ``seconds``; ``probes``, ``sampled`` and ``cosines`` if asked for.
     """
     task = run.make_task()
     measure = accuracy if isinstance(task, HopTask) else None
@@ -153,6 +155,9 @@ def train(run: Run, device: str = "cpu") -> dict[str, Any]:
     if run.probes:
         layers = [layer for stage in pipeline.reference.stages for layer in cast(nn.Sequential, stage)]
         record["probes"] = probes(layers, batches, held_out, task.vocabulary, run.width)
+    if run.sampled:
+        some = [next(batches) for _ in range(4)]
+        record["sampled"] = sampled_gradients(pipeline.reference, some, task.token_counts())
     return record | ({"cosines": agreement} if run.cosines else {})
 
 

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.asynchronous import Asynchronous
+from benchmarks.quality.gradients import sampled_gradients
 from benchmarks.quality.optimizers import Optimized
 from benchmarks.quality.second import LAYERS, ROWS, large_run
 from ibp_deepspeed.cli import SameOnAllRanks
@@ -41,6 +42,20 @@ def test_every_row_trains_a_batch(row: str) -> None:
     tokens = torch.randint(0, size, (8 // run.micro_batches, 12))
     losses = pipeline.train_batch(iter([(tokens, tokens)] * run.micro_batches))
     assert losses[-1].isfinite()
+
+
+def test_a_loss_over_all_tokens_has_the_exact_gradient_and_fewer_tokens_are_further_from_it() -> None:
+    """On a model of random weights, whose gradients without the label are large."""
+    run = large_run("G = 2, K = 4, copied LM heads", rate=1e-3, study="test")
+    model = CausalLM(tiny("llama", num_hidden_layers=LAYERS), seed=0)
+    size = model.hf_config.vocab_size
+    pipeline = virtual_pipeline(model, run.settings(), 4)
+    batches = [(tokens, tokens) for tokens in torch.randint(0, size, (2, 8, 12))]
+    found = sampled_gradients(pipeline.reference, batches, torch.ones(size, dtype=torch.long), (2, size // 2, size))
+    few, half, everything = found["sizes"].values()
+    assert everything == pytest.approx([0, 1], abs=1e-5) and found["vocabulary"] == size
+    assert few[0] > half[0] > 0.01 and few[1] < half[1] < 0.9999
+    assert found["batches"] > 0.1
 
 
 def test_a_text_that_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
