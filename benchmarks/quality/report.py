@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.pages import filled, markdown
 from benchmarks.quality.figures import draw_check, draw_gap, draw_text
+from benchmarks.quality.module_tables import module_tables
 from benchmarks.quality.plans import TEXT_ROWS, VARIANTS
 from benchmarks.quality.price import price
 from benchmarks.quality.records import Record, load
@@ -219,6 +220,7 @@ def tables(of: dict[str, list[Record]]) -> Iterator[tuple[str, list[list[str]]]]
     if any(r["run"]["row"] == "global" for r in borrowed):
         yield "text, 3 stages of 3 layers", text_table(borrowed, 3)
     yield from second_tables(of)
+    yield from module_tables(of)
     yield from rival_tables(of)
     if of.get("sampling"):
         yield "gradients over drawn tokens", sampling_table(of["sampling"])

@@ -272,21 +272,6 @@ def tokens_table(records: Sequence[Record], tried: Sequence[Record] = ()) -> Tab
     return table
 
 
-def modules_table(records: Sequence[Record]) -> Table:
-    """N = 1: what more layers behind each loss bring, at equal tokens."""
-    full = [r for r in records if r["run"]["steps"] == STEPS and not r["run"]["cosine"]]
-    baseline = by_seed([r for r in full if r["run"]["row"] == BACKPROPAGATION])
-    table = [["layers a module", "", "seeds", "last exit", "to backpropagation"]]
-    for row in ("local, K = 8", "local, K = 4", "G = 2, K = 8", "G = 2, K = 4", "G = 4, K = 8"):
-        exits = InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages)
-        of = by_seed([r for r in full if r["run"]["row"] == row])
-        if of:
-            table.append(
-                [str(LAYERS // len(exits)), row, str(len(of)), f"{mean(of.values()):.3f}", difference(of, baseline)]
-            )
-    return [*table, [str(LAYERS), BACKPROPAGATION, str(len(baseline)), f"{mean(baseline.values()):.3f}", "–"]]
-
-
 def equal_time_table(records: Sequence[Record]) -> Table:
     """Last exits against backpropagation with B before W that trains for the same predicted time, at M = 2, 4 and 8,
     with the same optimizer (AdamW for Nesterov's Adam).
@@ -368,7 +353,6 @@ def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Tab
     if any(r["run"]["row"] == BACKPROPAGATION for r in large):
         yield "second study", second_table(large)
         yield "second study, tokens", tokens_table(large, of.get("rates", ()))
-        yield "second study, layers a module", modules_table(large)
         yield "second study, equal time", equal_time_table(large)
     for size, depth in DEPTHS.items():
         title = f"second study, {depth} layers of width {THIN}"

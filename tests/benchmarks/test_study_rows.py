@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ import torch
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import sampled_gradients
+from benchmarks.quality.module_tables import chance_table
 from benchmarks.quality.optimizers import Optimized
-from benchmarks.quality.second import LAYERS, ROWS, large_run
+from benchmarks.quality.second import LAYERS, ROWS, STEPS, large_run
 from ibp_deepspeed.cli import SameOnAllRanks
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.models import CausalLM
@@ -65,3 +68,12 @@ def test_a_text_that_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InterlockingError, match="data/large is not a folder: make it with scripts/prepare_data"):
         main(SameOnAllRanks())
     assert not list(tmp_path.iterdir())
+
+
+def test_chance_is_the_size_of_the_differences_between_twins() -> None:
+    def record(row: str, seed: int, loss: float) -> dict[str, Any]:
+        return {"run": {"row": row, "seed": seed, "steps": STEPS, "cosine": False}, "curve": [[STEPS, [loss]]]}
+
+    ends = [("G = 4, K = 8", 3.03), ("G = 2, K = 4", 3.0), ("G = 2, K = 8", 3.88), ("local, K = 4", 4.0)]
+    table = chance_table([record(row, 0, loss) for row, loss in ends])
+    assert [row[3] for row in table[1:]] == ["+1.0% (one seed)", "-3.0% (one seed)", f"{math.sqrt(5):.1f}%"]

@@ -1,0 +1,51 @@
+"""Modules of one to eight layers, each trained by its own loss; and what trainings alike differ by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean, mean
+
+from benchmarks.quality.records import Record
+from benchmarks.quality.second import BACKPROPAGATION, LAYERS, ROWS, STEPS
+from benchmarks.quality.second_report import Table, by_seed, difference
+from ibp_deepspeed.config.interlocking import InterlockingConfig
+
+TWINS = (("G = 4, K = 8", "G = 2, K = 4"), ("G = 2, K = 8", "local, K = 4"))
+"""Rows whose trunks have the same gradients, but for clipping, which is of a stage; their heads are drawn otherwise."""
+
+
+def modules_table(records: Sequence[Record]) -> Table:
+    """N = 1: what more layers behind each loss bring, at equal tokens."""
+    full = [r for r in records if r["run"]["steps"] == STEPS and not r["run"]["cosine"]]
+    baseline = by_seed([r for r in full if r["run"]["row"] == BACKPROPAGATION])
+    table = [["layers a module", "", "seeds", "last exit", "to backpropagation"]]
+    for row in ("local, K = 8", "local, K = 4", "G = 2, K = 8", "G = 2, K = 4", "G = 4, K = 8"):
+        exits = InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages)
+        of = by_seed([r for r in full if r["run"]["row"] == row])
+        if of:
+            table.append(
+                [str(LAYERS // len(exits)), row, str(len(of)), f"{mean(of.values()):.3f}", difference(of, baseline)]
+            )
+    return [*table, [str(LAYERS), BACKPROPAGATION, str(len(baseline)), f"{mean(baseline.values()):.3f}", "–"]]
+
+
+def chance_table(records: Sequence[Record]) -> Table:
+    """What rows with the same gradients differ by at the same seed; last, the root mean square of all pairs."""
+    full = [r for r in records if r["run"]["steps"] == STEPS and not r["run"]["cosine"]]
+    table = [["", "layers a module", "seeds", "difference of the last exits"]]
+    ratios: list[float] = []
+    for row, twin in TWINS:
+        of, to = (by_seed([r for r in full if r["run"]["row"] == name]) for name in (row, twin))
+        layers = LAYERS // len(InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages))
+        common = of.keys() & to.keys()
+        ratios += [of[seed] / to[seed] - 1 for seed in common]
+        table.append([f"{row}, to {twin}", str(layers), str(len(common)), difference(of, to)])
+    size = 100 * fmean(ratio**2 for ratio in ratios) ** 0.5 if ratios else 0.0
+    return [*table, ["root mean square", "–", str(len(ratios)), f"{size:.1f}%"]]
+
+
+def module_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Table]]:
+    """Title and rows, if the study has begun."""
+    if of.get("large"):
+        yield "second study, layers a module", modules_table(of["large"])
+        yield "second study, chance", chance_table(of["large"])
