@@ -111,12 +111,12 @@ def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
     second: dict[str, list[Record]] = defaultdict(list)
     for record in of.get("large", ()):
         run = record["run"]
-        tuned = "NAdam" if run.get("delay") else "AdamW"  # the rival as it is best, with its correction
-        if run["steps"] == STEPS and not run["cosine"] and run.get("optimizer", "AdamW") == tuned:
+        tuned = ("NAdam" if run.get("delay") else "AdamW", "Muon")  # the rival as it is best, with its correction
+        if run["steps"] == STEPS and not run["cosine"] and run.get("optimizer", "AdamW") in tuned:
             second[run["row"]].append(record)
     for row, group in second.items():
-        if row != BACKPROPAGATION and _is_plain(group[0]):
-            baseline = by_seed(second[BACKPROPAGATION])
+        if row != ROWS[row].exact and _is_plain(group[0]):
+            baseline = by_seed(second[ROWS[row].exact])
             _learn(found, _kind(group[0], ROWS[row].pipeline), by_seed(group), baseline, group[0])
     return list(found.values())
 
@@ -178,7 +178,8 @@ def _learn(
         return
     ratios = [seeds[seed] / baseline[seed] - 1 for seed in common]
     width, exits, mode, borrow = kind
-    found[kind] = {
+    muon = run.get("optimizer") == "Muon"
+    found[*kind, muon] = {
         "width": width,
         "exits": exits,
         "mode": mode,
@@ -187,7 +188,9 @@ def _learn(
         "low": round(min(ratios), 4),
         "high": round(max(ratios), 4),
         "seeds": len(ratios),
-        "size": f"{run['layers']} layers of width {run['width']}, {1.024e-3 * run['steps']:.0f} M tokens",
+        "size": f"{run['layers']} layers of width {run['width']}, {1.024e-3 * run['steps']:.0f} M tokens"
+        + ", Muon" * muon,
+        **({"optimizer": "Muon"} if muon else {}),
     }
 
 

@@ -31,6 +31,7 @@ from ibp_deepspeed.models.shell import Shell
 from ibp_deepspeed.models.tuning import EVERYTHING, Tuning
 from ibp_deepspeed.objectives.cross_entropy import CausalLMLoss
 from ibp_deepspeed.objectives.reconstruction import Reconstruction
+from ibp_deepspeed.optimizer.matrices import inner_matrices
 from ibp_deepspeed.strategy.head_placement import HeadPlacement
 
 if TYPE_CHECKING:
@@ -198,6 +199,16 @@ class CausalLM(CutModel):
         """
         chosen = getattr(self.hf_config, "num_experts_per_tok", None)
         return [_matrices(self._meta_layer(index), chosen) for index in range(self.num_layers)]
+
+    def muon_parameters(self, options: AuxHeadConfig | None) -> tuple[list[int], int]:
+        """Elements of the matrices that Muon trains, of every layer of ``layer_specs`` and of an auxiliary head; all
+        layers are taken to be trained, and nothing is materialised."""
+        last = self.num_layers - 1
+        layers = [self._meta_layer(index) for index in range(self.num_layers)]
+        of_layers = [inner_matrices([at], first=k == 0, last=k == last, head=None) for k, at in enumerate(layers)]
+        head = None if options is None else self._meta_head(options, self.num_layers)
+        of_head = inner_matrices([], first=False, last=False, head=head)
+        return [sum(p.numel() for p in matrices) for matrices in of_layers], sum(p.numel() for p in of_head)
 
     def layer_kinds(self) -> list[int]:
         """For every layer of ``layer_specs`` the first one that is like it, see :mod:`ibp_deepspeed.models.kinds`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,19 @@ def workload(
     message = float(tokens * model.hidden_size * weight_bytes)
     sizes = Sizes(model.vocab_size, model.hidden_size)
     return Workload(repr(model), tuple(layers), head, message, tokens, weight_bytes, sizes)
+
+
+def with_muon(work: Workload, model: CausalLM, options: AuxHeadConfig | None) -> Workload:
+    """The same work with Muon for the matrices inside the model and AdamW for all else.
+
+    Args:
+        work: of this model, counted or measured.
+        model, options: as of :func:`workload`.
+    """
+    of_layers, of_head = model.muon_parameters(options)
+    layers = tuple(replace(layer, matrices=count) for layer, count in zip(work.layers, of_layers, strict=True))
+    head = None if work.head is None else replace(work.head, matrices=of_head)
+    return replace(work, layers=layers, head=head, optimizer="Muon")
 
 
 def units(model: CausalLM, options: AuxHeadConfig | None, bounds: Sequence[int], sequence_length: int) -> list[Costs]:

@@ -23,6 +23,7 @@ class Learned:
         mean, low, high: of the paired differences over the seeds.
         seeds: how many.
         size: of the model and the text, in words.
+        optimizer: AdamW (with Nesterov's correction for asynchronous backpropagation) or Muon, of both.
         head: what is in these numbers for heads that are not private and whole.
     """
 
@@ -35,6 +36,7 @@ class Learned:
     high: float
     seeds: int
     size: str
+    optimizer: str = "AdamW"
     head: LearnedHead | None = None
 
     def sentence(self) -> str:
@@ -60,13 +62,20 @@ def table() -> tuple[Learned, ...]:
 
 
 def learned(
-    width: int, exits: int, mode: str, borrow: int, head: AuxHeadConfig | None = None, sizes: Sizes | None = None
+    width: int,
+    exits: int,
+    mode: str,
+    borrow: int,
+    head: AuxHeadConfig | None = None,
+    sizes: Sizes | None = None,
+    optimizer: str = "AdamW",
 ) -> Learned | None:
-    """The measurement of the same width, mode and borrowed layers with the nearest number of exits, at most twice or
-    half as many, with what was measured of such heads on a model of such sizes; None: not measured."""
-    kind = [row for row in table() if (row.width, row.mode, row.borrow) == (width, mode, borrow)]
+    """The measurement of the same width, mode, borrowed layers and optimizer with the nearest number of exits, at most
+    twice or half as many, with what was measured of such heads on a model of such sizes; None: not measured."""
+    alike = [row for row in table() if row.optimizer == optimizer and row.borrow == borrow]
+    kind = [row for row in alike if (row.width, row.mode) == (width, mode)]
     if width == 1:  # with one loss a trunk the modes are one
-        kind = [row for row in table() if row.width == 1 and row.borrow == borrow]
+        kind = [row for row in alike if row.width == 1]
     near = [row for row in kind if exits <= 2 * row.exits and row.exits <= 2 * exits]
     nearest = min(near, key=lambda row: abs(row.exits - exits), default=None)
     return None if nearest is None else nearest.with_head(learned_head(head, exits, sizes))

@@ -64,8 +64,9 @@ def stage_memory(
     """
     trunk = workload.stage(bounds, stage)
     of_head = workload.head if head else None
-    weights, gradients, optimizer = _states(trunk, workload.weight_bytes, zero, replicas)
-    head_states = (0.0, 0.0, 0.0) if of_head is None else _states(of_head, workload.weight_bytes, zero, replicas)
+    muon = workload.optimizer == "Muon"
+    weights, gradients, optimizer = _states(trunk, workload.weight_bytes, zero, replicas, muon)
+    head_states = (0.0, 0.0, 0.0) if of_head is None else _states(of_head, workload.weight_bytes, zero, replicas, muon)
     kept = trunk.kept if not recompute else workload.message
     activations = in_flight * kept + put_off * PUT_OFF * trunk.kept + (trunk.kept if recompute else 0.0)
     has_logits = head or stage == len(bounds) - 2
@@ -78,13 +79,16 @@ def stage_memory(
     )
 
 
-def _states(work: Work, weight_bytes: int, zero: int, replicas: int) -> tuple[float, float, float]:
-    """Weights, gradients (summed in fp32 with ZeRO 1) and Adam's state, with fp32 copies of 16-bit weights."""
+def _states(work: Work, weight_bytes: int, zero: int, replicas: int, muon: bool) -> tuple[float, float, float]:
+    """Weights, gradients (summed in fp32 with ZeRO 1) and the optimizer's state, with fp32 copies of 16-bit weights.
+
+    AdamW has two moments of a parameter, Muon one of its matrices and two of all else; all are fp32.
+    """
     copies = 4 if weight_bytes < 4 else 0
     gradient_bytes = 4 if weight_bytes == 4 or zero else weight_bytes
     share = replicas if zero else 1
     return (
         float(work.parameters * weight_bytes),
         float(work.trained * gradient_bytes),
-        work.trained * (8 + copies) / share,
+        (work.trained * (8 + copies) - 4 * muon * work.matrices) / share,
     )

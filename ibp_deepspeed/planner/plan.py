@@ -210,7 +210,13 @@ def outlook(job: Job, block: Mapping[str, Any]) -> Outlook:
         reduction=reduction,
         exact=strategy.is_backpropagation,
         learned=learned(
-            strategy.width, len(strategy.placement.losses), strategy.mode, borrow, config.aux_head, job.workload.sizes
+            strategy.width,
+            len(strategy.placement.losses),
+            strategy.mode,
+            borrow,
+            config.aux_head,
+            job.workload.sizes,
+            job.workload.optimizer,
         ),
     )
 
@@ -258,7 +264,7 @@ def _peer_row(job: Job, candidate: Candidate) -> Row:
         for k in range(job.stages)
     ]
     crossings = 0 if job.stages == 1 else (2 if two_chunks else 1) * 2 * job.micro_batches
-    note = learned(0, 1, "late", 0) if late else None
+    note = learned(0, 1, "late", 0, optimizer=job.workload.optimizer) if late else None
     time = timing.batch_time + (0.0 if late else _reduction(job, memory))
     link_bytes = crossings * job.workload.message
     return Row(candidate, None, timing, time, memory, link_bytes, exact=not late, learned=note)

@@ -21,6 +21,7 @@ class Work:
         trained: parameters that an optimizer has state for.
         kept: bytes that its backward pass needs of its forward pass.
         at_once: what B and W at once take beyond the sum of both; below 0 if that is less.
+        matrices: of the trained parameters, those that Muon would train, which it has one moment of instead of two.
     """
 
     forward: float
@@ -30,16 +31,25 @@ class Work:
     trained: int
     kept: float
     at_once: float = 0.0
+    matrices: int = 0
 
     def __add__(self, other: Work) -> Work:
         """Both, one after the other."""
-        names = ("forward", "input_gradient", "weight_gradient", "parameters", "trained", "kept", "at_once")
-        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
+        return Work(
+            self.forward + other.forward,
+            self.input_gradient + other.input_gradient,
+            self.weight_gradient + other.weight_gradient,
+            self.parameters + other.parameters,
+            self.trained + other.trained,
+            self.kept + other.kept,
+            self.at_once + other.at_once,
+            self.matrices + other.matrices,
+        )
 
     def times(self, samples: int) -> Work:
         """Of a micro-batch of so many times as many samples."""
-        pieces = (samples * self.forward, samples * self.input_gradient, samples * self.weight_gradient)
-        return Work(*pieces, self.parameters, self.trained, samples * self.kept, samples * self.at_once)
+        names = ("forward", "input_gradient", "weight_gradient", "kept", "at_once")
+        return replace(self, **{name: samples * getattr(self, name) for name in names})
 
     @property
     def total(self) -> float:
@@ -64,6 +74,7 @@ class Workload:
         tokens: of a micro-batch.
         weight_bytes: of a weight as it is computed with: 4, or 2 with fp32 copies.
         sizes: of the model; None: not known.
+        optimizer: AdamW or Muon.
     """
 
     name: str
@@ -73,6 +84,7 @@ class Workload:
     tokens: int
     weight_bytes: int
     sizes: Sizes | None = None
+    optimizer: str = "AdamW"
 
     def times(self, samples: int) -> Workload:
         """With micro-batches of so many times as many samples."""

@@ -42,6 +42,12 @@ def parse_arguments(description: str | None, words: list[str] | None = None) -> 
     add("--micro-batches", type=int, default=8, metavar="M", help="of a batch (default: %(default)s)")
     add("--data-parallel", type=int, default=1, metavar="R", help="pipelines side by side (default: %(default)s)")
     add("--zero", type=int, default=0, choices=[0, 1], help="ZeRO stage (default: %(default)s)")
+    add(
+        "--optimizer",
+        choices=["AdamW", "Muon"],
+        default="AdamW",
+        help="whose state and losses are planned with (default: %(default)s)",
+    )
     add("--recompute", action="store_true", help="stages run forward again before their backward pass")
     add("--partition", metavar="N,N,…", help="decoder layers of each stage, or profile:FILE (default: balanced)")
     add_search(parser)

@@ -52,12 +52,13 @@ def settings(job: Job, block: Mapping[str, Any], samples: int, args: argparse.Na
         job: with its micro-batches.
         block: of interlocking.
         samples: of a micro-batch.
-        args: the command line, for --head and --fp32.
+        args: the command line, for --head, --fp32 and --optimizer.
     """
     preset = f"local_{'cpu' if args.fp32 else 'gpu'}"
     found = load_ds_config(preset)
     heads = {**parse_overrides(args.head, "--head"), **block.get("aux_head", {})}
     return found | {
+        "optimizer": {**found["optimizer"], "type": args.optimizer},
         "train_micro_batch_size_per_gpu": samples,
         "gradient_accumulation_steps": job.micro_batches,
         "zero_optimization": {**found.get("zero_optimization", {}), "stage": job.zero},

@@ -61,6 +61,16 @@ def _straggler(text: str) -> tuple[int, float]:
         raise PlanError(f"--straggler {text}: write it as STAGE=FACTOR, like 2=1.5.") from None
 
 
+def check_optimizer(args: argparse.Namespace) -> None:
+    """That it can train so.
+
+    Raises:
+        PlanError: Muon can't in fp32 with ZeRO 1, see ``ibp_deepspeed.optimizer.configured``.
+    """
+    if args.optimizer == "Muon" and args.fp32 and args.zero:
+        raise PlanError("--optimizer Muon needs whole matrices, --fp32 with --zero 1 cuts them: leave one out.")
+
+
 def make_job(args: argparse.Namespace) -> Job:
     """The model cut into balanced stages.
 
@@ -68,7 +78,7 @@ def make_job(args: argparse.Namespace) -> Job:
         InterlockingError: one sentence about the first thing that is wrong.
     """
     from ibp_deepspeed.commands.training.arguments import parse_partition
-    from ibp_deepspeed.models.workload import workload
+    from ibp_deepspeed.models.workload import with_muon, workload
     from ibp_deepspeed.planner.learned_heads import Sizes
     from ibp_deepspeed.planner.plan import Job
     from ibp_deepspeed.planner.workload import balanced
@@ -76,6 +86,7 @@ def make_job(args: argparse.Namespace) -> Job:
     if args.stages is None:
         raise PlanError("the number of stages is missing: give --stages, or --search with --devices-total.")
     check_sizes(args, "stages", "micro_batches", "data_parallel", "micro_batch_size", "sequence_length")
+    check_optimizer(args)
     profile = given_profile(args)
     machines = cluster(args, profile)
     model, options = subject(args)
@@ -89,6 +100,8 @@ def make_job(args: argparse.Namespace) -> Job:
     else:
         check_subject(profile, args, model, options)
         work = replace(profile.workload(), sizes=Sizes(model.vocab_size, model.hidden_size))
+    if args.optimizer == "Muon":
+        work = with_muon(work, model, options)
     manual = parse_partition(args.partition)
     bounds = (
         balanced(work.layers, args.stages, work.head, range(args.stages))

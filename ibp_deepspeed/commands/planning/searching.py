@@ -70,7 +70,7 @@ def space(args: argparse.Namespace) -> Space:
     Raises:
         InterlockingError: one sentence about the first thing that is wrong.
     """
-    from ibp_deepspeed.commands.planning.job import cluster
+    from ibp_deepspeed.commands.planning.job import check_optimizer, cluster
     from ibp_deepspeed.planner.ways import Space
 
     for name in args.given:
@@ -83,6 +83,7 @@ def space(args: argparse.Namespace) -> Space:
         )
     if args.devices_total is None:
         raise PlanError("--search needs --devices-total, the number of devices.")
+    check_optimizer(args)
     hosts = args.devices_a_host or args.devices_total
     for name, value in (("devices_total", args.devices_total), ("devices_a_host", hosts)):
         if value < 1:
@@ -111,7 +112,7 @@ def _kinds(args: argparse.Namespace) -> list[Kind]:
     from ibp_deepspeed.config.interlocking import InterlockingConfig
     from ibp_deepspeed.models import CausalLM
     from ibp_deepspeed.models.config import load_config
-    from ibp_deepspeed.models.workload import workload
+    from ibp_deepspeed.models.workload import with_muon, workload
     from ibp_deepspeed.planner.ways import Kind
 
     model = CausalLM(load_config(args.model, **parse_overrides(args.set)))
@@ -130,6 +131,8 @@ def _kinds(args: argparse.Namespace) -> list[Kind]:
         work = workload(
             model, head, samples=1, sequence_length=args.sequence_length, weight_bytes=4 if args.fp32 else 2
         )
+        if args.optimizer == "Muon":
+            work = with_muon(work, model, head)
         kinds.append(Kind(name, each, work))
     return kinds
 
