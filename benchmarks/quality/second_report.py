@@ -194,9 +194,19 @@ def _learn(
     }
 
 
+def at_best_rate(records: Sequence[Record]) -> list[Record]:
+    """Those of the rate with which each row ended lowest on average."""
+    groups: dict[tuple[str, bool, float], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record["run"]["row"], record["run"]["cosine"], record["run"]["rate"]].append(record)
+    ends = {key: mean(last_exit(record) for record in group) for key, group in groups.items()}
+    kept = {key for key in ends if ends[key] == min(end for other, end in ends.items() if other[:2] == key[:2])}
+    return [r for r in records if (r["run"]["row"], r["run"]["cosine"], r["run"]["rate"]) in kept]
+
+
 def second_table(records: Sequence[Record]) -> Table:
     """Rows of the second study, all of as many layers: quality, work, and predicted time at M = 2, 4, 8."""
-    full = [r for r in records if r["run"]["steps"] == STEPS]
+    full = at_best_rate([r for r in records if r["run"]["steps"] == STEPS])
     groups: dict[tuple[str, bool], list[Record]] = defaultdict(list)
     for record in full:
         groups[record["run"]["row"], record["run"]["cosine"]].append(record)
