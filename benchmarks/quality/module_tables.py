@@ -16,32 +16,38 @@ TWINS = (("G = 4, K = 8", "G = 2, K = 4"), ("G = 2, K = 8", "local, K = 4"))
 
 def modules_table(records: Sequence[Record]) -> Table:
     """N = 1: what more layers behind each loss bring, at equal tokens."""
-    full = [r for r in records if r["run"]["steps"] == STEPS and not r["run"]["cosine"]]
-    baseline = by_seed([r for r in full if r["run"]["row"] == BACKPROPAGATION])
+    baseline = _ends(records, BACKPROPAGATION)
     table = [["layers a module", "", "seeds", "last exit", "to backpropagation"]]
     for row in ("local, K = 8", "local, K = 4", "G = 2, K = 8", "G = 2, K = 4", "G = 4, K = 8"):
-        exits = InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages)
-        of = by_seed([r for r in full if r["run"]["row"] == row])
+        of = _ends(records, row)
         if of:
-            table.append(
-                [str(LAYERS // len(exits)), row, str(len(of)), f"{mean(of.values()):.3f}", difference(of, baseline)]
-            )
+            table.append([_layers(row), row, str(len(of)), f"{mean(of.values()):.3f}", difference(of, baseline)])
     return [*table, [str(LAYERS), BACKPROPAGATION, str(len(baseline)), f"{mean(baseline.values()):.3f}", "–"]]
 
 
 def chance_table(records: Sequence[Record]) -> Table:
     """What rows with the same gradients differ by at the same seed; last, the root mean square of all pairs."""
-    full = [r for r in records if r["run"]["steps"] == STEPS and not r["run"]["cosine"]]
     table = [["", "layers a module", "seeds", "difference of the last exits"]]
     ratios: list[float] = []
     for row, twin in TWINS:
-        of, to = (by_seed([r for r in full if r["run"]["row"] == name]) for name in (row, twin))
-        layers = LAYERS // len(InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages))
+        of, to = _ends(records, row), _ends(records, twin)
         common = of.keys() & to.keys()
         ratios += [of[seed] / to[seed] - 1 for seed in common]
-        table.append([f"{row}, to {twin}", str(layers), str(len(common)), difference(of, to)])
+        table.append([f"{row}, to {twin}", _layers(row), str(len(common)), difference(of, to)])
     size = 100 * fmean(ratio**2 for ratio in ratios) ** 0.5 if ratios else 0.0
     return [*table, ["root mean square", "–", str(len(ratios)), f"{size:.1f}%"]]
+
+
+def _ends(records: Sequence[Record], row: str) -> dict[int, float]:
+    """Seed → the last exit's loss after STEPS batches."""
+    return by_seed(
+        [r for r in records if (r["run"]["row"], r["run"]["steps"], r["run"]["cosine"]) == (row, STEPS, False)]
+    )
+
+
+def _layers(row: str) -> str:
+    """Of one of its modules."""
+    return str(LAYERS // len(InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages)))
 
 
 def module_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Table]]:

@@ -87,8 +87,9 @@ def _states(work: Work, weight_bytes: int, zero: int, replicas: int, muon: bool)
     copies = 4 if weight_bytes < 4 else 0
     gradient_bytes = 4 if weight_bytes == 4 or zero else weight_bytes
     share = replicas if zero else 1
+    moments = 2 * work.trained - (work.matrices if muon else 0)
     return (
         float(work.parameters * weight_bytes),
         float(work.trained * gradient_bytes),
-        (work.trained * (8 + copies) - 4 * muon * work.matrices) / share,
+        (4 * moments + copies * work.trained) / share,
     )
