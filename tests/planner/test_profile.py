@@ -189,6 +189,9 @@ def test_numbers_of_heads_are_parts_of_the_model_that_was_measured(tmp_path: Pat
     where = written(tmp_path, alike(CausalLM(load_config("llama-tiny"))))
     words = f"--model llama-tiny --stages 2 --sequence-length 16 --fp32 --profile {where}".split()
     assert make_job(parse_arguments(None, words)).workload.sizes == Sizes(vocabulary=4096, width=128)
+    work = make_job(parse_arguments(None, [*words, "--optimizer", "Muon"])).workload
+    inside = [layer.matrices for layer in work.layers]
+    assert work.optimizer == "Muon" and inside[0] == inside[-1] == 0 < min(inside[1:-1])
 
 
 def test_a_slow_layer_makes_its_stage_shorter() -> None:
