@@ -7,7 +7,7 @@ from statistics import fmean, mean
 
 from benchmarks.quality.records import Record
 from benchmarks.quality.second import BACKPROPAGATION, LAYERS, ROWS, STEPS
-from benchmarks.quality.second_report import Table, by_seed, difference
+from benchmarks.quality.seeds import Table, by_seed, difference
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 
 TWINS = (("G = 4, K = 8", "G = 2, K = 4"), ("G = 2, K = 8", "local, K = 4"))

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.run import Run
 from benchmarks.quality.sampling import sampling
-from benchmarks.quality.second import heads, large, late_rates, rates
+from benchmarks.quality.second import heads, large, late_rates, longer_rates, rates
 from benchmarks.quality.sizes import SIZES
 
 TEXT = "data/quality"
@@ -304,6 +304,7 @@ PLANS: dict[str, Callable[[Path], Iterator[Run]]] = {
     "seeds": seeds,
     "rates": rates,
     "late_rates": late_rates,
+    "longer_rates": longer_rates,
     "large": large,
     "heads": heads,
     "sampling": sampling,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from benchmarks.quality.price import asynchronous_price
 from benchmarks.quality.records import Record
 from benchmarks.quality.second import STEPS
-from benchmarks.quality.second_report import Table, after, best_of, by_length, difference, relative, row_price
+from benchmarks.quality.second_report import after, best_of, by_length, relative, row_price
+from benchmarks.quality.seeds import Table, difference
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
     python scripts/prepare_data.py --input data/corpus --out data/large --vocab-size 4096
     python -m benchmarks.quality rates        # learning rates, short trainings
     python -m benchmarks.quality late_rates
+    python -m benchmarks.quality longer_rates # do half the rates win when trainings are long?
     python -m benchmarks.quality large        # one seed of all rows after the other
     python -m benchmarks.quality heads
 
@@ -13,7 +14,7 @@ All of them go on where they were stopped.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ HEADLINES: dict[str, Row] = {
 }
 OVER_TOKENS = (BACKPROPAGATION, _MODULES, _PAIRWISE, _LOCAL)
 """Rows that are trained with fewer and more batches too."""
+LONGER = (BACKPROPAGATION, _MODULES, "backpropagation, Muon", "G = 4, K = 8, Muon", _PAIRWISE, _LOCAL)
+"""Rows that are trained as long at half their rate."""
 _CENTRAL = 12
 """So many headlines come first at all seeds: what the recipe rests on."""
 FURTHER: dict[str, Row] = {
@@ -253,6 +256,13 @@ def late_rates(results: Path) -> Iterator[Run]:
     for rate, row in product((4e-3, 2e-3, 8e-3, 1e-3, 5e-4), late):
         if rate != (8e-3 if ROWS[row].optimizer in ("AdamW", "NAdam") else 5e-4):
             yield large_run(row, rate=rate, steps=STEPS_OF_RATES, study="late_rates")
+
+
+def longer_rates(results: Path) -> Iterator[Run]:
+    """Half the rates that won in the short trainings, for as many batches as rows are compared at."""
+    for seed, row in product(SEEDS, LONGER):
+        for run in _runs([(row, {"seed": seed})], results, "longer_rates"):
+            yield replace(run, rate=run.rate / 2)
 
 
 def best_rate(records: list[Record], row: str) -> float | None:

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.quality.price import REAL, Price, asynchronous_price, head_price, price
+from benchmarks.quality.rate_tables import longer_rates_table, rates_table
 from benchmarks.quality.records import Record
 from benchmarks.quality.second import (
     BACKPROPAGATION,
@@ -21,33 +22,11 @@ from benchmarks.quality.second import (
     WIDTH,
     lowest_rate,
 )
+from benchmarks.quality.seeds import Table, by_seed, difference, last_exit
 from benchmarks.quality.sizes import DEPTHS
 from benchmarks.quality.sizes import WIDTH as THIN
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.planner.learned_heads import Sizes, divided
-
-Table = list[list[str]]
-
-
-def last_exit(record: Record) -> float:
-    """Held-out loss of the last exit at the end, in nats."""
-    loss: float = record["curve"][-1][1][-1]
-    return loss
-
-
-def by_seed(records: Sequence[Record]) -> dict[int, float]:
-    """Seed → held-out loss of the last exit."""
-    return {record["run"]["seed"]: last_exit(record) for record in records}
-
-
-def difference(of: Mapping[int, float], to: Mapping[int, float]) -> str:
-    """Mean and range of the differences at the same seeds, in per cent; "–" if no seed is common."""
-    ratios = [100 * (of[seed] / to[seed] - 1) for seed in sorted(of.keys() & to.keys())]
-    if not ratios:
-        return "–"
-    if len(ratios) == 1:
-        return f"{ratios[0]:+.1f}% (one seed)"
-    return f"{mean(ratios):+.1f}% ({min(ratios):+.1f} … {max(ratios):+.1f})"
 
 
 def seeds_table(records: Sequence[Record]) -> Table:
@@ -342,19 +321,6 @@ def after(ends: Mapping[int, float], batches: float) -> float | None:
     return ends[below] + part * (ends[above] - ends[below])
 
 
-def rates_table(records: Sequence[Record]) -> Table:
-    """Held-out loss of the last exit of the short trainings at each rate."""
-    rates = sorted({record["run"]["rate"] for record in records})
-    ends: dict[str, dict[float, float]] = defaultdict(dict)
-    for record in records:
-        run = record["run"]
-        ends[f"{run['row']}, cosine" if run["cosine"] else run["row"]][run["rate"]] = last_exit(record)
-    table = [["", *(f"{rate:g}" for rate in rates)]]
-    for row, of in ends.items():
-        table.append([row, *(f"{of[rate]:.3f}" if rate in of else "–" for rate in rates)])
-    return table
-
-
 def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Table]]:
     """Title and rows of every table that the records allow."""
     if of.get("seeds"):
@@ -365,6 +331,8 @@ def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Tab
     large = of.get("large", ())
     if any(r["run"]["row"] == BACKPROPAGATION for r in large):
         yield "second study", second_table(large)
+        if of.get("longer_rates"):
+            yield "second study, longer rates", longer_rates_table(of["longer_rates"], large)
         yield "second study, tokens", tokens_table(large, of.get("rates", ()))
         yield "second study, equal time", equal_time_table(large)
     for size, depth in DEPTHS.items():

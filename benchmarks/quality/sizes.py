@@ -32,14 +32,12 @@ def _rates(size: str, results: Path) -> Iterator[Run]:
 
 
 def _rows(size: str, results: Path) -> Iterator[Run]:
-    """All rows whose rates were tried, one seed after the other; backpropagation also at half the rate that won there:
-    seeds of the longer training are far apart at the whole one."""
+    """All rows whose rates were tried, one seed after the other; then at half the rate that won there: seeds of the
+    longer training are far apart at the whole one."""
     tried = load(results / f"{size}_rates.jsonl")
     best = {row: rate for row in ROWS if (rate := lowest_rate(tried, row)) is not None}
-    for seed, row in product(SEEDS, best):
-        yield _run(size, size, row, best[row], STEPS, seed)
-    for seed in SEEDS if BACKPROPAGATION in best else ():
-        yield _run(size, size, BACKPROPAGATION, best[BACKPROPAGATION] / 2, STEPS, seed)
+    for part, seed, row in product((1, 2), SEEDS, best):
+        yield _run(size, size, row, best[row] / part, STEPS, seed)
 
 
 SIZES: dict[str, Callable[[Path], Iterator[Run]]] = {

@@ -41,13 +41,13 @@ from benchmarks.quality.run import SOLVED, Run, train
 from benchmarks.quality.second import BACKPROPAGATION, ROWS, large, large_run
 from benchmarks.quality.second_report import (
     after,
-    difference,
     equal_time_table,
     exact_price,
     learned_heads,
     learned_rows,
     row_price,
 )
+from benchmarks.quality.seeds import difference
 from benchmarks.quality.tasks import HopTask
 from ibp_deepspeed import InterlockingConfig
 from ibp_deepspeed.models import CausalLM
