@@ -15,7 +15,7 @@ from ibp_deepspeed.objectives.sampled_softmax import NegativeSample, sampled_cro
 from ibp_deepspeed.single_process.reference import InterlockedReference
 from ibp_deepspeed.strategy.timeline import Timeline
 
-SIZES, DRAWS = (256, 512, 1024, 2048), 6
+FEWEST, DRAWS = 256, 6
 
 
 def cosines(reference: InterlockedReference, inputs: Tensor, labels: Tensor) -> list[float]:
@@ -40,7 +40,7 @@ def sampled_gradients(
     reference: InterlockedReference,
     batches: Sequence[tuple[Tensor, Tensor]],
     counts: Tensor,
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Errors of the gradient of the trunks up to the first exit, by the tokens that its loss is taken over.
 
@@ -48,7 +48,7 @@ def sampled_gradients(
         reference: at the weights to be looked at; its gradients are left alone.
         batches: inputs and labels, each on its own.
         counts: how often each token occurs.
-        sizes: how many are drawn.
+        sizes: how many are drawn; None: 256, 512, 1024, … to half of the vocabulary.
 
     Returns:
         ``batches``: norm of the difference of two batches' exact gradients over that of one, the mean over all pairs;
@@ -58,6 +58,8 @@ def sampled_gradients(
     exit_ = min(reference.placement.heads)
     trunk = torch.nn.ModuleList(reference.stages[: exit_ + 1])
     exact: list[Tensor] = []
+    doublings = range((len(counts) // (2 * FEWEST)).bit_length())
+    sizes = [FEWEST << i for i in doublings] if sizes is None else sizes
     found: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
     for number, (inputs, labels) in enumerate(batches):
         logits = reference.outputs(inputs)[exit_]

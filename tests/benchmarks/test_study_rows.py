@@ -16,6 +16,7 @@ from benchmarks.quality.asynchronous import Asynchronous
 from benchmarks.quality.gradients import sampled_gradients
 from benchmarks.quality.module_tables import chance_table
 from benchmarks.quality.optimizers import Optimized
+from benchmarks.quality.sampling import sampling_table
 from benchmarks.quality.second import LAYERS, ROWS, STEPS, large_run
 from benchmarks.quality.second_report import at_best_rate
 from ibp_deepspeed.cli import SameOnAllRanks
@@ -60,6 +61,18 @@ def test_a_loss_over_all_tokens_has_the_exact_gradient_and_fewer_tokens_are_furt
     assert everything == pytest.approx([0, 1], abs=1e-5) and found["vocabulary"] == size
     assert few[0] > half[0] > 0.01 and few[1] < half[1] < 0.9999
     assert found["batches"] > 0.1
+
+
+def test_gradients_over_drawn_tokens_stand_beside_each_other_at_the_same_number() -> None:
+    def record(vocabulary: int, sizes: dict[str, list[float]]) -> dict[str, Any]:
+        return {"sampled": {"vocabulary": vocabulary, "batches": 1.5, "sizes": sizes}}
+
+    few, many = record(4096, {"256": [0.5, 0.9]}), record(32768, {"256": [0.4, 0.95], "512": [0.2, 0.99]})
+    assert [row[1:] for row in sampling_table([many, few])[1:]] == [
+        ["50% · 0.900", "40% · 0.950"],
+        ["–", "20% · 0.990"],
+        ["150%", "150%"],
+    ]
 
 
 def test_a_text_that_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
