@@ -112,12 +112,15 @@ def head_price(options: Mapping[str, Any], vocabulary: int, width: int, model: s
 
     Args:
         options: of ``aux_head``; ``negatives`` and ``rank`` are scaled to the model: the same part of its vocabulary
-            and of its width.
+            and of its width. Beside a copied LM head it is the same number of ``negatives``, which is what matters
+            there (``sampling.py``).
         vocabulary, width: of the model that the options were for.
         model: the name of a config of ours.
     """
     of = _real_model(model)
     sizes = {"negatives": of.vocab_size / vocabulary, "rank": of.hidden_size / width}
+    if options.get("readout") == "shared":
+        del sizes["negatives"]
     scaled = {key: round(value * sizes[key]) if key in sizes else value for key, value in options.items()}
     layer = layer_operations(of, SEQUENCE)[1]
     return head_operations(of, AuxHeadConfig(**scaled), SEQUENCE).total / (STAGE_OF_LAYERS * layer.total)

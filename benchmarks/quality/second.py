@@ -170,6 +170,7 @@ _CHEAP: dict[str, dict[str, Any]] = {
     "loss on 1/4 of the positions": {"aux_tokens": 0.25},
     "copied LM heads": {"readout": "shared"},
     "copied LM heads, 1024 negatives": {"readout": "shared", "negatives": 1024},
+    "copied LM heads, 2048 negatives": {"readout": "shared", "negatives": 2048},
     "rank 24": {"rank": 24},
     "64 negatives": {"negatives": 64},
     "label smoothing": {"objective": "label_smoothing"},
@@ -190,6 +191,7 @@ _OF_MODULES = (
     "1024 negatives",
     "copied LM heads",
     "copied LM heads, 1024 negatives",
+    "copied LM heads, 2048 negatives",
     "rank 24",
     "loss on 1/4 of the positions",
 )

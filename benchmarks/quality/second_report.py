@@ -115,14 +115,13 @@ def learned_heads(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
         options = {key: value for key, value in head.items() if value != "private"}
         ends, full = by_seed(group), wholes[ROWS[row].whole or ""]
         ratios = [ends[seed] / full[seed] - 1 for seed in sorted(ends.keys() & full.keys())]
-        numbers = divided(options)[1]
-        if len(numbers) > 1 or not ratios:
+        if len(divided(options)[1]) > 1 or not ratios:
             continue
         exits = len(InterlockingConfig.parse(ROWS[row].block).exits_for(ROWS[row].stages))
         spread = {"mean": mean(ratios), "low": min(ratios), "high": max(ratios)}
         rounded = {name: round(number, 4) for name, number in spread.items()}
-        part = next((round(Sizes(VOCABULARY, WIDTH).part(*each), 4) for each in numbers.items()), None)
-        found.append({"options": options, "part": part, "exits": exits, **rounded, "seeds": len(ratios)})
+        compared = Sizes(VOCABULARY, WIDTH).compared(options)
+        found.append({"options": options, "compared": compared, "exits": exits, **rounded, "seeds": len(ratios)})
     return found
 
 

@@ -27,9 +27,19 @@ class Sizes:
     vocabulary: int
     width: int
 
-    def part(self, option: str, value: float) -> float:
-        """Of the vocabulary or the width, where that is what the option counts."""
-        return value / getattr(self, _OF_A_MODEL[option]) if option in _OF_A_MODEL else value
+    def compared(self, options: Mapping[str, Any]) -> float | None:
+        """What the one number of ``aux_head``'s options is compared by; None: there is none.
+
+        Tokens and dimensions count as a part of the model's. Tokens beside a copied LM head count by themselves: how
+        far their gradient is from the exact one is a matter of how many they are, not of the vocabulary
+        (docs/learning.md, ``benchmarks.quality sampling``).
+        """
+        words, numbers = divided(options)
+        if not numbers:
+            return None
+        ((option, value),) = numbers.items()
+        whole = None if words.get("readout") == "shared" and option == "negatives" else _OF_A_MODEL.get(option)
+        return value / getattr(self, whole) if whole else value
 
 
 @dataclass(frozen=True)
@@ -38,15 +48,15 @@ class LearnedHead:
 
     Attributes:
         options: of ``aux_head`` that are not the defaults; one of them at most is a number.
-        part: that number as a part of the trained model's vocabulary or width (:meth:`Sizes.part`); None: no number.
+        compared: what heads of other models are compared with it by (:meth:`Sizes.compared`); None: no number.
         exits: losses along the model that was trained, the last one among them.
         mean, low, high: of the paired differences over the seeds.
         seeds: how many.
-        or_more: it stands for heads with a smaller part, which were not measured.
+        or_more: it stands for heads with less, which were not measured.
     """
 
     options: dict[str, Any]
-    part: float | None
+    compared: float | None
     exits: int
     mean: float
     low: float
@@ -62,7 +72,8 @@ class LearnedHead:
         return f"{self.mean:+.1%}{more} of it by heads with {head} at {self.exits} exits ({known})"
 
     def _whole(self, option: str, value: float) -> str:
-        return f" of {value / self.part:,.0f}" if self.part and option in _OF_A_MODEL else ""
+        apart = self.compared and option in _OF_A_MODEL and self.compared != value
+        return f" of {value / self.compared:,.0f}" if apart and self.compared else ""
 
 
 def over_seeds(low: float, high: float, seeds: int) -> str:
@@ -86,9 +97,8 @@ def head_options(options: AuxHeadConfig | None) -> dict[str, Any]:
 def learned_head(options: AuxHeadConfig | None, exits: int, sizes: Sizes | None) -> LearnedHead | None:
     """The measurement of heads whose options beside the defaults are the same, at the nearest number of exits.
 
-    Of numbers (one at most) it is the one with the largest part of the positions, of the vocabulary or of the width
-    that is not above what is asked for: more of them do not learn worse. Below all that were measured it is the
-    smallest one, "or more".
+    Of numbers (one at most) it is the largest (:meth:`Sizes.compared`) that is not above what is asked for: more
+    positions, tokens or dimensions do not learn worse. Below all that were measured it is the smallest one, "or more".
     None: not measured, or private and whole.
 
     Args:
@@ -105,8 +115,8 @@ def learned_head(options: AuxHeadConfig | None, exits: int, sizes: Sizes | None)
         return min(alike, key=lambda row: abs(row.exits - exits), default=None)
     if sizes is None or len(numbers) > 1:
         return None
-    ((option, value),) = numbers.items()
-    return _of_part(alike, sizes.part(option, value), exits)
+    asked = sizes.compared(given)
+    return None if asked is None else _nearest(alike, asked, exits)
 
 
 def divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
@@ -115,10 +125,10 @@ def divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float
     return {key: value for key, value in options.items() if key not in numbers}, numbers
 
 
-def _of_part(measured: list[LearnedHead], part: float, exits: int) -> LearnedHead | None:
-    """The largest part that is not above this one, or the smallest one; both at the nearest number of exits."""
-    known = [(row.part, row) for row in measured if row.part is not None]
-    below = [(of, row) for of, row in known if of <= part]
+def _nearest(measured: list[LearnedHead], asked: float, exits: int) -> LearnedHead | None:
+    """The largest that is not above what is asked for, or the smallest; both at the nearest number of exits."""
+    known = [(row.compared, row) for row in measured if row.compared is not None]
+    below = [(of, row) for of, row in known if of <= asked]
     if below:
         return max(below, key=lambda found: (-abs(found[1].exits - exits), found[0]))[1]
     least = min(known, key=lambda found: (abs(found[1].exits - exits), found[0]), default=None)

@@ -328,6 +328,8 @@ def test_a_head_costs_as_large_a_part_of_the_vocabulary_as_it_reads() -> None:
     matrices = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14_336
     assert whole == pytest.approx(4096 * 128_256 / (4 * (matrices + 4096 * 4096)))  # queries times keys: 4096 tokens
     assert sampled == pytest.approx(whole / 16, rel=1e-3) and copied == pytest.approx(whole * 2 / 3)
+    beside_a_copy = head_price({"readout": "shared", "negatives": 1024}, 4096, 96, "llama3-8b")
+    assert beside_a_copy == pytest.approx(copied * 1024 / 128_256, rel=1e-2), "the number, not the part"
 
 
 def test_differences_are_between_runs_of_the_same_seed() -> None:

@@ -271,7 +271,7 @@ def test_what_cheap_heads_lose_is_added(monkeypatch: pytest.MonkeyPatch) -> None
     smooth = LearnedHead({"objective": "label_smoothing"}, None, 4, 0.01, 0.01, 0.01, 1)
     few_positions = LearnedHead({"aux_tokens": 0.25}, 0.25, 4, 0.1, 0.1, 0.1, 1)
     narrow = LearnedHead({"rank": 24}, 0.25, 4, 0.1, 0.1, 0.1, 1)
-    both = LearnedHead({"readout": "shared", "negatives": 256}, 0.0625, 4, 0.1, 0.1, 0.1, 1)
+    both = LearnedHead({"readout": "shared", "negatives": 256}, 256, 4, 0.1, 0.1, 0.1, 1)
     measured = (both, few, many, one, copied, smooth, few_positions, narrow)
     monkeypatch.setattr("ibp_deepspeed.planner.learned_heads.heads", lambda: measured)
     small, large = Sizes(4096, 96), Sizes(131072, 4096)
@@ -290,8 +290,9 @@ def test_what_cheap_heads_lose_is_added(monkeypatch: pytest.MonkeyPatch) -> None
         and head(8, negatives=1000) is few
     )
     assert head(2, readout="shared") is copied and head(negatives=300, readout="frozen") is None
-    assert head(negatives=300, readout="shared") is both and head(aux_tokens=0.5, negatives=300) is None
-    assert " heads with readout = shared, negatives = 256 of 4,096 at" in both.sentence()
+    assert head(negatives=300, readout="shared") is both is head(negatives=300, readout="shared", sizes=large)
+    assert head(aux_tokens=0.5, negatives=300) is None
+    assert " heads with readout = shared, negatives = 256 at" in both.sentence()
 
     assert head() is None and head(negatives=1000) is few and head(negatives=9000) is many
     assert head(readout="shared") is copied and head(readout="frozen") is None and head(negatives=512, blocks=1) is None
