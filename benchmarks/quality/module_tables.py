@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, mean
 
+from benchmarks.quality.rate_tables import tuned_rows
 from benchmarks.quality.records import Record
 from benchmarks.quality.second import BACKPROPAGATION, LAYERS, ROWS, STEPS
 from benchmarks.quality.seeds import Table, by_seed, difference
@@ -53,5 +54,5 @@ def _layers(row: str) -> str:
 def module_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Table]]:
     """Title and rows, if the study has begun."""
     if of.get("large"):
-        yield "second study, layers a module", modules_table(of["large"])
-        yield "second study, chance", chance_table(of["large"])
+        yield "second study, layers a module", modules_table(tuned_rows(of))
+        yield "second study, chance", chance_table(tuned_rows(of))

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from benchmarks.quality.records import Record
 from benchmarks.quality.second import STEPS
 from benchmarks.quality.seeds import Table, by_seed, difference, last_exit
+
+
+def tuned_rows(of: Mapping[str, Sequence[Record]]) -> list[Record]:
+    """The study ``large``, each row at the best of the rates that were tried with as many batches."""
+    return at_best_rate([*of.get("large", ()), *of.get("longer_rates", ())])
+
+
+def at_best_rate(records: Sequence[Record]) -> list[Record]:
+    """Those of the rate with which each row of a length ended lowest on average, of the rates that have most seeds."""
+    groups: dict[tuple[str, bool, int], dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        run = record["run"]
+        groups[run["row"], run["cosine"], run["steps"]][run["rate"]].append(record)
+    best = (min(of.values(), key=_most_seeds_and_lowest) for of in groups.values())
+    return [record for group in best for record in group]
+
+
+def _most_seeds_and_lowest(group: Sequence[Record]) -> tuple[int, float]:
+    """Smallest where most seeds end lowest."""
+    return -len(group), mean(last_exit(record) for record in group)
 
 
 def rates_table(records: Sequence[Record]) -> Table:

@@ -16,6 +16,7 @@ from benchmarks.quality.figures import draw_check, draw_gap, draw_text
 from benchmarks.quality.module_tables import module_tables
 from benchmarks.quality.plans import TEXT_ROWS, VARIANTS
 from benchmarks.quality.price import price
+from benchmarks.quality.rate_tables import tuned_rows
 from benchmarks.quality.records import Record, load
 from benchmarks.quality.rivals import rival_tables
 from benchmarks.quality.run import SOLVED
@@ -196,7 +197,7 @@ def main() -> None:
         draw_text(of["text"], args.docs / "learning-text.png")
     if "large" in of:
         probed = {r["run"]["row"]: r["probes"] for r in of["large"] if "probes" in r}
-        draw_gap(over_tokens(of["large"], of.get("rates", ())), probed, args.docs / "learning-gap.png")
+        draw_gap(over_tokens(tuned_rows(of), of.get("rates", ())), probed, args.docs / "learning-gap.png")
 
 
 def tables(of: dict[str, list[Record]]) -> Iterator[tuple[str, list[list[str]]]]:

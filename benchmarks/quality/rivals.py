@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality.price import asynchronous_price
+from benchmarks.quality.rate_tables import tuned_rows
 from benchmarks.quality.records import Record
 from benchmarks.quality.second import STEPS
 from benchmarks.quality.second_report import after, best_of, by_length, relative, row_price
@@ -78,4 +79,5 @@ def late_table(records: Sequence[Record], tried: Sequence[Record]) -> Table:
 def rival_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Table]]:
     """Title and rows, if the study has begun."""
     if of.get("large"):
-        yield "second study, asynchronous", late_table(of["large"], [*of.get("rates", ()), *of.get("late_rates", ())])
+        tried = [*of.get("rates", ()), *of.get("late_rates", ())]
+        yield "second study, asynchronous", late_table(tuned_rows(of), tried)

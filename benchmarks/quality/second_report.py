@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.quality.price import REAL, Price, asynchronous_price, head_price, price
-from benchmarks.quality.rate_tables import longer_rates_table, rates_table
+from benchmarks.quality.rate_tables import at_best_rate, longer_rates_table, rates_table, tuned_rows
 from benchmarks.quality.records import Record
 from benchmarks.quality.second import (
     BACKPROPAGATION,
@@ -88,7 +88,7 @@ def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
             if kind == cosine and row != "global":
                 _learn(found, _kind(group[0], stages), by_seed(group), baseline, group[0])
     second: dict[str, list[Record]] = defaultdict(list)
-    for record in of.get("large", ()):
+    for record in tuned_rows(of):
         run = record["run"]
         tuned = ("NAdam" if run.get("delay") else "AdamW", "Muon")  # the rival as it is best, with its correction
         if run["steps"] == STEPS and not run["cosine"] and run.get("optimizer", "AdamW") in tuned:
@@ -170,16 +170,6 @@ def _learn(
         + ", Muon" * muon,
         **({"optimizer": "Muon"} if muon else {}),
     }
-
-
-def at_best_rate(records: Sequence[Record]) -> list[Record]:
-    """Those of the rate with which each row ended lowest on average."""
-    groups: dict[tuple[str, bool, float], list[Record]] = defaultdict(list)
-    for record in records:
-        groups[record["run"]["row"], record["run"]["cosine"], record["run"]["rate"]].append(record)
-    ends = {key: mean(last_exit(record) for record in group) for key, group in groups.items()}
-    kept = {key for key in ends if ends[key] == min(end for other, end in ends.items() if other[:2] == key[:2])}
-    return [r for r in records if (r["run"]["row"], r["run"]["cosine"], r["run"]["rate"]) in kept]
 
 
 def second_table(records: Sequence[Record]) -> Table:
@@ -327,11 +317,11 @@ def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Tab
     tried = [*of.get("rates", ()), *of.get("late_rates", ())]
     if tried:
         yield "second study, learning rates", rates_table(tried)
-    large = of.get("large", ())
+    large = tuned_rows(of)
     if any(r["run"]["row"] == BACKPROPAGATION for r in large):
         yield "second study", second_table(large)
         if of.get("longer_rates"):
-            yield "second study, longer rates", longer_rates_table(of["longer_rates"], large)
+            yield "second study, longer rates", longer_rates_table(of["longer_rates"], of["large"])
         yield "second study, tokens", tokens_table(large, of.get("rates", ()))
         yield "second study, equal time", equal_time_table(large)
     for size, depth in DEPTHS.items():
@@ -341,4 +331,4 @@ def second_tables(of: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Tab
         if any(r["run"]["row"] == BACKPROPAGATION for r in of.get(size, ())):
             yield title, second_table(of[size])
     if of.get("heads"):
-        yield "second study, heads", heads_table(of["heads"], large)
+        yield "second study, heads", heads_table(of["heads"], of.get("large", ()))

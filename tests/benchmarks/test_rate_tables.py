@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality.rate_tables import longer_rates_table
+from benchmarks.quality.rate_tables import at_best_rate, longer_rates_table, tuned_rows
 from benchmarks.quality.second import BACKPROPAGATION, LONGER, STEPS, STEPS_OF_RATES, longer_rates
 from benchmarks.quality.sizes import RATES, ROWS, SIZES
 
@@ -47,3 +47,11 @@ def test_rates_are_compared_at_the_seeds_of_both() -> None:
     half = [record(BACKPROPAGATION, 1e-3, loss, seed=seed) for seed, loss in enumerate((4.04, 4.158))]
     row = longer_rates_table(half, [*whole, *other])[1]
     assert row == [BACKPROPAGATION, "0.002", "4.100", "2", "4.099", "+0.0% (-1.0 … +1.0)"]
+
+
+def test_a_row_stands_at_its_best_rate_of_those_with_most_seeds() -> None:
+    lucky = [record("local, K = 4", 4e-3, loss, seed=seed) for seed, loss in enumerate((3.0, 5.0))]
+    steady = [record("local, K = 4", 2e-3, 3.5, seed=seed) for seed in range(2)]
+    once, longer = record("local, K = 4", 1e-3, 3.0), record("local, K = 4", 8e-3, 3.9, steps=8000)
+    assert at_best_rate([*lucky, once, *steady, longer]) == [*steady, longer] and at_best_rate(lucky) == lucky
+    assert tuned_rows({"large": [*lucky, longer], "longer_rates": steady}) == [*steady, longer]

@@ -18,7 +18,6 @@ from benchmarks.quality.module_tables import chance_table
 from benchmarks.quality.optimizers import Optimized
 from benchmarks.quality.sampling import sampling_table
 from benchmarks.quality.second import LAYERS, ROWS, STEPS, large_run
-from benchmarks.quality.second_report import at_best_rate
 from ibp_deepspeed.cli import SameOnAllRanks
 from ibp_deepspeed.errors import InterlockingError
 from ibp_deepspeed.models import CausalLM
@@ -91,13 +90,3 @@ def test_chance_is_the_size_of_the_differences_between_twins() -> None:
     ends = [("G = 4, K = 8", 3.03), ("G = 2, K = 4", 3.0), ("G = 2, K = 8", 3.88), ("local, K = 4", 4.0)]
     table = chance_table([record(row, 0, loss) for row, loss in ends])
     assert [row[3] for row in table[1:]] == ["+1.0% (one seed)", "-3.0% (one seed)", f"{math.sqrt(5):.1f}%"]
-
-
-def test_a_row_stands_at_its_best_rate() -> None:
-    def record(rate: float, seed: int, loss: float) -> dict[str, Any]:
-        run = {"row": "local, K = 4", "rate": rate, "seed": seed, "cosine": False}
-        return {"run": run, "curve": [[STEPS, [loss]]]}
-
-    lucky = [record(4e-3, 0, 3.0), record(4e-3, 1, 5.0)]
-    steady = [record(2e-3, 0, 3.5), record(2e-3, 1, 3.5)]
-    assert at_best_rate([*lucky, *steady]) == steady and at_best_rate(lucky) == lucky
