@@ -120,7 +120,7 @@ def test_a_large_vocabulary_changes_the_head_alone(kind: str) -> None:
         load_ds_config(PRESETS[0].with_name(f"{name}_{kind}.json")) for name in ("modules", "large_vocabulary")
     )
     head = large["interlocking"].pop("aux_head")
-    assert head["readout"] == "shared" and large == plain
+    assert head == {"readout": "shared", "refresh_interval": 10, "negatives": 4096} and large == plain
 
 
 def test_an_unknown_key_is_named_with_its_neighbour() -> None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ibp_deepspeed.planner.ways import Kind, Space
 
 _GIB = 2**30
-_NEGATIVES, _BESIDE_COPIES = 16_384, 8_192
-"""Tokens drawn for private heads; for copies of the LM head, whose gradient then is within 2% of the exact one."""
+_NEGATIVES, _BESIDE_COPIES = 16_384, 4_096
+"""Tokens drawn for private heads; for copies of the LM head, whose gradient then is within 3% of the exact one."""
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
