@@ -35,7 +35,7 @@ def preferred(rows: Sequence[Row]) -> Row:
         rows: the fastest first; of those that learn alike it is taken.
     """
     as_fast = [row for row in rows if row.batch_time <= AS_FAST * rows[0].batch_time]
-    return min(as_fast, key=lambda row: 0.0 if row.learned is None else row.learned.mean)
+    return min(as_fast, key=lambda row: row.loss_above)
 
 
 def what_would_fit(job: Job, rows: Sequence[Row], memory: float) -> str:

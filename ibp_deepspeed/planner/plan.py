@@ -108,6 +108,11 @@ class Row:
         """Bytes of the stage that holds most."""
         return max((m.total for m in self.memory), default=0.0)
 
+    @property
+    def loss_above(self) -> float:
+        """As a share of backpropagation's loss, as it was measured; 0 where nothing was, as for what is exact."""
+        return 0.0 if self.learned is None else self.learned.mean
+
 
 def candidates(stages: int, head: Mapping[str, Any] | None = None) -> Iterator[Candidate]:
     """Other systems' schedules, then ours: exact ones, modules, widths in both modes, borrowed layers.

@@ -41,9 +41,9 @@ class Found:
     without_recompute: float | None
 
     @property
-    def rank(self) -> tuple[float, float, int]:
-        """The least is best: time to five digits, memory, then what is simplest."""
-        return float(f"{self.row.batch_time:.5g}"), self.row.most_memory, self.way.order
+    def rank(self) -> tuple[float, float, float, int]:
+        """The least is best: time to five digits, measured loss, memory, then what is simplest."""
+        return float(f"{self.row.batch_time:.5g}"), self.row.loss_above, self.row.most_memory, self.way.order
 
 
 @dataclass
