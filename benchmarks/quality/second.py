@@ -107,7 +107,15 @@ HEADLINES: dict[str, Row] = {
 }
 OVER_TOKENS = (BACKPROPAGATION, _MODULES, _PAIRWISE, _LOCAL)
 """Rows that are trained with fewer and more batches too."""
-LONGER = (BACKPROPAGATION, _MODULES, "backpropagation, Muon", "G = 4, K = 8, Muon", _PAIRWISE, _LOCAL)
+LONGER = (
+    BACKPROPAGATION,
+    _MODULES,
+    "backpropagation, Muon",
+    "G = 4, K = 8, Muon",
+    "asynchronous, 1 batch late, Muon",
+    _PAIRWISE,
+    _LOCAL,
+)
 """Rows that are trained as long at half their rate."""
 _CENTRAL = 12
 """So many headlines come first at all seeds: what the recipe rests on."""
