@@ -72,8 +72,9 @@ class LearnedHead:
         return f"{self.mean:+.1%}{more} of it by heads with {head} at {self.exits} exits ({known})"
 
     def _whole(self, option: str, value: float) -> str:
-        apart = self.compared and option in _OF_A_MODEL and self.compared != value
-        return f" of {value / self.compared:,.0f}" if apart and self.compared else ""
+        if self.compared is None or option not in _OF_A_MODEL or self.compared == value:
+            return ""
+        return f" of {value / self.compared:,.0f}"
 
 
 def over_seeds(low: float, high: float, seeds: int) -> str:
