@@ -2,8 +2,8 @@
 
 The vocabulary product on every stage is the price of the method. ``naive``: full logits, cross entropy, autograd.
 Ours: chunks of tokens, at several sizes; a readout that is only read (``shared``); a part of the positions
-(``aux_tokens``); a readout of low rank; a sample of the vocabulary (``negatives``: four times the width). The losses
-show which of them compute the same.
+(``aux_tokens``); a readout of low rank; a sample of the vocabulary (``negatives``: four times the width), trained and
+only read. The losses show which of them compute the same.
 """
 
 from __future__ import annotations
@@ -98,10 +98,17 @@ class Contenders:
         contenders["shared readout"] = partial(self.ours, full, None, trained=False)
         contenders[f"aux_tokens {FRACTION}"] = partial(self.ours, full, None, sample=TokenSample(FRACTION, 0))
         contenders[f"rank {RANK}"] = partial(self.ours, self.factors, None)
-        contenders[f"negatives {self.negatives.size}"] = lambda: self.negatives.cross_entropy(
-            LazyLogits(self.hidden, linear, full), self.labels, batch=0, micro_batch=0, loss=0
-        )
+        sampled = f"negatives {self.negatives.size}"
+        contenders[sampled] = partial(self.over_negatives, linear, full)
+        copied = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
+        copied.weight = nn.Parameter(self.weight.detach(), requires_grad=False)
+        contenders[f"shared readout, {sampled}"] = partial(self.over_negatives, copied, ())
         return contenders
+
+    def over_negatives(self, readout: nn.Linear, trained: tuple[nn.Parameter, ...]) -> Tensor:
+        """Over the labels and a draw of the vocabulary."""
+        outputs = LazyLogits(self.hidden, readout, trained)
+        return self.negatives.cross_entropy(outputs, self.labels, batch=0, micro_batch=0, loss=0)
 
     def naive(self) -> Tensor:
         """Full logits."""
