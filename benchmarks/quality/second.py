@@ -113,6 +113,7 @@ LONGER = (
     "backpropagation, Muon",
     "G = 4, K = 8, Muon",
     "asynchronous, 1 batch late, Muon",
+    "asynchronous, 2 batches late, Muon",
     _PAIRWISE,
     _LOCAL,
 )
