@@ -101,7 +101,8 @@ def learned_rows(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
 
 
 def learned_heads(of: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """For the planner: kinds of heads on a number of exits, against whole ones at the same seeds."""
+    """For the planner: kinds of heads on a number of exits, against whole ones at the same seeds and the same rate,
+    which is the one of the study ``large``."""
     wholes: dict[str, dict[int, float]] = defaultdict(dict)
     for record in of.get("large", ()):
         if record["run"]["steps"] == STEPS and not record["run"]["cosine"]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ibp_deepspeed.config.interlocking import InterlockingConfig
 from ibp_deepspeed.planner.hardware import Cluster, Device, Link
+from ibp_deepspeed.planner.learned_heads import LearnedHead
 from ibp_deepspeed.planner.plan import evaluate, outlook
 from ibp_deepspeed.planner.search import Result, search
 from ibp_deepspeed.planner.ways import Kind, Space, ways
@@ -130,6 +131,17 @@ def test_of_what_is_as_fast_the_one_that_learns_best_is_preferred() -> None:
     assert Result(best=[fastest, better, slow]).advised is better
     assert Result(best=[way(1.0, 0.004), way(1.01, 0.004)]).advised.row.batch_time == 1.0
     assert Result(best=[fastest, slow]).advised is fastest
+
+
+def test_of_heads_that_cost_the_same_those_are_shown_that_learn_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those that are named first."""
+    of = space()
+    copied = replace(of.kinds[0], name="copied", options={"readout": "shared"})
+    for loss, shown in ((-0.01, "copied"), (0.01, "private")):
+        measured = (LearnedHead({"readout": "shared"}, None, 2, loss, loss, loss, 3),)
+        monkeypatch.setattr("ibp_deepspeed.planner.learned_heads.heads", lambda measured=measured: measured)
+        best = search(replace(of, kinds=[of.kinds[0], copied]), 0.1).best
+        assert {found.way.kind for found in best if found.way.kind} == {shown}
 
 
 def test_recomputation_is_for_what_does_not_fit_otherwise() -> None:
