@@ -114,6 +114,7 @@ LONGER = (
     "G = 4, K = 8, Muon",
     "asynchronous, 1 batch late, Muon",
     "asynchronous, 2 batches late, Muon",
+    "G = 4, 1 batch late, K = 8, Muon",
     "asynchronous, 1 batch late, Nesterov",
     _PAIRWISE,
     _LOCAL,
